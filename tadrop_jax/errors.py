@@ -1,0 +1,24 @@
+"""Errors that a user of the library can act on."""
+
+
+class MergeError(ValueError):
+    """A merge was asked for that cannot be done as asked.
+
+    The message names the file or tree, the tensor's path, and the two values that disagree.
+    """
+
+
+class MismatchError(MergeError):
+    """Two models (or a model and the base) do not have the same tensors, shapes or dtypes."""
+
+
+class ParameterError(MergeError):
+    """A method got an unknown parameter, or one outside its range."""
+
+
+class ContentError(MergeError):
+    """A tensor holds NaN or infinity."""
+
+
+class CheckpointError(MergeError):
+    """A file is missing, damaged, or not of a kind that can be read."""
