@@ -1,0 +1,88 @@
+"""Settings for all tests, and the trees that they share."""
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+# Before anything initialises a backend: several test files shard over these devices.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,  # the first example of a shape compiles
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
+
+# Few and shared: every new shape costs a compilation.
+SHAPES = {"block/bias": (33,), "block/kernel": (7, 5), "conv/kernel": (3, 3, 2, 4), "scale": ()}
+
+
+def exact_values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Multiples of 1/64: many ties and zeros, and every sum is exact in float32."""
+    values = rng.integers(-48, 49, size=shape) * (rng.random(shape) < 0.9)
+    return (values / 64).astype(np.float32)
+
+
+def normal_values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """No two magnitudes are equal."""
+    return rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def make_stacks():
+    """A function that returns random task vectors, as a dict from '/'-joined name to a (T, *shape) stack.
+
+    "exact" has ties, zeros, opposite entries that cancel, a tensor that is mostly zero, and, from T = 3 on, a
+    task vector that is zero; "normal" has no ties.
+    """
+
+    def make(kind: str, tasks: int, seed: int = 0) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([seed, tasks])
+        values = {"exact": exact_values, "normal": normal_values}[kind]
+        stacks = {name: values(rng, (tasks, *shape)) for name, shape in SHAPES.items()}
+        if kind == "exact":
+            stacks["block/bias"][0, 1:] = 0
+            if tasks > 1:
+                opposite = rng.random(SHAPES["conv/kernel"]) < 0.3
+                stacks["conv/kernel"][:2, opposite] = [[1], [-1]] * np.abs(stacks["conv/kernel"][0, opposite])
+                stacks["conv/kernel"][2:, opposite] = 0
+            if tasks > 2:
+                for stack in stacks.values():
+                    stack[2] = 0
+        return stacks
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def nest():
+    """A function from a dict of '/'-joined names to the nested dict."""
+
+    def function(flat: dict) -> dict:
+        tree: dict = {}
+        for name, value in flat.items():
+            *parents, last = name.split("/")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+        return tree
+
+    return function
+
+
+@pytest.fixture(scope="session")
+def flatten():
+    """A function from a tree to a dict from '/'-joined name to NumPy array; `None` is left out."""
+
+    def function(tree) -> dict[str, np.ndarray]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        return {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+    return function

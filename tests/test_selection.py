@@ -1,0 +1,194 @@
+"""Order statistics of magnitudes against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import tadrop_jax as tj
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+TINY = {jnp.float32: 1e-45, jnp.bfloat16: 9.2e-41, jnp.float16: 6e-8}  # the smallest subnormal, or near it
+
+
+def magnitudes(x) -> np.ndarray:
+    """|x| as sorted float64, which holds every float32, bfloat16 and float16 exactly."""
+    return np.sort(np.abs(np.asarray(x).astype(np.float64)), axis=None)
+
+
+def same_bits(actual, expected: float, dtype) -> bool:
+    """Equal as stored numbers; a comparison on the device would flush subnormals."""
+    actual = np.asarray(actual)
+    return actual.dtype == dtype and bool(np.asarray(actual, np.float64) == expected)
+
+
+def values_with_everything(dtype) -> np.ndarray:
+    """33 values: ties, both zeros, subnormals, infinities, and the rest normal."""
+    rng = np.random.default_rng(0)
+    special = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        TINY[dtype],
+        -2 * TINY[dtype],
+        3 * TINY[dtype],
+        0.5,
+        -0.5,
+        0.5,
+        2,
+        2,
+    ]
+    x = np.concatenate([special, rng.normal(size=33 - len(special))])
+    return rng.permutation(x).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_every_rank(dtype):
+    x = values_with_everything(dtype)
+    select = jax.jit(tj.kth_largest_magnitude)  # k is traced: one compilation for all ranks
+    for k in range(1, x.size + 1):
+        assert same_bits(select(x, k), magnitudes(x)[-k], dtype), k
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_subnormals_outside_jit(dtype):
+    x = values_with_everything(dtype)
+    expected = magnitudes(x)
+    smallest = int(np.count_nonzero(expected == 0))
+    assert 0 < expected[smallest] < jnp.finfo(dtype).tiny
+    assert same_bits(tj.kth_largest_magnitude(x, x.size - smallest), expected[smallest], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2), (1, 2), (0, 1, 2)], ids=str)
+def test_axis(dtype, axis):
+    x = np.random.default_rng(1).normal(size=(4, 7, 5)).astype(dtype)
+    axes = (0, 1, 2) if axis is None else tuple(a % 3 for a in np.atleast_1d(axis))
+    kept = [a for a in range(3) if a not in axes]
+    rows = np.abs(x.astype(np.float64)).transpose(*kept, *axes).reshape(*[x.shape[a] for a in kept], -1)
+    for k in (1, rows.shape[-1] // 2 + 1, rows.shape[-1]):
+        actual = np.asarray(tj.kth_largest_magnitude(x, k, axis=axis))
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual.astype(np.float64), np.sort(rows, axis=-1)[..., -k])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_a_larger_matrix(dtype):
+    x = np.random.default_rng(2).normal(size=(64, 48)).astype(dtype)
+    for k in (1, 2, 614, 1536, 3071, 3072):
+        expected = np.partition(np.abs(x.astype(np.float64)), x.size - k, axis=None)[x.size - k]
+        assert same_bits(tj.kth_largest_magnitude(x, k), expected, dtype)
+
+
+@given(hnp.arrays(np.float32, (33,), elements=st.floats(width=32, allow_nan=False)), st.integers(1, 33))
+def test_any_values(x, k):
+    assert same_bits(tj.kth_largest_magnitude(x, k), magnitudes(x)[-k], jnp.float32)
+
+
+@given(
+    hnp.arrays(np.float32, (33,), elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0])), st.integers(1, 33)
+)
+def test_ties(x, k):
+    assert same_bits(tj.kth_largest_magnitude(x, k), magnitudes(x)[-k], jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1, 1)], ids=str)
+def test_size_one(shape):
+    x = np.full(shape, -3.0, np.float32)
+    assert same_bits(tj.kth_largest_magnitude(x, 1), 3.0, jnp.float32)
+    for method in ("linear", "lower"):
+        assert same_bits(tj.magnitude_quantile(x, 0.3, method=method), 3.0, jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
+def test_size_zero_is_refused(shape):
+    with pytest.raises(tj.MergeError, match=r"(?i)empty|no entr|size 0|0 entr"):
+        tj.kth_largest_magnitude(np.zeros(shape, np.float32), 1)
+    with pytest.raises(tj.MergeError, match=r"(?i)empty|no entr|size 0|0 entr"):
+        tj.magnitude_quantile(np.zeros(shape, np.float32), 0.5)
+
+
+@pytest.mark.parametrize("k", [0, -1, 34])
+def test_rank_out_of_range_is_refused(k):
+    with pytest.raises(tj.MergeError, match=str(k)):
+        tj.kth_largest_magnitude(np.ones(33, np.float32), k)
+
+
+@pytest.mark.parametrize("q", [-0.1, 1.5])
+def test_quantile_out_of_range_is_refused(q):
+    with pytest.raises(tj.MergeError, match=str(q)):
+        tj.magnitude_quantile(np.ones(33, np.float32), q)
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(tj.MergeError, match="nearest-ish"):
+        tj.magnitude_quantile(np.ones(33, np.float32), 0.5, method="nearest-ish")
+
+
+QUANTILES = [0.0, 0.01, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("q", QUANTILES)
+def test_quantile_lower(dtype, q):
+    x = values_with_everything(dtype)
+    expected = np.quantile(magnitudes(x), q, method="lower")
+    assert same_bits(tj.magnitude_quantile(x, q, method="lower"), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [(33,), (64, 48)], ids=str)
+def test_quantile_linear(dtype, shape):
+    x = np.random.default_rng(3).normal(size=shape).astype(dtype)
+    for q in QUANTILES:
+        expected = np.quantile(magnitudes(x), q)
+        actual = np.asarray(tj.magnitude_quantile(x, q)).astype(np.float64)
+        np.testing.assert_allclose(actual, expected, rtol=float(jnp.finfo(dtype).eps))
+
+
+def test_quantile_linear_at_infinities():
+    """Where both neighbours are infinite NumPy interpolates to NaN; ours may be infinite, never a number."""
+    x = np.array([1.0, -np.inf, np.inf, 2.0, np.inf], np.float32)
+    assert np.asarray(tj.magnitude_quantile(x, 0.25)) == 2.0
+    assert not np.isfinite(np.asarray(tj.magnitude_quantile(x, 0.8)))
+
+
+@given(st.integers(0, 3071))
+def test_a_quantile_at_a_rank_is_that_entry(rank):
+    """q = rank / (n - 1) in float64, as NumPy takes it, for any rank."""
+    x = np.arange(3072, dtype=np.float32).reshape(64, 48)
+    q = rank / 3071
+    assert np.asarray(tj.magnitude_quantile(x, q, method="lower")) == np.quantile(
+        x.astype(np.float64), q, method="lower"
+    )
+
+
+def test_vmap_over_ranks_and_rows():
+    x = np.random.default_rng(5).normal(size=(4, 33)).astype(np.float32)
+    expected = np.sort(np.abs(x), axis=1)
+    k = np.array([1, 5, 17, 33])
+    one_row = jax.vmap(lambda k: tj.kth_largest_magnitude(x[0], k))(k)
+    np.testing.assert_array_equal(one_row, expected[0][-k])
+    rows = jax.vmap(tj.kth_largest_magnitude)(x, k)
+    np.testing.assert_array_equal(rows, expected[np.arange(4), -k])
+
+
+@pytest.mark.parametrize("method", ["linear", "lower"])
+def test_vmap_over_quantiles(method):
+    x = np.random.default_rng(6).normal(size=(64, 48)).astype(np.float32)
+    q = np.array([0.0, 0.1, 0.33, 0.75, 0.951, 1.0], np.float32)
+    actual = jax.jit(jax.vmap(lambda q: tj.magnitude_quantile(x, q, method=method)))(q)
+    expected = np.quantile(magnitudes(x), q.astype(np.float64), method=method)
+    np.testing.assert_allclose(actual, expected, rtol=0 if method == "lower" else 1e-6)
+
+
+def test_gradients_are_finite():
+    x = values_with_everything(jnp.float32)
+    x = np.where(np.isfinite(x), x, 0)
+    for select in (lambda x: tj.kth_largest_magnitude(x, 5), lambda x: tj.magnitude_quantile(x, 0.3)):
+        gradient = jax.grad(lambda x, select=select: jnp.sum(x) * select(x))(x)
+        assert np.all(np.isfinite(gradient))
