@@ -1,0 +1,10 @@
+"""safetensors files and Hugging Face directories of them: blocks in, blocks out. Imports no jax.
+
+Reading is `open_source`, writing `open_sink`; both move flat blocks of one tensor at a time, from any thread.
+"""
+
+from tadrop_jax.checkpoints.safetensors.huggingface import copy_sidecars, tied_aliases
+from tadrop_jax.checkpoints.safetensors.sink import Sink, open_sink
+from tadrop_jax.checkpoints.safetensors.source import Source, TensorInfo, open_source
+
+__all__ = ["Sink", "Source", "TensorInfo", "copy_sidecars", "open_sink", "open_source", "tied_aliases"]

@@ -1,0 +1,379 @@
+"""Writing: shards of safetensors, filled block by block in `<out>.partial`, that get their name at the end.
+
+`journal` says what an interruption leaves behind.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tadrop_jax.checkpoints.safetensors import header, journal
+from tadrop_jax.errors import CheckpointError
+
+Plan = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+_INDEX = "model.safetensors.index.json"
+_SYNC_SECONDS = 30.0
+
+
+class _Shard(NamedTuple):
+    name: str
+    head: bytes
+    entries: dict[str, header.Entry]
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + sum(entry.nbytes for entry in self.entries.values())
+
+
+class Sink:
+    """An output under construction, made by `open_sink`; threads may share it.
+
+    Leaving a `with` block without `finish` keeps the work for a later `resume`, as `abort` does.
+
+    Attributes:
+        out: where the result will appear.
+        partial: the directory where it is built.
+        plan: dtype and shape of each tensor.
+        done: names of the tensors that are complete.
+    """
+
+    def __init__(self, out: Path, plan: Plan, shards: list[_Shard], fingerprint: str, resume: bool):
+        self.out, self.plan, self.done = out, plan, set[str]()
+        self.partial = out.with_name(out.name + ".partial")
+        self._shards, self._fds, self._lock = shards, dict[str, int](), threading.Lock()
+        self._home = {name: shard for shard in shards for name in shard.entries}
+        self._journal, self._synced_at = -1, time.monotonic()
+        layout = hashlib.sha256(b"".join(shard.name.encode() + shard.head for shard in shards)).hexdigest()
+        identity = {"fingerprint": fingerprint, "layout": layout}
+        resumed = True  # Until it is known: what an earlier run left is not for an error to delete.
+        try:
+            resumed = self._open_journal(identity, resume)
+            for shard in shards:
+                self._fds[shard.name] = _open_shard(self.partial / shard.name, shard, resumed)
+        except BaseException as error:
+            self.close() if resumed else self.discard()
+            if isinstance(error, OSError):
+                raise _cannot_write(error, self.partial) from error
+            raise
+
+    def write(self, name: str, start: int, array: np.ndarray) -> None:
+        """Writes consecutive entries of a tensor.
+
+        Args:
+            name: the tensor.
+            start: the first entry, in the row-major flattened tensor.
+            array: the entries in row-major order, of the planned dtype: nothing is converted.
+
+        Raises:
+            CheckpointError: when the disk is full or the file cannot be written.
+            TypeError: when the dtype is not the plan's.
+            IndexError: when the entries lie outside the tensor.
+        """
+        shard = self._home[name]
+        entry = shard.entries[name]
+        array = np.ascontiguousarray(array).reshape(-1)
+        if array.dtype != entry.dtype:
+            raise TypeError(f"{name!r} is planned as {entry.dtype}, got {array.dtype}.")
+        if start < 0 or start + array.size > math.prod(entry.shape):
+            raise IndexError(
+                f"entries {start}:{start + array.size} of {name!r}, planned with shape {entry.shape}."
+            )
+        if not array.size:
+            return
+        rest = array.view(np.uint8).data
+        offset = len(shard.head) + entry.begin + start * entry.dtype.itemsize
+        try:
+            while rest:
+                put = os.pwritev(self._fds[shard.name], [rest], offset)
+                rest, offset = rest[put:], offset + put
+        except OSError as error:
+            raise _cannot_write(error, self.partial / shard.name) from error
+
+    def mark_done(self, name: str) -> None:
+        """Records that a tensor has been written whole (`journal` says what that guarantees).
+
+        Args:
+            name: the tensor.
+
+        Raises:
+            CheckpointError: when the journal cannot be written.
+        """
+        if name not in self.plan:
+            raise KeyError(name)
+        with self._lock:
+            self.done.add(name)
+            self._log({"done": name})
+            if time.monotonic() - self._synced_at > _SYNC_SECONDS:
+                self._sync_data()
+                self._log({"synced": len(self.done)})
+                self._synced_at = time.monotonic()
+
+    def add_file(self, name: str, data: bytes | Path) -> None:
+        """Puts a file beside the tensors; beside a single file `x.safetensors` it is called `x.<name>`.
+
+        Args:
+            name: a plain file name.
+            data: its contents, or a file to copy.
+
+        Raises:
+            CheckpointError: when the name is taken or leads elsewhere, or when the file cannot be written.
+        """
+        if Path(name).name != name or name in {journal.NAME, _INDEX, *(shard.name for shard in self._shards)}:
+            raise CheckpointError(f"{self.out}: a file named {name!r} cannot be put there.")
+        try:
+            if isinstance(data, Path):
+                shutil.copyfile(data, self.partial / name)
+            else:
+                (self.partial / name).write_bytes(data)
+        except OSError as error:
+            raise _cannot_write(error, self.partial / name) from error
+
+    def finish(self) -> None:
+        """Makes everything durable and lets the result appear under its name.
+
+        Raises:
+            CheckpointError: when a tensor was not marked done, `out` was filled meanwhile, or the disk fails.
+        """
+        missing = [name for name in self.plan if name not in self.done]
+        if missing:
+            raise CheckpointError(
+                f"{self.partial}: {len(missing)} tensors are unfinished, the first is {missing[0]!r}."
+            )
+        try:
+            if len(self._shards) > 1:
+                (self.partial / _INDEX).write_text(_index(self._shards))
+            self._sync_data()
+            written = [file for file in self.partial.iterdir() if file.name not in {journal.NAME, *self._fds}]
+            for file in [*written, self.partial]:
+                _fsync_path(file)
+            _refuse_occupied(self.out)
+            (self.partial / journal.NAME).unlink()
+            if self.out.suffix == ".safetensors":
+                for file in written:
+                    file.rename(self.out.with_name(f"{self.out.stem}.{file.name}"))
+                (self.partial / self._shards[0].name).rename(self.out)
+                self.partial.rmdir()
+            else:
+                self.partial.rename(self.out)
+            _fsync_path(self.out.parent)
+        except OSError as error:
+            raise _cannot_write(error, self.out) from error
+        self.close()
+
+    def abort(self) -> None:
+        """Stops; the partial directory stays for a run with `resume`."""
+        self.close()
+
+    def discard(self) -> None:
+        """Stops and deletes the partial directory."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files; without effect after `finish`, `abort` or `discard`."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def __enter__(self) -> "Sink":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_journal(self, identity: dict[str, str], resume: bool) -> bool:
+        """Takes the partial directory for this process; True when there is work to go on from."""
+        file = self.partial / journal.NAME
+        if self.partial.exists():
+            if not file.exists():
+                raise CheckpointError(
+                    f"{self.partial}: exists and is not an unfinished merge; move it away first."
+                )
+            self._journal = journal.lock(file)
+            lines = journal.complete_lines(file)
+            if resume and lines:
+                if lines[0] != identity:
+                    raise CheckpointError(
+                        f"{self.partial}: belongs to another merge (its inputs, method, parameters or "
+                        "output layout differ), so it cannot be resumed; repeat that merge's command, or "
+                        "start afresh without resume."
+                    )
+                self.done = journal.trusted(lines)
+                self._log({"boot": journal.boot()})
+                return True
+            shutil.rmtree(self.partial)
+            os.close(self._journal)
+        self.partial.mkdir(parents=True)
+        self._journal = journal.lock(file)
+        self._log(identity)
+        self._log({"boot": journal.boot()})
+        return False
+
+    def _log(self, record: dict[str, Any]) -> None:
+        try:
+            os.write(self._journal, json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise _cannot_write(error, self.partial / journal.NAME) from error
+
+    def _sync_data(self) -> None:
+        try:
+            for fd in self._fds.values():
+                os.fsync(fd)
+        except OSError as error:
+            raise _cannot_write(error, self.partial) from error
+
+
+def open_sink(
+    out: str | os.PathLike[str],
+    plan: Plan,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    metadata: Mapping[str, str] | None = None,
+    fingerprint: str = "",
+    resume: bool = False,
+) -> Sink:
+    """Starts an output; its files get their full size at once, so that a full disk shows here.
+
+    Files are named as `transformers` names them. Within a file, tensors lie in the order of the plan, wider
+    dtypes first, so that each is aligned.
+
+    Args:
+        out: a directory that does not exist or is empty, or a path ending in `.safetensors` for one file.
+        plan: dtype and shape of each tensor.
+        max_shard_size: bytes of tensors in a shard; a larger tensor gets a shard of its own. A single file
+            may be of any size.
+        metadata: the files' `__metadata__`; `{"format": "pt"}`, which transformers asks for, when None.
+        fingerprint: identifies the merge, for `resume`.
+        resume: go on from what an interrupted run left; `Sink.done` then names the tensors that are complete.
+            When False, what such a run left is deleted.
+
+    Returns:
+        The sink.
+
+    Raises:
+        CheckpointError: when `out` is not empty, another process is writing it, what is to be resumed belongs
+            to another merge, or the disk is full. Nothing new is left behind then.
+
+    Example:
+        >>> import tempfile, safetensors.numpy
+        >>> out = tempfile.mkdtemp() + "/merged"
+        >>> with open_sink(out, {"w": (np.dtype(np.float32), (2, 2))}) as sink:
+        ...     sink.write("w", 0, np.ones(4, np.float32))
+        ...     sink.mark_done("w")
+        ...     sink.finish()
+        >>> safetensors.numpy.load_file(out + "/model.safetensors")["w"].sum()
+        np.float32(4.0)
+    """
+    out = Path(out).resolve()
+    _refuse_occupied(out)
+    if max_shard_size <= 0:
+        raise CheckpointError(f"{out}: the size of a shard must be positive, got {max_shard_size}.")
+    single = out.suffix == ".safetensors"
+    plan = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in plan.items()}
+    groups = [dict(plan)] if single else _split(plan, max_shard_size)
+    metadata = {"format": "pt"} if metadata is None else metadata
+    shards = []
+    for number, group in enumerate(groups, 1):
+        name = "model" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}"
+        wide_first = dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize))
+        shards.append(_Shard(f"{name}.safetensors", *header.encode(wide_first, metadata)))
+    return Sink(out, plan, shards, fingerprint, resume)
+
+
+def _split(plan: Plan, max_shard_size: int) -> list[dict[str, tuple[np.dtype, tuple[int, ...]]]]:
+    groups: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in plan.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if groups[-1] and filled + nbytes > max_shard_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = (dtype, shape)
+        filled += nbytes
+    return groups
+
+
+def _index(shards: list[_Shard]) -> str:
+    total = sum(entry.nbytes for shard in shards for entry in shard.entries.values())
+    weight_map = {name: shard.name for shard in shards for name in shard.entries}
+    return json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
+    )
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.is_dir():
+        if out.suffix == ".safetensors":
+            raise CheckpointError(f"{out}: is a directory; the result is to be a file of that name.")
+        if os.path.ismount(out):
+            raise CheckpointError(
+                f"{out}: is a mount point, which a result cannot replace; give a directory inside it."
+            )
+        if any(out.iterdir()):
+            raise CheckpointError(f"{out}: the output directory is not empty.")
+    elif out.exists():
+        raise CheckpointError(f"{out}: the output exists already.")
+
+
+def _open_shard(file: Path, shard: _Shard, resumed: bool) -> int:
+    if resumed:
+        with open(file, "rb") if file.exists() else open(os.devnull, "rb") as stream:
+            intact = (
+                stream.read(len(shard.head)) == shard.head and os.fstat(stream.fileno()).st_size == shard.size
+            )
+        if not intact:
+            raise CheckpointError(
+                f"{file}: is damaged or missing, so it cannot be resumed; start without resume."
+            )
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    if not resumed:
+        try:
+            _allocate(fd, shard.size)
+            os.pwrite(fd, shard.head, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def _allocate(fd: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    os.ftruncate(fd, size)
+
+
+def _fsync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _cannot_write(error: OSError, path: Path) -> CheckpointError:
+    what = (
+        "the disk is full"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else f"cannot be written: {error.strerror}"
+    )
+    return CheckpointError(f"{path}: {what}.")
