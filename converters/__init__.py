@@ -1,0 +1,23 @@
+"""PyTorch weight layouts to Flax pytrees and back, one table a model family, used in both directions.
+
+    module, params = converters.load("a-hugging-face-directory")
+    converters.save("another-directory", module)
+
+Importing this package imports neither jax nor flax nor torch.
+"""
+
+from converters.errors import ConversionError
+from converters.huggingface import load, read_tensors, save
+from converters.mapping import Row, Transform, layout, to_flax, to_torch
+
+__all__ = [
+    "ConversionError",
+    "Row",
+    "Transform",
+    "layout",
+    "load",
+    "read_tensors",
+    "save",
+    "to_flax",
+    "to_torch",
+]
