@@ -1,0 +1,253 @@
+"""Merging inside the user's jit, vmap and grad, and how often it compiles."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+
+TASKS = 3
+
+
+@pytest.fixture(scope="module")
+def stack(make_stacks, nest):
+    """No ties, so that a small step does not change what is selected."""
+    return jax.tree.map(jnp.asarray, nest(make_stacks("normal", TASKS)))
+
+
+@pytest.fixture(scope="module")
+def ragged(make_stacks, nest):
+    """Ties, zeros, and a zero task vector."""
+    return jax.tree.map(jnp.asarray, nest(make_stacks("exact", TASKS)))
+
+
+@pytest.fixture(scope="module")
+def base(stack):
+    return jax.tree.map(
+        lambda x: jnp.cos(jnp.arange(x[0].size, dtype=jnp.float32)).reshape(x.shape[1:]), stack
+    )
+
+
+@pytest.fixture(scope="module")
+def models(base, stack):
+    return [jax.tree.map(lambda b, x, t=t: b + x[t], base, stack) for t in range(TASKS)]
+
+
+def assert_close(actual, expected, rtol=1e-6, atol=1e-6) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
+
+
+STEPS = {
+    "tadrop_average": lambda: tj.chain(tj.tadrop(), tj.average()),
+    "ties": lambda: tj.ties(0.3),
+    "ties_mergekit": lambda: tj.ties(0.5, flavour="mergekit"),
+    "cabs": lambda: tj.cabs(2, 8, 0.5),
+    "dare_task_arithmetic": lambda: tj.chain(tj.dare(0.5), tj.task_arithmetic(0.3)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_inside_the_users_jit(name, base, models):
+    key = jax.random.key(0)
+    outside = tj.merge(base, models, STEPS[name](), key=key)
+    inside = jax.jit(lambda b, m, k: tj.merge(b, m, STEPS[name](), key=k))(base, models, key)
+    assert_close(inside, outside)
+
+
+def test_emr_inside_the_users_jit(base, models):
+    """The bundle is a pytree: a jitted function can return it."""
+    outside = tj.merge(base, models, tj.emr())
+    inside = jax.jit(lambda b, m: tj.merge(b, m, tj.emr()))(base, models)
+    np.testing.assert_allclose(inside.rescalers, outside.rescalers, rtol=1e-5)
+    for t in range(TASKS):
+        assert_close(inside.task_params(t), outside.task_params(t), rtol=1e-5)
+
+
+# name -> (a merge with the parameter traced, the parameter's values; none lies where rounding decides a rank)
+SWEEPS = {
+    "coefficient": (lambda s, v: tj.merge_task_vectors(s, tj.task_arithmetic(v)), [0.0, 0.3, 1.0]),
+    "ties_coefficient": (lambda s, v: tj.merge_task_vectors(s, tj.ties(0.3, v)), [0.0, 0.3, 1.0]),
+    "ties_density": (lambda s, v: tj.merge_task_vectors(s, tj.ties(v)), [0.0, 0.21, 0.57, 1.0]),
+    "ties_peft_density": (
+        lambda s, v: tj.merge_task_vectors(s, tj.ties(v, flavour="peft")),
+        [0.0, 0.21, 0.57, 1.0],
+    ),
+    "magnitude": (lambda s, v: tj.sparsify(s, tj.magnitude(v)), [0.0, 0.11, 0.52, 1.0]),
+    "magnitude_global": (
+        lambda s, v: tj.sparsify(s, tj.magnitude(v, granularity="global")),
+        [0.0, 0.11, 0.52, 1.0],
+    ),
+    "uniform": (lambda s, v: tj.sparsify(s, tj.uniform(v)), [0.0, 0.11, 0.52, 0.93]),
+    "q_low": (lambda s, v: tj.sparsify(s, tj.tadrop(q_low=v)), [0.0, 0.31, 0.72, 0.94]),
+    "s_max": (lambda s, v: tj.sparsify(s, tj.tadrop(s_max=v)), [0.0, 0.31, 0.72]),
+    "dare": (
+        lambda s, v: tj.sparsify(s, tj.dare(v), key=jax.random.key(0)),
+        [0.0, 0.25, 0.5, 1.0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_vmap_is_a_loop(name, stack):
+    merge, values = SWEEPS[name]
+    swept = jax.jit(jax.vmap(lambda v: merge(stack, v)))(jnp.array(values, jnp.float32))
+    for i, value in enumerate(values):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], swept), merge(stack, value), rtol=1e-5)
+
+
+def test_vmap_over_both_quantiles(stack):
+    low, high = [0.51, 0.76, 0.9], [0.91, 0.94, 0.99]
+    swept = jax.jit(jax.vmap(lambda a, b: tj.sparsify(stack, tj.tadrop(q_low=a, q_high=b))))(
+        jnp.array(low, jnp.float32), jnp.array(high, jnp.float32)
+    )
+    for i in range(3):
+        alone = tj.sparsify(stack, tj.tadrop(q_low=low[i], q_high=high[i]))
+        assert_close(jax.tree.map(lambda x, i=i: x[i], swept), alone, rtol=1e-5)
+
+
+def test_vmap_over_seeds(stack):
+    keys = jax.random.split(jax.random.key(0), 3)
+    swept = jax.jit(jax.vmap(lambda k: tj.sparsify(stack, tj.dare(0.5), key=k)))(keys)
+    for i in range(3):
+        alone = tj.sparsify(stack, tj.dare(0.5), key=keys[i])
+        assert_close(jax.tree.map(lambda x, i=i: x[i], swept), alone)
+
+
+def squares(tree) -> jax.Array:
+    return sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))
+
+
+# name -> a scalar function of (stack, parameter)
+LOSSES = {
+    "task_arithmetic": lambda s, c: squares(tj.merge_task_vectors(s, tj.task_arithmetic(c))),
+    "task_arithmetic_weights": lambda s, c: squares(
+        tj.merge_task_vectors(s, tj.task_arithmetic(0.5, weights=c * jnp.arange(1.0, TASKS + 1)))
+    ),
+    "ties_coefficient": lambda s, c: squares(tj.merge_task_vectors(s, tj.ties(0.4, c))),
+    "ties_weights": lambda s, c: squares(
+        tj.merge_task_vectors(s, tj.ties(0.4, weights=c * jnp.arange(1.0, TASKS + 1)))
+    ),
+    "ties_mergekit_weights": lambda s, c: squares(
+        tj.merge_task_vectors(s, tj.ties(0.4, flavour="mergekit", weights=c + jnp.arange(TASKS)))
+    ),
+    "ties_max": lambda s, c: squares(tj.merge_task_vectors(s, tj.ties(0.4, c, combine="max"))),
+    "tadrop": lambda s, c: squares(
+        tj.merge_task_vectors(s, tj.task_arithmetic(c), sparsifier=tj.tadrop(q_low=0.5))
+    ),
+    "tadrop_l1": lambda s, c: squares(
+        tj.merge_task_vectors(s, tj.task_arithmetic(c), sparsifier=tj.tadrop(norm=1))
+    ),
+    "cabs": lambda s, c: squares(tj.merge_task_vectors(s, tj.cabs(2, 8, c))),
+    "dare_l1": lambda s, c: squares(
+        tj.merge_task_vectors(
+            s, tj.task_arithmetic(c), sparsifier=tj.dare(0.5, rescale="l1"), key=jax.random.key(0)
+        )
+    ),
+    "magnitude_global": lambda s, c: (
+        squares(tj.merge_task_vectors(s, tj.average(), sparsifier=tj.magnitude(0.3, granularity="global")))
+        * c
+    ),
+    "emr": lambda s, c: c * squares(tj.merge_task_vectors(s, tj.emr()).unified),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_everywhere(name, ragged):
+    """Also at ties, at zeros and for a zero task vector."""
+    for gradient in jax.tree.leaves(jax.grad(LOSSES[name], argnums=(0, 1))(ragged, 0.7)):
+        assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties_coefficient", "ties_weights", "tadrop"])
+def test_gradients_of_an_all_zero_tree_are_finite(name, stack):
+    zeros = jax.tree.map(jnp.zeros_like, stack)
+    for gradient in jax.tree.leaves(jax.grad(LOSSES[name], argnums=(0, 1))(zeros, 0.7)):
+        assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_match_finite_differences(name, stack):
+    """In the parameter, and in the task vectors along a random direction, where no selection changes."""
+    loss = jax.jit(LOSSES[name])
+    by_stack, by_parameter = jax.jit(jax.grad(LOSSES[name], argnums=(0, 1)))(stack, 0.7)
+    step = 2.0**-8
+    slope = (loss(stack, 0.7 + step) - loss(stack, 0.7 - step)) / (2 * step)
+    np.testing.assert_allclose(by_parameter, slope, rtol=2e-3, atol=2e-2)
+
+    rng = np.random.default_rng(0)
+    step = 2.0**-12
+    # Scaling each entry a little keeps the order of all but the closest magnitudes.
+    direction = jax.tree.map(lambda x: x * rng.uniform(-1, 1, size=x.shape).astype(np.float32), stack)
+    ahead, behind = (jax.tree.map(lambda x, d, s=s: x + s * d, stack, direction) for s in (step, -step))
+    slope = (loss(ahead, 0.7) - loss(behind, 0.7)) / (2 * step)
+    along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), by_stack, direction)))
+    np.testing.assert_allclose(along, slope, rtol=2e-2, atol=0.1)
+
+
+def test_coefficients_can_be_learned(base, models, stack):
+    """One per task, through merge: gradient descent finds the coefficients that a target was made with."""
+    wanted = jnp.array([0.2, 0.5, 0.9])
+    target = tj.merge(base, models, tj.task_arithmetic(wanted))
+
+    def loss(c):
+        merged = tj.merge(base, models, tj.task_arithmetic(c))
+        return squares(jax.tree.map(jnp.subtract, merged, target)) / 141
+
+    gradient = jax.jit(jax.grad(loss))
+    c = jnp.full(TASKS, 0.3)
+    for _ in range(200):
+        c = c - 0.2 * gradient(c)
+    np.testing.assert_allclose(c, wanted, atol=1e-3)
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """Counts backend compilations inside the block."""
+    seen: list[str] = []
+
+    def listen(event: str, *_, **__) -> None:
+        if event.endswith("backend_compile_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_counter_counts():
+    with count_compilations() as seen:
+        jax.jit(lambda x: 3 * x + 1)(1.0)
+    assert seen
+
+
+@pytest.mark.parametrize("name", [*STEPS, "emr"])
+def test_a_second_merge_does_not_compile(name, base, models):
+    """Neither with the same step object nor with an equal one built anew."""
+    make = (STEPS | {"emr": tj.emr})[name]
+    rule = make()
+    key = jax.random.key(0)
+    tj.merge(base, models, rule, key=key)
+    with count_compilations() as again:
+        tj.merge(base, models, rule, key=key)
+        tj.merge(base, models[::-1], make(), key=key)
+    assert not again
+
+
+def test_one_compilation_per_shape_and_dtype():
+    """A tensor whose shape and dtype were seen costs nothing, whatever its name or the tree around it."""
+    rng = np.random.default_rng(0)
+
+    def tree(names: str) -> tuple[dict, list[dict]]:
+        models = [{n: jnp.asarray(rng.normal(size=(7, 5)), jnp.float32) for n in names} for _ in range(3)]
+        return models[0], models[1:]
+
+    tj.merge(*tree("ab"), tj.ties(0.3, flavour="peft"))
+    with count_compilations() as again:
+        tj.merge(*tree("cde"), tj.ties(0.3, flavour="peft"))
+    assert not again
