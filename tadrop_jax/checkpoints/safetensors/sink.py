@@ -130,7 +130,13 @@ class Sink:
         Raises:
             CheckpointError: when the name is taken or leads elsewhere, or when the file cannot be written.
         """
-        if Path(name).name != name or name in {journal.NAME, _INDEX, *(shard.name for shard in self._shards)}:
+        if Path(name).name != name or name in {
+            "",
+            "..",
+            journal.NAME,
+            _INDEX,
+            *(shard.name for shard in self._shards),
+        }:
             raise CheckpointError(f"{self.out}: a file named {name!r} cannot be put there.")
         try:
             if isinstance(data, Path):
