@@ -22,3 +22,7 @@ class ContentError(MergeError):
 
 class CheckpointError(MergeError):
     """A file is missing, damaged, or not of a kind that can be read."""
+
+
+class MergeWarning(UserWarning):
+    """Something that is most likely not what the user wants, though it can be done."""

@@ -1,0 +1,454 @@
+"""The in-memory and the sharded executor: runs steps over the tensors of a tree where they lie.
+
+Everything runs through functions that are compiled once per step, shape and dtype, and that trace inside a user's
+``jit``, ``grad`` and ``vmap``. A tensor that carries a ``NamedSharding`` over several devices runs in ``shard_map``:
+counts and sums cross devices, tensors never do. Steps that want groups, rows or whole tensors gather one tensor at a
+time.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tadrop_jax import randomness, selection, wide
+from tadrop_jax.errors import MergeError
+from tadrop_jax.steps import Max, Min, Piece, Ranks, Stage, Step, Sums
+from tadrop_jax.trees import check_patterns
+from tadrop_jax.wide import Wide
+
+
+class Tensor(NamedTuple):
+    """One tensor of the tree, of the base and of every model (or a stack of task vectors).
+
+    Attributes:
+      path: its name in the tree.
+      models: the T fine-tuned tensors of shape S, or one stack ``(T, *S)`` if ``base`` is None.
+      base: shape S, or None.
+      order: permutation of the axes into PyTorch order, or None.
+      seed_name: the name that random numbers are drawn by; the PyTorch name where a layout is given.
+    """
+
+    path: str
+    models: tuple[Any, ...]
+    base: Any = None
+    order: tuple[int, ...] | None = None
+    seed_name: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """S."""
+        return self.models[0].shape[1:] if self.base is None else self.base.shape
+
+    @property
+    def size(self) -> int:
+        """Entries of S."""
+        return math.prod(self.shape)
+
+
+class Result(NamedTuple):
+    """What a chain did to one tensor.
+
+    Attributes:
+      value: what the last step puts out (parameters in the base's dtype where a base was given).
+      carries: the statistics of each step, by name; empty for steps that leave the tensor alone.
+    """
+
+    value: Any
+    carries: tuple[dict[str, jax.Array], ...]
+
+
+class _Site(NamedTuple):
+    """What a compiled function depends on besides shapes and dtypes."""
+
+    steps: tuple[Step, ...]
+    active: tuple[bool, ...]
+    tasks: int
+    stacked: bool
+    order: tuple[int, ...] | None
+    shape: tuple[int, ...]
+    mesh: Mesh | None
+    spec: PartitionSpec | None
+    one_pass: bool
+
+
+def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) -> list[Result]:
+    """Runs a chain of steps over all tensors of a tree.
+
+    Args:
+      steps: expanded steps (see :func:`tadrop_jax.steps.expand`).
+      tensors: the float tensors; all of T tasks.
+      tasks: T.
+      key: random key, needed if a step is random.
+
+    Returns:
+      One result a tensor.
+
+    Raises:
+      MergeError: if a random step gets no key; ParameterError if a pattern of a step matches no tensor.
+    """
+    steps = tuple(steps)
+    names = [t.path for t in tensors]
+    check_patterns([p for s in steps for p in (*s.include, *s.exclude)], names)
+    key = check_random(steps, key)
+    sites = [_site(steps, t, tasks) for t in tensors]
+    keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
+    raws = [_raw(t, s) for t, s in zip(tensors, sites, strict=True)]
+    carries = [tuple((None,) * len(s.stages) for s in steps) for _ in tensors]
+
+    for stop in global_stages(steps):
+        i, j = stop
+        at = [k for k, site in enumerate(sites) if site.active[i]]
+        if not at:
+            continue
+        stage = steps[i].stages[j]
+        if isinstance(stage, Sums):
+            parts = []
+            for k in at:
+                part, carries[k] = _partial(sites[k], stop)(raws[k], keys[k], carries[k])
+                parts.append(part)
+            found = combine(stage, parts)
+        else:
+            for k in at:
+                _, carries[k] = _prepared(sites[k], stop)(raws[k], keys[k], carries[k])
+            found = _global_ranks(stage, stop, at, sites, raws, keys, carries)
+        for k in at:
+            done = list(carries[k][i])
+            done[j] = found
+            carries[k] = (*carries[k][:i], tuple(done), *carries[k][i + 1 :])
+
+    results = []
+    for tensor, site, raw, k, carry in zip(tensors, sites, raws, keys, carries, strict=True):
+        value, filled = _finished(site)(raw, k, carry)
+        like = tensor.models[0] if tensor.base is None else tensor.base
+        if site.mesh is None and _is_spread(like) and getattr(value, "shape", None) == like.shape:
+            value = jax.device_put(value, like.sharding)  # it was gathered for a step that needs it whole
+        results.append(Result(value, tuple(merge_stages(c) for c in filled)))
+    return results
+
+
+def check_random(steps: Sequence[Step], key) -> jax.Array | None:
+    """The key if a step needs one, checked.
+
+    Raises:
+      MergeError: if a random step gets no key, or a key of the wrong kind is given.
+    """
+    if not any(s.random for s in steps):
+        return None
+    if key is None:
+        raise MergeError("this method is random: pass key=jax.random.key(seed)")
+    return randomness.check_key(key)
+
+
+def global_stages(steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """Where statistics of the whole tree are needed: (step, stage), in order."""
+    return [(i, j) for i, s in enumerate(steps) for j, stage in enumerate(s.stages) if stage.scope == "global"]
+
+
+def merge_stages(results) -> dict[str, jax.Array]:
+    """The carry: what the stages found, in one dictionary."""
+    return {name: value for found in results if found is not None for name, value in found.items()}
+
+
+def combine(stage: Sums, parts: Sequence[dict]) -> dict[str, jax.Array]:
+    """Adds partial statistics of tensors or blocks; concrete ones in float64."""
+    op = {Sums: np.add, Min: np.minimum, Max: np.maximum}[type(stage)]
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(parts))
+    if traced:
+        op = {Sums: jnp.add, Min: jnp.minimum, Max: jnp.maximum}[type(stage)]
+        return {k: functools.reduce(op, [p[k] for p in parts]) for k in parts[0]}
+    return {k: jnp.asarray(op.reduce([np.asarray(p[k], np.float64) for p in parts]), jnp.float32) for k in parts[0]}
+
+
+def _is_spread(leaf) -> bool:
+    return (
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and isinstance(leaf.sharding, NamedSharding)
+        and leaf.sharding.mesh.size > 1
+    )
+
+
+def _site(steps, tensor: Tensor, tasks: int) -> _Site:
+    stacked = tensor.base is None
+    active = tuple(s.covers(tensor.path) and tensor.size > 0 for s in steps)
+    mesh = spec = None
+    like = tensor.models[0] if stacked else tensor.base
+    whole = any(a and s.piece != "any" for a, s in zip(active, steps, strict=True))
+    if _is_spread(like) and not whole:
+        mesh = like.sharding.mesh
+        entries = (*like.sharding.spec, *(None,) * (like.ndim - len(like.sharding.spec)))
+        spec = PartitionSpec(*(entries[1:] if stacked else entries))
+    # Inside a user's jit shardings cannot be seen, and a variadic reduction of a sharded array would be gathered.
+    hidden = jax.device_count() > 1 and any(isinstance(a, jax.core.Tracer) for a in (like, *tensor.models))
+    return _Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden)
+
+
+def _raw(tensor: Tensor, site: _Site):
+    models, base = tensor.models, tensor.base
+    like = models[0] if base is None else base
+    if site.mesh is not None:
+        to = NamedSharding(site.mesh, PartitionSpec(None, *site.spec) if site.stacked else site.spec)
+        return None if base is None else jax.device_put(base, to), tuple(jax.device_put(m, to) for m in models)
+    if _is_spread(like):
+        # A step that wants groups, rows or the whole tensor: gather this one tensor.
+        to = NamedSharding(like.sharding.mesh, PartitionSpec())
+        return None if base is None else jax.device_put(base, to), tuple(jax.device_put(m, to) for m in models)
+    return base, models
+
+
+def _global_ranks(stage, stop, at, sites, raws, keys, carries):
+    """Selection over the tree: the counts of each round add over tensors."""
+    i, j = stop
+    n = sum(math.prod(sites[k].shape) for k in at)
+    carry = merge_stages(carries[at[0]][i][:j])
+    # The tensors agree on dtype and leading axis of what is selected; ask the first without computing it.
+    probe = jax.eval_shape(_selected(sites[at[0]], stop), raws[at[0]], keys[at[0]], carries[at[0]])
+    names, ranks = from_the_top(stage.at(n, carry), n, probe.shape[0])
+
+    def count(pivots):
+        total = None
+        for k in at:
+            part = _counted(sites[k], stop)(raws[k], keys[k], carries[k], pivots)
+            total = part if total is None else wide.add(total, part)
+        return total
+
+    found = selection.from_ordered_bits(selection.search(count, ranks, 32, jnp.uint32), probe.dtype)
+    return dict(zip(names, found, strict=True))
+
+
+def from_the_top(named, n: int, tasks: int) -> tuple[list[str], Wide]:
+    """Ranks from the bottom as ``k``-th largest: names, and a Wide of shape ``(R, T)``."""
+    ks = []
+    for rank in named.values():
+        if isinstance(rank, (int, np.integer)):
+            limbs = wide.wide(n - int(rank))
+        elif isinstance(rank, tuple) and not isinstance(rank, Wide):
+            each = [r if isinstance(r, Wide) else wide.wide(int(r)) for r in rank]
+            each = [wide.subtract(wide.wide(n), r) for r in each]
+            limbs = Wide(*(jnp.stack([jnp.reshape(limb, ()) for limb in limbs]) for limbs in zip(*each, strict=True)))
+        else:
+            limbs = wide.subtract(wide.wide(n), rank)
+        ks.append(Wide(*(jnp.broadcast_to(limb, (tasks,)) for limb in limbs)))
+    return list(named), Wide(*(jnp.stack(limbs) for limbs in zip(*ks, strict=True)))
+
+
+def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True) -> dict[str, jax.Array]:
+    """One stage over one tensor, or over what of it this device holds.
+
+    Args:
+      stage: a stage of scope "tensor" or "row", or the tensor's share of a "global" sum.
+      x: the tensor.
+      carry: what the stages before found.
+      n: entries of the tensor.
+      axis_names: mesh axes that the tensor is sharded over.
+      one_pass: see :func:`tadrop_jax.selection.count_at_least`.
+
+    Returns:
+      The stage's part of the carry.
+    """
+    if isinstance(stage, Sums):
+        arrays = stage.of(x, carry, n)
+        if stage.scope == "row":
+            return {k: _reduce(stage, a, (a.ndim - 1,) if a.ndim > 1 else (), keep=True) for k, a in arrays.items()}
+        found = {k: _reduce(stage, a, tuple(range(1, a.ndim))) for k, a in arrays.items()}
+        if not axis_names:
+            return found
+        cross = {Sums: lax.psum, Min: lax.pmin, Max: lax.pmax}[type(stage)]
+        return {k: cross(v, axis_names) for k, v in found.items()}
+    values = stage.of(x, carry)
+    row = stage.scope == "row"
+    axes = ((values.ndim - 1,) if values.ndim > 1 else ()) if row else tuple(range(1, values.ndim))
+    if row:
+        n = values.shape[-1] if values.ndim > 1 else 1
+    names, k = from_the_top(stage.at(n, carry), n, values.shape[0])
+    kept = tuple(1 if a in axes else s for a, s in enumerate(values.shape))
+    k = Wide(*(jnp.broadcast_to(jnp.reshape(v, (*v.shape, *(1,) * (values.ndim - 1))), (v.shape[0], *kept)) for v in k))
+    found = selection.order_statistic(values, k, axes, axis_names=axis_names, one_pass=one_pass)
+    return {name: v if row else jnp.reshape(v, (-1,)) for name, v in zip(names, found, strict=True)}
+
+
+def _reduce(stage, array, axes, keep=False):
+    array = array.astype(jnp.float32)
+    op = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
+    return op(array, axis=axes, keepdims=keep) if axes else array
+
+
+def piece_of(raw, site_order, tasks: int, key, shape, offsets=None) -> Piece:
+    """The piece that a step sees: task vectors in float32, whatever the storage dtype."""
+    base, models = raw
+    if base is None:
+        stack = models[0].astype(jnp.float32)
+    else:
+        base = base.astype(jnp.float32)
+        stack = jnp.stack([m.astype(jnp.float32) - base for m in models])
+    local = stack.shape[1:]
+
+    def position():
+        return _positions(local, shape, site_order, offsets)
+
+    return Piece(stack, base, tuple(range(tasks)), key, position, math.prod(local), site_order)
+
+
+def _positions(local, shape, order, offsets):
+    """Row-major positions, in PyTorch order, of a shard of shape ``local``: high and low halves of 64 bits."""
+    high = low = jnp.zeros(local, jnp.uint32)
+    for axis in order or range(len(shape)):
+        index = lax.broadcasted_iota(jnp.uint32, local, axis)
+        if offsets is not None:
+            index = index + offsets[axis]
+        high, low = _times_plus(high, low, shape[axis], index)
+    return high, low
+
+
+def _times_plus(high, low, factor: int, addend):
+    """``value * factor + addend`` in 64 bits, for a factor below 2^32."""
+    f1, f0 = jnp.uint32(factor >> 16), jnp.uint32(factor & 0xFFFF)
+    a1, a0 = low >> 16, low & 0xFFFF
+    middle = (a0 * f0 >> 16) + (a0 * f1 & 0xFFFF) + (a1 * f0 & 0xFFFF)
+    carried = a1 * f1 + (a0 * f1 >> 16) + (a1 * f0 >> 16) + (middle >> 16)
+    product = (a0 * f0 & 0xFFFF) | (middle << 16)
+    total = product + addend
+    return high * jnp.uint32(factor) + carried + (total < addend).astype(jnp.uint32), total
+
+
+def _axis_names(site: _Site) -> tuple[str, ...]:
+    names: list[str] = []
+    for entry in site.spec or ():
+        names += [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
+    return tuple(names)
+
+
+def _whole(site: _Site, raw, key) -> Piece:
+    offsets = None
+    if site.mesh is not None:
+        local = (raw[1][0].shape[1:]) if site.stacked else raw[0].shape
+        offsets = [
+            jnp.uint32(0) if entry is None else (lax.axis_index(entry) * size).astype(jnp.uint32)
+            for entry, size in zip(site.spec, local, strict=True)
+        ]
+    return piece_of(raw, site.order, site.tasks, key, site.shape, offsets)
+
+
+def _advance(site: _Site, raw, key, carries, stop=None):
+    """Applies the steps before ``stop``, filling in the statistics of single tensors on the way."""
+    x, carries = _whole(site, raw, key), list(carries)
+    n, names = math.prod(site.shape), _axis_names(site)
+    for i, step in enumerate(site.steps):
+        if not site.active[i]:
+            continue
+        found = list(carries[i])
+        for j, stage in enumerate(step.stages):
+            if stop == (i, j):
+                carries[i] = tuple(found)
+                return x, merge_stages(found[:j]), tuple(carries)
+            if found[j] is None:
+                carry = merge_stages(found[:j])
+                found[j] = reduce_stage(stage, x, carry, n, names, site.one_pass)
+        carries[i] = tuple(found)
+        value = step.apply(x, merge_stages(found))
+        if step.output != "stack":
+            return x, _store(step, value, x, raw[0]), tuple(carries)
+        x = x._replace(stack=value)
+    if site.steps and site.steps[-1].output != "stack":
+        # The rule leaves this tensor alone.
+        return x, _untouched(site.steps[-1], x, raw[0]), tuple(carries)
+    return x, x.stack, tuple(carries)
+
+
+def _store(step: Step, value, x: Piece, base):
+    if step.output == "bundle":
+        return {"unified": value["unified"], "masks": value["masks"]}
+    if step.output == "vector" and base is not None:
+        value = x.base + value
+    return value if base is None else value.astype(base.dtype)
+
+
+def _untouched(step: Step, x: Piece, base):
+    if step.output == "bundle":
+        return None
+    return jnp.zeros_like(x.stack[0]) if base is None else base
+
+
+def _mapped(site: _Site, fn, outputs, extra=()):
+    """Compiles a function of (raw, key, carries, ...), in shard_map for a sharded tensor."""
+    if site.mesh is None:
+        return jax.jit(fn)
+    whole, stack = site.spec, PartitionSpec(None, *site.spec)
+    raw = (None, (stack,)) if site.stacked else (whole, (whole,) * site.tasks)
+    none = PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            fn,
+            mesh=site.mesh,
+            in_specs=(raw, none, none, *(none,) * len(extra)),
+            out_specs=outputs(whole, stack, none),
+            check_vma=False,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _partial(site: _Site, stop):
+    def fn(raw, key, carries):
+        x, carry, carries = _advance(site, raw, key, carries, stop)
+        stage = site.steps[stop[0]].stages[stop[1]]
+        return reduce_stage(stage, x, carry, math.prod(site.shape), _axis_names(site), site.one_pass), carries
+
+    return _mapped(site, fn, lambda whole, stack, none: (none, none))
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(site: _Site, stop):
+    def fn(raw, key, carries):
+        _, carry, carries = _advance(site, raw, key, carries, stop)
+        return carry, carries
+
+    return _mapped(site, fn, lambda whole, stack, none: (none, none))
+
+
+@functools.lru_cache(maxsize=4096)
+def _selected(site: _Site, stop):
+    def fn(raw, key, carries):
+        x, carry, _ = _advance(site, raw, key, carries, stop)
+        return site.steps[stop[0]].stages[stop[1]].of(x, carry)
+
+    return _mapped(site, fn, lambda whole, stack, none: stack)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(site: _Site, stop):
+    def fn(raw, key, carries, pivots):
+        x, carry, _ = _advance(site, raw, key, carries, stop)
+        values = site.steps[stop[0]].stages[stop[1]].of(x, carry)
+        flat = jnp.reshape(pivots, (-1, pivots.shape[-1], *(1,) * (values.ndim - 1)))
+        axes = tuple(range(1, values.ndim))
+        counts = selection.exact_count(selection.ordered_bits(values), flat, axes, site.one_pass)
+        counts = Wide(*(jnp.reshape(c, pivots.shape) for c in counts))
+        names = _axis_names(site)
+        return wide.psum(counts, names) if names else counts
+
+    return _mapped(site, fn, lambda whole, stack, none: none, extra=("pivots",))
+
+
+@functools.lru_cache(maxsize=4096)
+def _finished(site: _Site):
+    def fn(raw, key, carries):
+        _, value, carries = _advance(site, raw, key, carries)
+        return value, carries
+
+    outputs = {"stack": "stack", "vector": "whole", "parameters": "whole"}
+    kind = site.steps[-1].output if site.steps else "stack"
+
+    def specs(whole, stack, none):
+        if kind == "bundle":
+            return ({"unified": whole, "masks": stack} if site.active[-1] else None), none
+        return (stack if outputs[kind] == "stack" else whole), none
+
+    return _mapped(site, fn, specs)

@@ -1,0 +1,377 @@
+"""The functions a user calls: merge, sparsify, explain."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tadrop_jax import memory
+from tadrop_jax.bundles import EMRBundle, pack
+from tadrop_jax.errors import ContentError, MergeError, MergeWarning
+from tadrop_jax.parameters import number
+from tadrop_jax.selection import magnitude
+from tadrop_jax.steps import (
+    AnyStep,
+    Chain,
+    Ranks,
+    Step,
+    chain,
+    expand,
+    floor_times,
+    output_of,
+    patterns,
+    per_task_patterns,
+    safe_ratio,
+    spec,
+)
+from tadrop_jax.task_vector import match
+from tadrop_jax.trees import check_patterns, is_mergeable, named_leaves, selected
+
+
+class Layout(NamedTuple):
+    """How a Flax tensor lies in PyTorch: its name there, and the permutation of its axes into PyTorch order."""
+
+    name: str
+    order: tuple[int, ...]
+
+
+def merge(
+    base,
+    models: Sequence[Any],
+    rule: AnyStep,
+    *,
+    sparsifier: AnyStep | None = None,
+    include=None,
+    exclude=None,
+    layout: Mapping | Callable | None = None,
+    key=None,
+):
+    """Merges fine-tunes of one base into one model, or into one model per task.
+
+    Traces inside ``jit``, ``grad`` and ``vmap``. Tensors that carry a ``NamedSharding`` are merged where they lie.
+
+    Args:
+      base: the pretrained parameters: nested dict, FrozenDict, ``nnx.State``, Linen variables, or any pytree.
+      models: T fine-tuned parameters with the same tensors, shapes and dtypes.
+      rule: a merge rule, e.g. ``tj.ties(0.2)``, or a chain that ends with one.
+      sparsifier: goes before the rule. It does not switch off the rule's own trimming: pass ``density=None`` for that.
+      include: regular expression(s) of the tensors to merge (``re.search`` on '/'-joined paths); None means all.
+      exclude: regular expression(s) of tensors to take from the base; beats include. Such tensors leave global
+        statistics, and need not be alike in the models.
+      layout: maps a path to the permutation into PyTorch order, or to a :class:`Layout`, so that groups, rows and random
+        positions follow the PyTorch tensor.
+      key: ``jax.random.key(seed)``, for methods that are random.
+
+    Returns:
+      Parameters of the type and dtypes of ``base``, or an :class:`~tadrop_jax.bundles.EMRBundle` for a per-task rule.
+      Integer and boolean tensors come from the base.
+
+    Raises:
+      MergeError: (a ``ValueError``) if trees do not match, a tensor holds NaN or infinity, a pattern matches nothing,
+        or a random method gets no key.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> base = {"w": jnp.zeros(4)}
+      >>> models = [{"w": jnp.array([1.0, 0.1, 0.0, 2.0])}, {"w": jnp.array([1.0, 0.0, -3.0, 0.1])}]
+      >>> tj.merge(base, models, tj.ties(density=None), sparsifier=tj.magnitude(0.5))["w"].tolist()
+      [1.0, 0.0, -3.0, 2.0]
+    """
+    whole = with_sparsifier(sparsifier, rule)
+    include, exclude, per_task = patterns(include), patterns(exclude), per_task_patterns(whole)
+    names, leaves, treedef = named_leaves(base)
+    floats = [name for name, leaf in zip(names, leaves, strict=True) if is_mergeable(leaf)]
+    check_patterns((*include, *exclude, *per_task), names)
+    own = {n for n in floats if per_task and selected(n, per_task)}
+    kept = {n for n in floats if n not in own and not selected(n, include, exclude)}
+    columns = match(names, leaves, models, skip=own | kept)
+    at = [i for i, n in enumerate(names) if n in set(floats) - own - kept]
+    if not at:
+        raise MergeError("there is no float tensor to merge")
+    _check_contents([(names[i], leaves[i], columns[i]) for i in at])
+    tensors: list[memory.Tensor] = []
+    where: dict[int, int] = {}
+    seen: dict[tuple, int] = {}
+    for i in at:
+        # Tied weights count once in statistics of the tree, and are merged once.
+        where[i] = seen.setdefault(tuple(id(leaf) for leaf in (leaves[i], *columns[i])), len(tensors))
+        if where[i] == len(tensors):
+            order, seed_name = _laid_out(layout, names[i], np.ndim(leaves[i]))
+            models_i = tuple(jnp.asarray(m) for m in columns[i])
+            tensors.append(memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name))
+    steps = expand(whole, len(models))
+    results = memory.run(steps, tensors, len(models), key)
+    values = [results[where[i]].value if i in where else None for i in range(len(leaves))]
+    if steps[-1].output == "bundle":
+        own_tensors = tuple({n: leaf for n, leaf in _by_name(model).items() if n in own} for model in models)
+        return _bundle(base, treedef, values, steps[-1], results, own_tensors)
+    out = [leaf if value is None else _as_dtype_of(leaf, value) for value, leaf in zip(values, leaves, strict=True)]
+    return jax.tree_util.tree_unflatten(treedef, out)
+
+
+def merge_task_vectors(stack, rule: AnyStep, *, sparsifier: AnyStep | None = None, key=None):
+    """Merges task vectors; the base is not added.
+
+    Args:
+      stack: tree of ``(T, *shape)`` float arrays, as :func:`task_vectors` gives it; None leaves stay None.
+      rule: a merge rule on task vectors.
+      sparsifier: goes before the rule.
+      key: random key, for methods that are random.
+
+    Returns:
+      Tree of float32 arrays of shape ``shape``, the coefficient applied; or a bundle without a base for a per-task rule.
+
+    Raises:
+      TypeError: for rules on weights, which need :func:`merge`.
+      MergeError: as :func:`merge`.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> tj.merge_task_vectors({"w": jnp.array([[1.0], [3.0]])}, tj.task_arithmetic(0.5))["w"].tolist()
+      [2.0]
+    """
+    whole = with_sparsifier(sparsifier, rule)
+    if output_of(whole) == "parameters":
+        raise TypeError("this rule works on weights, not on task vectors: call tj.merge(base, models, rule)")
+    return _run_stack(stack, whole, key)
+
+
+def sparsify(stack, sparsifier: AnyStep, *, key=None):
+    """Sparsifies task vectors.
+
+    Args:
+      stack: tree of ``(T, *shape)`` float arrays, as :func:`task_vectors` gives it; None leaves stay None.
+      sparsifier: any sparsifier, or a chain of them.
+      key: random key, for methods that are random.
+
+    Returns:
+      The same tree, float32, with more zeros.
+
+    Raises:
+      MergeError: for a merge rule, a random method without a key, NaN or infinity, or stacks of different T.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> tj.sparsify({"w": jnp.array([[1.0, -4.0]])}, tj.magnitude(0.5))["w"].tolist()
+      [[0.0, -4.0]]
+    """
+    if output_of(sparsifier) != "stack":
+        raise MergeError("sparsify takes a sparsifier, not a merge rule: call tj.merge or tj.merge_task_vectors")
+    return _run_stack(stack, sparsifier, key)
+
+
+def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> dict[str, dict[str, np.ndarray]]:
+    """What a sparsifier does to each tensor, in numbers.
+
+    Args:
+      base: the pretrained parameters.
+      models: T fine-tuned parameters.
+      sparsifier: any sparsifier.
+      key: random key, for methods that are random.
+
+    Returns:
+      For each float tensor, by path: ``quantile_ratio`` (T,), of the sparsifier's own quantiles if it is TADrop, else of
+      (.75, .95); ``sparsity`` (T,), the share of zeros after; ``norm`` and ``norm_after`` (T,), Euclidean; and
+      ``sign_conflict``, the share of entries whose non-zero task values differ in sign, before.
+
+    Raises:
+      MergeError: as :func:`merge`.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> report = tj.explain({"w": jnp.zeros(4)}, [{"w": jnp.array([1.0, 2.0, 3.0, 8.0])}], tj.magnitude(0.5))
+      >>> report["w"]["sparsity"].tolist()
+      [0.5]
+    """
+    if output_of(sparsifier) != "stack":
+        raise MergeError("explain takes a sparsifier, not a merge rule")
+    names, leaves, _ = named_leaves(base)
+    columns = match(names, leaves, models)
+    rows = [(n, b, c) for n, b, c in zip(names, leaves, columns, strict=True) if is_mergeable(b) and np.size(b)]
+    _check_contents(rows)
+    tensors = [memory.Tensor(n, tuple(jnp.asarray(m) for m in c), jnp.asarray(b)) for n, b, c in rows]
+    steps = (_ratio_step(0.75, 0.95), *expand(sparsifier, len(models)))
+    results = memory.run(steps, tensors, len(models), key)
+    found = {}
+    for (name, leaf, column), result in zip(rows, results, strict=True):
+        said = _describe(jnp.asarray(leaf), column, result.value)
+        for step, carry in zip(steps, result.carries, strict=True):
+            if step.report and carry:
+                said |= {k: v for k, v in step.report(carry).items() if k == "quantile_ratio"}
+        found[name] = {k: np.asarray(v) for k, v in said.items()}
+    return found
+
+
+@jax.jit
+def _describe(base, models, after):
+    base = base.astype(jnp.float32)
+    before = jnp.stack([jnp.asarray(m).astype(jnp.float32) - base for m in models])
+    axes = tuple(range(1, before.ndim))
+    conflict = jnp.any(before > 0, axis=0) & jnp.any(before < 0, axis=0)
+    return {
+        "sparsity": jnp.mean(after == 0, axis=axes),
+        "norm": jnp.sqrt(jnp.sum(before**2, axis=axes)),
+        "norm_after": jnp.sqrt(jnp.sum(after**2, axis=axes)),
+        "sign_conflict": jnp.mean(conflict),
+    }
+
+
+def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
+    """The quantile ratio of each tensor of each task: what TADrop reads a tensor's sparsity off.
+
+    Args:
+      stack: tree of ``(T, *shape)`` float arrays; None leaves stay None.
+      q_low: lower quantile in [0, 1], NumPy's method "lower".
+      q_high: upper quantile.
+
+    Returns:
+      Tree of float32 ``(T,)`` ratios in [0, 1]; 0 where the upper quantile is 0.
+
+    Raises:
+      MergeError: for stacks of different T, NaN or infinity.
+      ParameterError: for quantiles outside [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> tj.quantile_ratios({"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}, q_low=0.5, q_high=1.0)["w"].tolist()
+      [0.25]
+    """
+    step = _ratio_step(number("quantile_ratios", "q_low", q_low, 0, 1), number("quantile_ratios", "q_high", q_high, 0, 1))
+    treedef, at, leaves, results, tasks = _run_tensors(stack, (step,), None)
+    for i, result in zip(at, results, strict=True):
+        (carry,) = result.carries
+        leaves[i] = step.report(carry)["quantile_ratio"] if carry else jnp.zeros((tasks,), jnp.float32)  # type: ignore[misc]
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _ratio_step(q_low, q_high) -> Step:
+    return Step(
+        stages=(
+            Ranks(
+                lambda x, carry: magnitude(x.stack),
+                at=lambda n, carry: {"low": floor_times(q_low, n - 1), "high": floor_times(q_high, n - 1)},
+            ),
+        ),
+        apply=lambda x, carry: x.stack,
+        report=lambda carry: {"quantile_ratio": safe_ratio(carry["low"], carry["high"])},
+        spec=spec("quantile_ratios", q_low=q_low, q_high=q_high),
+    )
+
+
+def with_sparsifier(sparsifier: AnyStep | None, rule: AnyStep) -> Chain:
+    """The chain of a sparsifier and a rule, checked.
+
+    Raises:
+      MergeError: if either is not what its place asks for.
+    """
+    if output_of(rule) == "stack":
+        raise MergeError("a merge needs a merge rule, e.g. tj.task_arithmetic(0.3); sparsifiers go to sparsifier=")
+    if sparsifier is None:
+        return chain(rule)
+    if output_of(sparsifier) != "stack":
+        raise MergeError("sparsifier= takes a sparsifier, e.g. tj.tadrop(), not a merge rule")
+    return chain(sparsifier, rule)
+
+
+def _run_tensors(stack, steps_of, key):
+    """Runs steps over a tree of stacks: tree definition, float positions, leaves, results and T."""
+    names, leaves, treedef = named_leaves(stack)
+    at = [i for i, leaf in enumerate(leaves) if leaf is not None]
+    sizes = {}
+    for i in at:
+        if not is_mergeable(leaves[i]) or np.ndim(leaves[i]) < 1:
+            raise MergeError(f"{names[i]!r} is no stack of task vectors: it wants a float array (T, *shape)")
+        sizes.setdefault(np.shape(leaves[i])[0], names[i])
+    if len(sizes) != 1:
+        said = "; ".join(f"{name!r} has {t} tasks" for t, name in sizes.items()) or "it has no tensor"
+        raise MergeError(f"a stack holds the same number of tasks in every tensor: {said}")
+    (tasks,) = sizes
+    if tasks == 0:
+        raise MergeError("the stack holds no task")
+    _check_contents([(names[i], None, (leaves[i],)) for i in at])
+    tensors = [memory.Tensor(names[i], (jnp.asarray(leaves[i]),)) for i in at]
+    steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
+    return treedef, at, leaves, memory.run(steps, tensors, tasks, key), tasks
+
+
+def _run_stack(stack, whole: AnyStep, key):
+    treedef, at, leaves, results, tasks = _run_tensors(stack, whole, key)
+    values: list[Any] = [None] * len(leaves)
+    for i, result in zip(at, results, strict=True):
+        values[i] = result.value
+    last = expand(whole, tasks)[-1:]
+    if last and last[0].output == "bundle":
+        return _bundle(None, treedef, values, last[0], results, ())
+    return jax.tree_util.tree_unflatten(treedef, values)
+
+
+def _bundle(base, treedef, values, rule: Step, results, own) -> EMRBundle:
+    unified = [None if v is None else v["unified"] for v in values]
+    masks = [None if v is None else pack(v["masks"]) for v in values]
+    shapes = tuple(None if v is None else v["unified"].shape for v in values)
+    carry = next(r.carries[-1] for r in results if r.carries[-1])
+    unflatten = jax.tree_util.tree_unflatten
+    return EMRBundle(
+        base=base,
+        unified=unflatten(treedef, unified),
+        packed=tuple(masks),
+        rescalers=rule.scalars(carry)["rescalers"],  # type: ignore[misc]
+        own=own,
+        shapes=shapes,
+    )
+
+
+def _by_name(tree) -> dict[str, Any]:
+    names, leaves, _ = named_leaves(tree)
+    return dict(zip(names, leaves, strict=True))
+
+
+def _laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]:
+    """The permutation into PyTorch order (None: as it is), and the name that random numbers are drawn by."""
+    given = None if layout is None else layout(name) if callable(layout) else layout.get(name)
+    if given is None:
+        return None, name
+    torch_name, order = given if isinstance(given, Layout) else (name, given)
+    order = tuple(int(a) for a in order)
+    if sorted(order) != list(range(ndim)):
+        raise MergeError(f"layout of {name!r} must be a permutation of its {ndim} axes, got {order}")
+    return (None if order == tuple(range(ndim)) else order), torch_name
+
+
+def _as_dtype_of(leaf, value):
+    """The base's dtype, also float64 where JAX has none."""
+    dtype = getattr(leaf, "dtype", None)
+    return value if dtype is None or dtype == value.dtype else np.asarray(value).astype(dtype)
+
+
+@jax.jit
+def _contents(base, models):
+    """Which of base and models hold NaN or infinity, and which models differ from the base."""
+    finite = [jnp.all(jnp.isfinite(a)) for a in (() if base is None else (base,)) + tuple(models)]
+    return finite, [] if base is None else [jnp.any(m != base) for m in models]
+
+
+def _check_contents(rows) -> None:
+    """Refuses NaN and infinity, and warns of a model that equals the base; concrete inputs only.
+
+    Raises:
+      ContentError: naming the tensor and the model.
+    """
+    leaves = [leaf for _, base, column in rows for leaf in (base, *column) if leaf is not None]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return
+    found = jax.device_get([_contents(base, column) for _, base, column in rows])
+    for (name, base, column), (finite, _) in zip(rows, found, strict=True):
+        who = (["the base"] if base is not None else []) + [f"model {t}" for t in range(len(column))]
+        if base is None:
+            who = ["the stack"]
+        for ok, one in zip(finite, who, strict=True):
+            if not ok:
+                raise ContentError(f"tensor {name!r} holds NaN or infinity in {one}")
+    if rows and rows[0][1] is not None:
+        for t in range(len(rows[0][2])):
+            if not any(differs[t] for _, differs in found):
+                warnings.warn(f"model {t} equals the base: its task vector is zero", MergeWarning, stacklevel=3)

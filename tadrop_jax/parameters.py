@@ -1,0 +1,62 @@
+"""Checks of method parameters. Concrete numbers are checked; arrays, which may be traced, are taken as they are."""
+
+import numbers
+from typing import Any
+
+import numpy as np
+
+from tadrop_jax.errors import ParameterError
+
+
+def _concrete(value) -> bool:
+    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
+
+
+def per_task(value: Any) -> Any:
+    """One number as it is; a list, tuple or vector of one number per task as a tuple."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    if getattr(value, "ndim", 0) == 1:
+        return tuple(value[i] for i in range(value.shape[0]))
+    return value
+
+
+def number(method: str, name: str, value: Any, low: float = -float("inf"), high: float = float("inf")) -> Any:
+    """A number in [low, high], or one per task.
+
+    Raises:
+      ParameterError: naming method, parameter, value and range.
+    """
+    value = per_task(value)
+    for v in value if isinstance(value, tuple) else (value,):
+        if isinstance(v, (bool, str)) or v is None:
+            raise ParameterError(f"{method}: {name} must be a number, got {v!r}")
+        if _concrete(v) and not low <= v <= high:  # also refuses NaN
+            raise ParameterError(f"{method}: {name} must lie in [{low:g}, {high:g}], got {v}")
+    if isinstance(value, tuple) and not value:
+        raise ParameterError(f"{method}: {name} is an empty list")
+    return value
+
+
+def whole(method: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An integer in [low, high].
+
+    Raises:
+      ParameterError: naming method, parameter, value and range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ParameterError(f"{method}: {name} must be a whole number, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ParameterError(f"{method}: {name} must lie in [{low}, {'inf' if high is None else high}], got {value}")
+    return int(value)
+
+
+def choice(method: str, name: str, value: Any, options: tuple) -> Any:
+    """One of a few options.
+
+    Raises:
+      ParameterError: naming method, parameter, value and the options.
+    """
+    if value not in options:
+        raise ParameterError(f"{method}: {name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value

@@ -1,0 +1,65 @@
+r"""EMR-Merging: elect, mask, rescale (arXiv 2405.17461)."""
+
+import jax.numpy as jnp
+
+from tadrop_jax.parameters import choice
+from tadrop_jax.rules.task_arithmetic import sum_tasks
+from tadrop_jax.selection import magnitude
+from tadrop_jax.steps import Step, Sums, patterns, safe_ratio, spec
+
+
+def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
+    r"""One unified vector for all tasks, and for each task a mask of one bit an entry and one number.
+
+    .. math::
+
+      \gamma = \pm 1 \text{ as } mean_t \tau_t > 0 \text{ or not}, \quad
+      \tau_{uni} = \gamma \max_{t: \tau_t \gamma > 0} |\tau_t|, \quad M_t = \tau_t \gamma > 0, \quad
+      \theta_t = \theta_0 + \lambda_t M_t \tau_{uni}
+
+    Unified vector, masks and rescalers are all taken from the vectors as a sparsifier before this rule left them. A zero
+    task vector gets the rescaler 0.
+
+    Args:
+      rescaler: :math:`\lambda_t = \sum |\tau_t| / \sum |M_t \tau_{uni}|` with ``"global"`` sums over all entries (the
+        paper), or with ``"tensor_mean"``: the sum over tensors of their means, so that a bias weighs like a matrix (the
+        authors' code, ``emr_merge``; the default).
+      per_task: regular expressions of tensors that stay each task's own, heads for instance.
+
+    Returns:
+      A per-task rule: :func:`tadrop_jax.merge` gives an :class:`~tadrop_jax.bundles.EMRBundle`.
+
+    Raises:
+      ParameterError: for an unknown rescaler or a broken pattern.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> bundle = tj.merge({"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 1.0])}], tj.emr())
+      >>> bundle.unified["w"].tolist()
+      [3.0, -2.0]
+    """
+    choice("emr", "rescaler", rescaler, ("tensor_mean", "global"))
+
+    def parts(x):
+        positive = sum_tasks(x.stack) > 0
+        masks = jnp.where(positive, x.stack > 0, x.stack < 0)
+        largest = jnp.max(jnp.where(masks, magnitude(x.stack), 0), axis=0)
+        return jnp.where(positive, largest, -largest), masks
+
+    def sums(x, carry, n):
+        unified, masks = parts(x)
+        share = 1.0 / n if rescaler == "tensor_mean" else 1.0
+        return {"own": magnitude(x.stack) * share, "unified": jnp.where(masks, magnitude(unified), 0) * share}
+
+    def apply(x, carry):
+        unified, masks = parts(x)
+        return {"unified": unified, "masks": masks}
+
+    return Step(
+        stages=(Sums(sums, scope="global"),),
+        apply=apply,
+        output="bundle",
+        scalars=lambda carry: {"rescalers": safe_ratio(carry["own"], carry["unified"])},
+        per_task=patterns(per_task),
+        spec=spec("emr", rescaler=rescaler),
+    )

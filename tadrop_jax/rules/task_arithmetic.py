@@ -1,0 +1,50 @@
+"""Task Arithmetic (arXiv 2212.04089)."""
+
+import functools
+
+import jax.numpy as jnp
+
+from tadrop_jax.parameters import number
+from tadrop_jax.steps import Step, spec
+
+
+def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) -> Step:
+    """``theta_0 + coefficient * sum_t w_t tau_t``.
+
+    Args:
+      coefficient: multiplies the sum; a number, or one per task. 0.3 is the authors' choice for 8 ViT tasks.
+      weights: w_t, a number or one per task.
+      normalize: divide by the sum of the weights, where its size is at least 1e-8 (mergekit ``task_arithmetic``).
+
+    Returns:
+      A merge rule.
+
+    Raises:
+      ParameterError: for values that are no numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> tj.merge({"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 2.0])}],
+      ...          tj.task_arithmetic(0.5))["w"].tolist()
+      [1.0, 1.0]
+    """
+    coefficient = number("task_arithmetic", "coefficient", coefficient)
+    weights = number("task_arithmetic", "weights", weights)
+
+    def apply(x, carry):
+        total = sum_tasks(x.stack * x.per_task(coefficient) * x.per_task(weights))
+        if not normalize:
+            return total
+        divisor = jnp.sum(jnp.broadcast_to(x.per_task(weights).ravel(), (x.stack.shape[0],)))
+        return total / jnp.where(jnp.abs(divisor) < 1e-8, 1, divisor)
+
+    return Step(
+        apply=apply,
+        output="vector",
+        spec=spec("task_arithmetic", coefficient=coefficient, weights=weights, normalize=normalize),
+    )
+
+
+def sum_tasks(stack):
+    """The sum over the leading axis, one task after another, so that every executor adds in the same order."""
+    return functools.reduce(jnp.add, [stack[t] for t in range(stack.shape[0])])

@@ -1,0 +1,166 @@
+r"""TIES-Merging (arXiv 2306.01708)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from tadrop_jax.errors import ParameterError
+from tadrop_jax.parameters import choice, number
+from tadrop_jax.rules.task_arithmetic import sum_tasks
+from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
+from tadrop_jax.steps import Chain, Step, Sums, chain, safe_ratio, spec
+
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "authors": {
+        "granularity": "global",
+        "keep": "floor_plus_one",
+        "combine": "mean",
+        "elect": "unweighted",
+        "zero_sign": "majority",
+        "divisor": "count",
+    },
+    "mergekit": {
+        "granularity": "tensor",
+        "keep": "exact",
+        "combine": "mean",
+        "elect": "weighted",
+        "zero_sign": "positive",
+        "divisor": "weights",
+    },
+    "peft": {
+        "granularity": "tensor",
+        "keep": "exact",
+        "combine": "mean",
+        "elect": "unweighted",
+        "zero_sign": "positive",
+        "divisor": "count",
+    },
+}
+
+
+def ties(
+    density=0.2,
+    coefficient=1.0,
+    *,
+    weights=1.0,
+    flavour: str | None = None,
+    granularity: str | None = None,
+    combine: str | None = None,
+    elect: str | None = None,
+    zero_sign: str | None = None,
+    divisor: str | None = None,
+    keep: str | None = None,
+) -> Chain:
+    r"""Trims, elects a sign for each entry, and averages the entries that agree with it.
+
+    .. math::
+
+      s = sign(\sum_t \tau_t), \quad
+      \tau = \frac{\sum_{t: sign \tau_t = s} w_t \tau_t}{|\{t: sign \tau_t = s\}|}, \quad
+      \theta = \theta_0 + coefficient \cdot \tau
+
+    Three parties implement this differently. ``flavour`` is a preset of the parameters below, any of which overrides it:
+    ``"authors"`` (ties-merging, ``src/utils/merge_utils.py``; the default), ``"mergekit"``
+    (``GTATask`` with ``ties``; through :func:`tadrop_jax.merge` equal to its output) and ``"peft"``
+    (``peft.utils.merge_utils.ties``; through :func:`tadrop_jax.merge_task_vectors` equal to it).
+
+    Args:
+      density: share that the trim keeps, in [0, 1], a number or one per task (the authors' K = 20 is 0.2). None
+        switches the trim off: then a sparsifier before this rule replaces it.
+      coefficient: multiplies the merged vector.
+      weights: w_t, a number or one per task.
+      flavour: preset, see above.
+      granularity: of the trim: ``"global"`` (one threshold for the whole task vector) or ``"tensor"``.
+      combine: ``"mean"``, ``"sum"``, or ``"max"`` (the largest magnitude, times the sign).
+      elect: ``"unweighted"`` (the sign of the sum), ``"weighted"`` (of the weighted sum) or ``"frequency"`` (of the sum
+        of signs; PEFT).
+      zero_sign: the sign where the election ends in 0: ``"majority"`` of all elected signs over the whole vector, or
+        ``"positive"``.
+      divisor: of the mean: ``"count"`` of the agreeing tasks, or the sum of their ``"weights"``.
+      keep: how many entries the trim keeps, see :func:`tadrop_jax.magnitude`.
+
+    Returns:
+      A merge rule.
+
+    Raises:
+      ParameterError: for values out of range, or parameters that do not go together.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> stack = {"w": jnp.array([[4.0, 1.0], [2.0, -3.0]])}
+      >>> tj.merge_task_vectors(stack, tj.ties(1.0))["w"].tolist()
+      [3.0, -3.0]
+    """
+    choice("ties", "flavour", flavour, (None, *FLAVOURS))
+    given = dict(
+        granularity=granularity, combine=combine, elect=elect, zero_sign=zero_sign, divisor=divisor, keep=keep
+    )
+    chosen = FLAVOURS[flavour or "authors"] | {k: v for k, v in given.items() if v is not None}
+    choice("ties", "granularity", chosen["granularity"], ("tensor", "global"))
+    choice("ties", "keep", chosen["keep"], KEEP)
+    if density is not None:
+        density = number("ties", "density", density, 0, 1)
+        if chosen["keep"] == "exact" and chosen["granularity"] == "global":
+            raise ParameterError(
+                "ties: keep='exact' breaks ties by position in a tensor: with granularity='global' pass keep='floor'"
+            )
+    coefficient = number("ties", "coefficient", coefficient)
+    if isinstance(coefficient, tuple):
+        raise ParameterError("ties: coefficient is one number for the merged vector; weights are per task")
+    rule = _elect_and_merge(
+        coefficient,
+        number("ties", "weights", weights),
+        choice("ties", "combine", chosen["combine"], ("mean", "sum", "max")),
+        choice("ties", "elect", chosen["elect"], ("unweighted", "weighted", "frequency")),
+        choice("ties", "zero_sign", chosen["zero_sign"], ("majority", "positive")),
+        choice("ties", "divisor", chosen["divisor"], ("count", "weights")),
+    )
+    if density is None:
+        return chain(rule)
+    return chain(magnitude(density, chosen["granularity"], keep=chosen["keep"]), rule)
+
+
+def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -> Step:
+    def weighted(x):
+        # The select keeps XLA from fusing this product into the sum, whose rounding would then leave a sign where
+        # +a and -a cancel.
+        return jnp.where(x.stack == 0, 0, x.stack * x.per_task(weights))
+
+    def elected(x):
+        votes = {"unweighted": lambda: x.stack, "weighted": lambda: weighted(x), "frequency": lambda: jnp.sign(x.stack)}
+        return jnp.sign(sum_tasks(votes[elect]()))
+
+    def majority(x, carry, n):
+        return {"majority": elected(x)[None]}
+
+    def apply(x, carry):
+        sign = elected(x)
+        otherwise = jnp.sign(carry["majority"][0]) if zero_sign == "majority" else 1.0
+        sign = jnp.where(sign == 0, otherwise, sign)
+        voters = weighted(x) if elect == "weighted" else x.stack
+        agree = jnp.where(sign > 0, voters > 0, voters < 0)
+        chosen = jnp.where(agree, x.stack * x.per_task(weights), 0)
+        if combine == "max":
+            return coefficient * jnp.max(jnp.abs(chosen), axis=0) * sign
+        total = sum_tasks(chosen)
+        if combine == "sum":
+            return coefficient * total
+        if divisor == "count":
+            return coefficient * total / jnp.maximum(jnp.sum(agree, axis=0), 1)
+        share = sum_tasks(jnp.where(agree, x.per_task(weights), 0))
+        return coefficient * jnp.where(share == 0, total, safe_ratio(total, share))
+
+    return Step(
+        stages=(Sums(majority, scope="global"),) if zero_sign == "majority" else (),
+        apply=apply,
+        output="vector",
+        spec=spec(
+            "ties",
+            coefficient=coefficient,
+            weights=weights,
+            combine=combine,
+            elect=elect,
+            zero_sign=zero_sign,
+            divisor=divisor,
+        ),
+    )

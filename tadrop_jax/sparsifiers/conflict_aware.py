@@ -1,0 +1,75 @@
+"""Conflict-aware sparsification of CABS (arXiv 2503.01874): masks that do not overlap."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Step, Sums, expand, output_of
+
+
+def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
+    """Sparsifies one task after another, each on the entries that the tasks before it left free.
+
+    ``tau_1`` is sparsified; then ``tau_2 * (1 - mask_1)``; then ``tau_3 * (1 - mask_1 | mask_2)``, and so on. An entry
+    is taken where the output of an earlier task is not zero. The inner sparsifier counts its n over all entries.
+
+    Args:
+      sparsifier: any sparsifier.
+      order: the order of the tasks, a permutation of 0 to T - 1; None means as given.
+
+    Returns:
+      A sparsifier whose T masks are disjoint.
+
+    Raises:
+      MergeError: if a rule is given in place of a sparsifier.
+      ParameterError: when run, if ``order`` is no permutation of the tasks.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> stack = {"w": jnp.array([[5.0, 4.0, 0.0], [9.0, 3.0, 1.0]])}
+      >>> tj.sparsify(stack, tj.conflict_aware(tj.magnitude(0.4)))["w"].tolist()
+      [[5.0, 0.0, 0.0], [0.0, 3.0, 0.0]]
+    """
+    if output_of(sparsifier) != "stack":
+        raise MergeError("conflict_aware takes a sparsifier, not a merge rule")
+    order = None if order is None else tuple(int(t) for t in order)
+
+    def build(tasks: int) -> tuple[Step, ...]:
+        turns = tuple(range(tasks)) if order is None else order
+        if sorted(turns) != list(range(tasks)):
+            raise ParameterError(f"conflict_aware: order must be a permutation of 0 to {tasks - 1}, got {list(turns)}")
+        inner = expand(sparsifier, tasks)
+        return tuple(_restricted(step, task, turns[:i]) for i, task in enumerate(turns) for step in inner)
+
+    return PerTasks(build)
+
+
+def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
+    """The step for one task, on what the earlier tasks left free."""
+
+    def view(x):
+        own = x.stack[task]
+        for other in earlier:
+            own = jnp.where(x.stack[other] != 0, 0, own)
+        return x._replace(stack=own[None], tasks=(task,))
+
+    def restrict(stage):
+        if isinstance(stage, Sums):
+            return type(stage)(lambda x, carry, n: stage.of(view(x), carry, n), stage.scope)
+        return Ranks(lambda x, carry: stage.of(view(x), carry), lambda n, carry: own_ranks(stage, n, carry), stage.scope)
+
+    def own_ranks(stage, n, carry):
+        # A plain tuple holds one rank for each task.
+        return {name: r[task] if type(r) is tuple else r for name, r in stage.at(n, carry).items()}
+
+    def apply(x, carry):
+        return x.stack.at[task].set(step.apply(view(x), carry)[0])
+
+    return dataclasses.replace(
+        step,
+        stages=tuple(restrict(s) for s in step.stages),
+        apply=apply,
+        report=None,
+        spec=None if step.spec is None else ("conflict_aware", step.spec, task, earlier),
+    )

@@ -1,0 +1,54 @@
+"""DARE: drop and rescale (arXiv 2311.03099)."""
+
+import jax.numpy as jnp
+
+from tadrop_jax.parameters import choice, number
+from tadrop_jax.steps import Step, Sums, magnitude, safe_ratio, spec
+
+
+def dare(density, rescale: str | None = "inverse") -> Step:
+    """Keeps each entry with probability ``density``, and rescales what is left.
+
+    A seed gives the same mask in memory, sharded and streamed.
+
+    Args:
+      density: share to keep in [0, 1], a number or one per task.
+      rescale: ``"inverse"``: by 1/density (MergeLM); ``"l1"``: to the L1 norm before (mergekit ``sparsify.bernoulli``
+        with rescale); None: not at all. Where nothing is left the result is zero.
+
+    Returns:
+      A sparsifier that needs a random key.
+
+    Raises:
+      ParameterError: for values out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, tadrop_jax as tj
+      >>> stack = {"w": jnp.ones((1, 1000))}
+      >>> pruned = tj.sparsify(stack, tj.dare(0.5), key=jax.random.key(0))["w"]
+      >>> sorted(set(pruned.ravel().tolist()))
+      [0.0, 2.0]
+    """
+    density = number("dare", "density", density, 0, 1)
+    choice("dare", "rescale", rescale, ("inverse", "l1", None))
+
+    def kept(x):
+        return jnp.where(x.uniform() < x.per_task(density), x.stack, 0)
+
+    def sums(x, carry, n):
+        return {"all": magnitude(x.stack), "kept": magnitude(kept(x))}
+
+    def apply(x, carry):
+        if rescale == "inverse":
+            return kept(x) * safe_ratio(1.0, x.per_task(density))
+        if rescale == "l1":
+            scale = safe_ratio(carry["all"], carry["kept"])
+            return kept(x) * jnp.reshape(scale, (-1,) + (1,) * (x.stack.ndim - 1))
+        return kept(x)
+
+    return Step(
+        stages=(Sums(sums),) if rescale == "l1" else (),
+        apply=apply,
+        random=True,
+        spec=spec("dare", density=density, rescale=rescale),
+    )

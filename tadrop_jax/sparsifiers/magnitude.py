@@ -1,0 +1,116 @@
+"""Magnitude pruning: the trim of TIES-Merging (arXiv 2306.01708)."""
+
+import jax.numpy as jnp
+
+from tadrop_jax import selection, wide
+from tadrop_jax.errors import ParameterError
+from tadrop_jax.parameters import choice, number
+from tadrop_jax.steps import Ranks, Step, floor_times, spec
+
+KEEP = ("at_least_one", "floor", "floor_plus_one", "exact")
+_NEVER = jnp.iinfo(jnp.uint32).max
+
+
+def magnitude(density, granularity: str = "tensor", *, keep: str = "at_least_one") -> Step:
+    """Keeps the k largest magnitudes of each tensor, or of each task's whole vector.
+
+    Density 0 gives zeros and 1 the identity, whatever ``keep`` says.
+
+    Args:
+      density: share to keep in [0, 1], a number or one per task (not in percent).
+      granularity: ``"tensor"`` or ``"global"``.
+      keep: how many: ``"at_least_one"`` is ``max(1, floor(density * n))`` (ours); ``"floor"``; ``"floor_plus_one"``
+        (ties-merging, ``merge_utils.topk_values_mask``). All three also keep the entries equal to the threshold.
+        ``"exact"`` is ``floor(density * n)`` and not one more, ties going to the lowest index (mergekit
+        ``sparsify.magnitude``, PEFT ``magnitude_based_pruning``); granularity "tensor" only.
+
+    Returns:
+      A sparsifier.
+
+    Raises:
+      ParameterError: for values out of range, or ``keep="exact"`` with granularity "global".
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> tj.sparsify({"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}, tj.magnitude(0.25))["w"].tolist()
+      [[0.0, 0.0, 0.0, -8.0]]
+    """
+    density = number("magnitude", "density", density, 0, 1)
+    choice("magnitude", "granularity", granularity, ("tensor", "global"))
+    choice("magnitude", "keep", keep, KEEP)
+    if keep == "exact" and granularity == "global":
+        raise ParameterError("magnitude: keep='exact' breaks ties by position in a tensor: use granularity='tensor'")
+
+    def kept(n):
+        counts = tuple(kept_count(d, n, keep) for d in (density if isinstance(density, tuple) else (density,)))
+        return counts if isinstance(density, tuple) else counts[0]
+
+    def cut_rank(n, carry):
+        return {"cut": _map(lambda k: _from_top(n, k), kept(n))}
+
+    stages = [Ranks(lambda x, carry: selection.magnitude(x.stack), at=cut_rank, scope=granularity)]
+    if keep == "exact":
+        stages.append(Ranks(_tie_order, at=lambda n, carry: {"last": _map(_last, kept(_addressable(n)))}))
+
+    def apply(x, carry):
+        if keep == "exact":
+            order = _tie_order(x, carry)
+            return jnp.where((order <= _column(x, carry["last"])) & (order != _NEVER), x.stack, 0)
+        return jnp.where(selection.at_least(selection.magnitude(x.stack), _column(x, carry["cut"])), x.stack, 0)
+
+    return Step(
+        stages=tuple(stages),
+        apply=apply,
+        report=lambda carry: {"threshold": carry["cut"]},
+        spec=spec("magnitude", density=density, granularity=granularity, keep=keep),
+    )
+
+
+def kept_count(density, n: int, keep: str):
+    """How many of n entries a density keeps: an int for a Python number, else a Wide."""
+    k = floor_times(density, n)
+    if isinstance(k, int):
+        if keep == "at_least_one":
+            k = max(k, 1)
+        elif keep == "floor_plus_one":
+            k = min(k + 1, n)
+        return k if density > 0 else 0
+    if keep == "at_least_one":
+        k = wide.maximum(k, wide.wide(1))
+    elif keep == "floor_plus_one":
+        k = wide.minimum(wide.add(k, wide.wide(1)), wide.wide(n))
+    return wide.where(jnp.asarray(density) > 0, k, wide.wide(0))
+
+
+def _from_top(n, k):
+    return n - k if isinstance(k, int) else wide.subtract(wide.wide(n), k)
+
+
+def _last(k):
+    """Rank, in the order of :func:`_tie_order`, of the last entry that is kept; any rank will do for k = 0."""
+    if isinstance(k, int):
+        return max(k - 1, 0)
+    return wide.subtract(wide.maximum(k, wide.wide(1)), wide.wide(1))
+
+
+def _tie_order(x, carry):
+    """0 above the threshold, then the tied entries by position, then all that lies below."""
+    size, cut = selection.magnitude(x.stack), _column(x, carry["cut"])
+    _, low = x.position()
+    tied = jnp.where(selection.at_least(size, cut), low[None] + 1, _NEVER)
+    above = selection.ordered_bits(size) > selection.ordered_bits(cut)
+    return jnp.where(above, jnp.uint32(0), tied)
+
+
+def _addressable(n: int) -> int:
+    if n >= _NEVER:
+        raise ParameterError(f"magnitude: keep='exact' is for tensors below 2^32 - 1 entries, got {n}")
+    return n
+
+
+def _map(fn, value):
+    return tuple(fn(v) for v in value) if type(value) is tuple else fn(value)
+
+
+def _column(x, values):
+    return jnp.reshape(values, (-1,) + (1,) * (x.stack.ndim - 1))

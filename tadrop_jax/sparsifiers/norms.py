@@ -1,0 +1,48 @@
+"""Pruning at a threshold with the tensor's norm restored; what TADrop and its uniform control share."""
+
+import jax.numpy as jnp
+
+from tadrop_jax.errors import ParameterError
+from tadrop_jax.steps import Sums, at_least, magnitude, safe_ratio
+
+
+def check_norm(method: str, norm):
+    """1, 2 or None.
+
+    Raises:
+      ParameterError: for any other value.
+    """
+    if norm not in (1, 2, None) or isinstance(norm, bool):
+        raise ParameterError(f"{method}: norm must be 1, 2 or None, got {norm!r}")
+    return norm
+
+
+def norm_stages(norm) -> tuple[Sums, ...]:
+    """The sums of ``|x|^p`` before and after pruning at ``carry["cut"]``; none if there is no norm to restore."""
+    if norm is None:
+        return ()
+
+    def of(x, carry, n):
+        size = magnitude(x.stack) ** norm
+        return {"all": size, "kept": jnp.where(at_least(magnitude(x.stack), _column(x, carry["cut"])), size, 0)}
+
+    return (Sums(of),)
+
+
+def prune(x, carry, norm):
+    """Zeros what lies below ``carry["cut"]``, then scales the rest so that the p-norm is what it was."""
+    kept = jnp.where(at_least(magnitude(x.stack), _column(x, carry["cut"])), x.stack, 0)
+    return kept if norm is None else kept * _column(x, scale(carry, norm))
+
+
+def scale(carry, norm):
+    """``||tau||_p / ||kept||_p``, one number a task; 0 where nothing is left."""
+    ratio = safe_ratio(carry["all"], carry["kept"])
+    if norm == 1:
+        return ratio
+    empty = ratio == 0
+    return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, ratio)))
+
+
+def _column(x, values):
+    return jnp.reshape(values, (-1,) + (1,) * (x.stack.ndim - 1))

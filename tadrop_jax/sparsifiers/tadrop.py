@@ -1,0 +1,111 @@
+r"""TADrop: tensor-wise adaptive drop (arXiv 2508.06163)."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from tadrop_jax import wide
+from tadrop_jax.errors import ParameterError
+from tadrop_jax.parameters import number
+from tadrop_jax.sparsifiers.norms import check_norm, norm_stages, prune
+from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, safe_ratio, spec
+
+
+def tadrop(
+    q_low=0.75,
+    q_high=0.95,
+    *,
+    norm: int | None = 2,
+    mapping: str | Callable = "identity",
+    s_min=0.0,
+    s_max=0.9,
+) -> Step:
+    r"""Gives each tensor of each task its own sparsity, read off the distribution of its magnitudes.
+
+    .. math::
+
+      QR = Q_{|\tau|}(q_{low}) / Q_{|\tau|}(q_{high}), \quad s = clip(g(QR), s_{min}, s_{max}), \quad
+      \tau' = keep \cdot \tau \cdot \|\tau\|_p / \|keep \cdot \tau\|_p
+
+    keeps the ``n - floor(s n)`` largest magnitudes, and entries equal to the threshold. A small ratio means a heavy
+    tail: little is pruned. A tensor whose ``Q(q_high)`` is 0 is sparse already and stays as it is.
+
+    The paper gives the quantile ratio, the direction, and the norm-preserving scaling. It was not published with code,
+    and these three choices are **ours**: the two quantiles, the map g from ratio to sparsity, and the norm p.
+
+    Args:
+      q_low: lower quantile in [0, 1], NumPy's method "lower". A float, or a float32 scalar that may be traced.
+      q_high: upper quantile, at least ``q_low``.
+      norm: p = 2, 1, or None for no scaling.
+      mapping: g: ``"identity"``, ``"affine:SLOPE,OFFSET"``, ``"power:EXPONENT"``, or a function of the ratios ``(T,)``.
+      s_min: least sparsity in [0, 1].
+      s_max: largest sparsity in [s_min, 1].
+
+    Returns:
+      A sparsifier, granularity "tensor".
+
+    Raises:
+      ParameterError: for values out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> stack = {"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}
+      >>> tj.sparsify(stack, tj.tadrop(0.5, 1.0, norm=None))["w"].tolist()
+      [[0.0, -2.0, 3.0, -8.0]]
+    """
+    q_low, q_high = number("tadrop", "q_low", q_low, 0, 1), number("tadrop", "q_high", q_high, 0, 1)
+    s_min, s_max = number("tadrop", "s_min", s_min, 0, 1), number("tadrop", "s_max", s_max, 0, 1)
+    if any(isinstance(v, tuple) for v in (q_low, q_high, s_min, s_max)):
+        raise ParameterError("tadrop: q_low, q_high, s_min and s_max are one number for all tasks")
+    for low, high, names in ((q_low, q_high, "q_low <= q_high"), (s_min, s_max, "s_min <= s_max")):
+        if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
+            raise ParameterError(f"tadrop: {names} must hold, got {low} and {high}")
+    check_norm("tadrop", norm)
+    to_sparsity = _mapping(mapping)
+
+    def quantile_ranks(n, carry):
+        return {"low": floor_times(q_low, n - 1), "high": floor_times(q_high, n - 1)}
+
+    def cut_rank(n, carry):
+        # Clipped as ranks, so that s_min and s_max given as Python floats count in float64.
+        rank = wide.wide(floor_times(to_sparsity(safe_ratio(carry["low"], carry["high"])), n))
+        rank = wide.minimum(wide.maximum(rank, wide.wide(floor_times(s_min, n))), wide.wide(floor_times(s_max, n)))
+        return {"cut": wide.where(carry["high"] == 0, wide.wide(0), rank)}
+
+    return Step(
+        stages=(
+            Ranks(_magnitudes, at=quantile_ranks),
+            Ranks(_magnitudes, at=cut_rank),
+            *norm_stages(norm),
+        ),
+        apply=functools.partial(prune, norm=norm),
+        report=lambda c: {"quantile_ratio": safe_ratio(c["low"], c["high"])},
+        spec=spec("tadrop", q_low=q_low, q_high=q_high, norm=norm, mapping=mapping, s_min=s_min, s_max=s_max),
+    )
+
+
+def _magnitudes(x, carry):
+    return magnitude(x.stack)
+
+
+def _mapping(mapping) -> Callable:
+    if callable(mapping):
+        return mapping
+    kind, _, rest = str(mapping).partition(":")
+    try:
+        values = [float(v) for v in rest.split(",")] if rest else []
+    except ValueError:
+        values = []
+    if kind == "identity" and not rest:
+        return lambda ratio: ratio
+    if kind == "affine" and len(values) == 2:
+        slope, offset = values
+        # The barrier keeps the product from being fused into the sum: executors must round alike.
+        return lambda ratio: jax.lax.optimization_barrier(ratio * jnp.float32(slope)) + jnp.float32(offset)
+    if kind == "power" and len(values) == 1:
+        return lambda ratio: ratio ** values[0]
+    raise ParameterError(
+        f"tadrop: mapping must be 'identity', 'affine:SLOPE,OFFSET', 'power:EXPONENT' or a function, got {mapping!r}"
+    )

@@ -1,0 +1,43 @@
+"""Uniform sparsity with the norm restored: TADrop's control."""
+
+import functools
+
+from tadrop_jax.parameters import number
+from tadrop_jax.sparsifiers.norms import check_norm, norm_stages, prune
+from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, spec
+
+
+def uniform(sparsity, norm: int | None = 2) -> Step:
+    r"""Prunes every tensor to one sparsity s, then scales it back to its p-norm.
+
+    Keeps the ``n - floor(s n)`` largest magnitudes of each tensor, and entries equal to the threshold. This is
+    :func:`~tadrop_jax.tadrop` with the adaptivity taken out: the control that a gain of TADrop has to beat.
+
+    Args:
+      sparsity: s in [0, 1], a number or one per task.
+      norm: p = 2, 1, or None for no scaling.
+
+    Returns:
+      A sparsifier, granularity "tensor".
+
+    Raises:
+      ParameterError: for values out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> tj.sparsify({"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}, tj.uniform(0.5, norm=None))["w"].tolist()
+      [[0.0, 0.0, 3.0, -8.0]]
+    """
+    sparsity = number("uniform", "sparsity", sparsity, 0, 1)
+    check_norm("uniform", norm)
+
+    def cut_rank(n, carry):
+        shares = sparsity if isinstance(sparsity, tuple) else (sparsity,)
+        ranks = tuple(floor_times(s, n) for s in shares)
+        return {"cut": ranks if isinstance(sparsity, tuple) else ranks[0]}
+
+    return Step(
+        stages=(Ranks(lambda x, carry: magnitude(x.stack), at=cut_rank), *norm_stages(norm)),
+        apply=functools.partial(prune, norm=norm),
+        spec=spec("uniform", sparsity=sparsity, norm=norm),
+    )

@@ -1,0 +1,337 @@
+r"""The algebra that every sparsifier and merge rule is written in.
+
+A step of a merge declares *stages* of statistics that add up over pieces of a tensor (or of the tree), then a function
+of one piece and those statistics. It is an immutable value, in the manner of ``optax.GradientTransformation``; the
+executors (:mod:`tadrop_jax.memory`, :mod:`tadrop_jax.streaming`) decide how to get what it asks for. A sparsifier is a
+step that maps a stack of task vectors to a stack with more zeros; a merge rule is a last step that turns a stack into
+one merged vector, merged parameters, or the parts of a per-task bundle.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tadrop_jax import randomness
+from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.selection import at_least, magnitude
+from tadrop_jax.trees import selected
+from tadrop_jax.wide import Wide, floor_times
+
+__all__ = [
+    "Max",
+    "Min",
+    "Piece",
+    "Ranks",
+    "Step",
+    "Sums",
+    "at_least",
+    "chain",
+    "expand",
+    "floor_times",
+    "magnitude",
+    "masked",
+    "safe_ratio",
+]
+
+Carry = Mapping[str, jax.Array]
+Scope = Literal["row", "tensor", "global"]
+
+
+class Piece(NamedTuple):
+    """What a step sees: one piece of one tensor, of all tasks.
+
+    A piece is the whole tensor in its natural shape S (in memory), one device's part of it (sharded), or a flat block
+    (streamed). Steps are written so that they cannot tell.
+
+    Attributes:
+      stack: float32 ``(T, *S)``, the task vectors as the steps before left them.
+      base: float32 ``S``, or None where only task vectors were given.
+      tasks: the task that each entry of the leading axis belongs to.
+      key: typed random key of this tensor, or None.
+      position: a function that gives each entry's position in the row-major tensor (in PyTorch order where a layout
+        is known): ``(high, low)`` uint32 arrays of shape S.
+      valid: how many entries of the flattened piece are real (blocks are padded); an int or a traced scalar.
+      order: permutation that brings S into PyTorch order, or None.
+    """
+
+    stack: jax.Array
+    base: jax.Array | None = None
+    tasks: tuple[int, ...] = ()
+    key: jax.Array | None = None
+    position: Callable[[], tuple[jax.Array, jax.Array]] | None = None
+    valid: Any = None
+    order: tuple[int, ...] | None = None
+
+    def per_task(self, values) -> jax.Array:
+        """Brings a number, or one number per task, into a shape that broadcasts against the stack."""
+        if isinstance(values, tuple):
+            if len(values) <= max(self.tasks):
+                raise ParameterError(f"{len(values)} values were given for {max(self.tasks) + 1} tasks")
+            values = jnp.stack([jnp.asarray(values[t], jnp.float32) for t in self.tasks])
+        values = jnp.asarray(values, jnp.float32)
+        return values if values.ndim == 0 else jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
+
+    def uniform(self) -> jax.Array:
+        """One uniform number in [0, 1) for each entry and task, a function of key, task and position alone."""
+        if self.key is None or self.position is None:
+            raise MergeError("this method is random: pass key=jax.random.key(seed)")
+        high, low = self.position()
+        return jnp.stack([randomness.uniform(self.key, task, high, low) for task in self.tasks])
+
+    def groups(self, m: int) -> jax.Array:
+        """The stack as ``(T, G, m)``: groups of m consecutive entries in PyTorch order, padded with zeros."""
+        flat = jnp.reshape(_transpose(self.stack, self.order), (self.stack.shape[0], -1))
+        flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % m)))
+        return jnp.reshape(flat, (flat.shape[0], -1, m))
+
+    def ungroup(self, groups: jax.Array) -> jax.Array:
+        """The inverse of :meth:`groups`, for an array ``(T, G, m)``."""
+        shape = self.stack.shape[1:]
+        flat = jnp.reshape(groups, (groups.shape[0], -1))[:, : math.prod(shape)]
+        if self.order is None:
+            return jnp.reshape(flat, (flat.shape[0], *shape))
+        permuted = jnp.reshape(flat, (flat.shape[0], *(shape[a] for a in self.order)))
+        inverse = sorted(range(len(shape)), key=lambda a: self.order[a])  # type: ignore[index]
+        return _transpose(permuted, tuple(inverse))
+
+
+def _transpose(stack, order):
+    return stack if order is None else jnp.transpose(stack, (0, *(a + 1 for a in order)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sums:
+    """Statistics that are summed over everything but the leading axis.
+
+    Attributes:
+      of: ``(x, carry, n) -> {name: array}``; arrays ``(T, *S)``, or ``(1, *S)`` for one that all tasks share. n is the
+        number of entries of the tensor. In the carry: float32 ``(T,)`` or ``(1,)``.
+      scope: ``"row"`` (the last axis), ``"tensor"`` or ``"global"`` (the tree).
+    """
+
+    of: Callable[[Piece, Carry, Any], Mapping[str, jax.Array]]
+    scope: Scope = "tensor"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Min(Sums):
+    """As :class:`Sums`, with the minimum in place of the sum."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Max(Sums):
+    """As :class:`Sums`, with the maximum in place of the sum."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranks:
+    """Exact order statistics; constants for gradients.
+
+    Attributes:
+      of: ``(x, carry) -> array`` of shape ``(T, *S)``, float32 (signed values too) or uint32.
+      at: ``(n, carry) -> {name: rank}``: 0 is the smallest of the n entries (of the tensor, or of the tree). A rank is
+        an int, a tuple of one int per task, or what :func:`~tadrop_jax.wide.floor_times` gives for arrays. Rank n
+        gives a bound that no entry reaches. In the carry: ``(T,)``.
+      scope: ``"row"``, ``"tensor"`` or ``"global"``.
+    """
+
+    of: Callable[[Piece, Carry], jax.Array]
+    at: Callable[[int, Carry], Mapping[str, "int | tuple | Wide"]]
+    scope: Scope = "tensor"
+
+
+Stage = Sums | Ranks
+Output = Literal["stack", "vector", "parameters", "bundle"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a merge.
+
+    Two steps with the same ``spec`` are the same step: the executors compile it once. A step without a spec is equal to
+    itself alone.
+
+    Attributes:
+      apply: ``(x, carry) -> array``: the new stack ``(T, *S)`` of a sparsifier; the merged task vector ``S`` of a rule;
+        ``{"unified": S, "masks": bool (T, *S)}`` of a per-task rule.
+      stages: statistics, in order; each sees the carry of those before.
+      piece: what ``apply`` and the stages need in one piece: ``"any"`` block, ``"group"`` (a multiple of ``group``
+        entries), ``"row"`` or ``"tensor"``.
+      group: group length m, for ``piece="group"``.
+      output: what apply returns.
+      scalars: for bundles: ``carry -> {"rescalers": (T,)}``.
+      report: ``carry -> {name: (T,) array}``, what to tell the user of each tensor.
+      include: regular expressions of the paths that the step is for; empty means all.
+      exclude: regular expressions of the paths that it leaves alone.
+      per_task: regular expressions of the tensors that stay each task's own (bundles).
+      random: whether the step draws random numbers.
+      spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
+    """
+
+    apply: Callable[[Piece, Carry], Any]
+    stages: tuple[Stage, ...] = ()
+    piece: Literal["any", "group", "row", "tensor"] = "any"
+    group: int = 1
+    output: Output = "stack"
+    scalars: Callable[[Carry], Mapping[str, jax.Array]] | None = None
+    report: Callable[[Carry], Mapping[str, jax.Array]] | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    per_task: tuple[str, ...] = ()
+    random: bool = False
+    spec: tuple | None = None
+
+    def __post_init__(self):
+        """Checks what can be checked without data."""
+        if self.piece == "group" and self.group < 1:
+            raise ParameterError(f"group must be at least 1, got {self.group}")
+        for pattern in (*self.include, *self.exclude, *self.per_task):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ParameterError(f"{pattern!r} is not a regular expression: {e}") from e
+
+    def _identity(self):
+        return None if self.spec is None else (self.spec, self.include, self.exclude, self.per_task)
+
+    def __eq__(self, other):
+        """Equal spec and masks, or the same object."""
+        if not isinstance(other, Step):
+            return NotImplemented
+        return self is other or (self.spec is not None and self._identity() == other._identity())
+
+    def __hash__(self):
+        """Consistent with equality."""
+        return id(self) if self.spec is None else hash(self._identity())
+
+    def covers(self, path: str) -> bool:
+        """Whether the step is for the tensor of this path; exclude beats include."""
+        return selected(path, self.include, (*self.exclude, *self.per_task))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Steps one after another; what depends on the number of tasks is a function of it."""
+
+    parts: tuple["Step | Chain | PerTasks", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTasks:
+    """Steps that can be written down only when the number of tasks T is known."""
+
+    build: Callable[[int], tuple[Step, ...]]
+    spec: tuple | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+AnyStep = Step | Chain | PerTasks
+
+
+def chain(*steps: AnyStep) -> Chain:
+    """Composes steps: the stages of a later one see what the earlier ones put out.
+
+    Args:
+      *steps: sparsifiers, and at most one merge rule, which must be last.
+
+    Raises:
+      MergeError: if a rule is followed by another step.
+
+    Example:
+      >>> import tadrop_jax as tj
+      >>> rule = tj.chain(tj.tadrop(), tj.task_arithmetic(0.3))
+    """
+    for step in steps:
+        if not isinstance(step, AnyStep):
+            raise TypeError(f"chain takes sparsifiers and rules, got {step!r}")
+    for step in steps[:-1]:
+        if output_of(step) != "stack":
+            raise MergeError("a merge rule must be the last step of a chain")
+    return Chain(tuple(steps))
+
+
+def masked(step: AnyStep, *, include=(), exclude=()) -> AnyStep:
+    """Restricts a step to some tensors; the others pass through it untouched.
+
+    Args:
+      step: any step.
+      include: regular expression, or several, searched for in the path (``re.search``); none means all tensors.
+      exclude: the same; exclude beats include.
+
+    Returns:
+      The restricted step. A restricted rule leaves the base's values where it does not apply.
+
+    Example:
+      >>> import tadrop_jax as tj
+      >>> sparsifier = tj.masked(tj.tadrop(), exclude="embeddings")
+    """
+    include, exclude = patterns(include), patterns(exclude)
+    if not include and not exclude:
+        return step
+    if isinstance(step, Chain):
+        return Chain(tuple(masked(part, include=include, exclude=exclude) for part in step.parts))
+    if step.include and include:
+        # Both have to hold: one lookahead for each.
+        both = tuple(f"(?=.*(?:{a}))(?=.*(?:{b}))" for a in step.include for b in include)
+        include = tuple(f"^{p}" for p in both)
+    else:
+        include = step.include or include
+    return dataclasses.replace(step, include=include, exclude=(*step.exclude, *exclude))
+
+
+def patterns(given) -> tuple[str, ...]:
+    """None, one regular expression or several, as a tuple."""
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def per_task_patterns(step: AnyStep) -> tuple[str, ...]:
+    """The tensors that a per-task rule leaves to each task."""
+    last = step
+    while isinstance(last, Chain) and last.parts:
+        last = last.parts[-1]
+    return last.per_task if isinstance(last, Step) else ()
+
+
+def output_of(step: AnyStep) -> Output:
+    """What the last step of a chain puts out."""
+    while isinstance(step, Chain):
+        if not step.parts:
+            return "stack"
+        step = step.parts[-1]
+    return "stack" if isinstance(step, PerTasks) else step.output
+
+
+def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:
+    """The plain steps of a chain for T tasks."""
+    if isinstance(step, Step):
+        return (step,)
+    if isinstance(step, Chain):
+        return tuple(s for part in step.parts for s in expand(part, tasks))
+    steps = step.build(tasks)
+    return tuple(masked(s, include=step.include, exclude=step.exclude) for s in steps)  # type: ignore[misc]
+
+
+def spec(name: str, /, **parameters) -> tuple | None:
+    """Hashable identity of a method with its parameters, or None if one of them is an array."""
+    items = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(parameters.items()))
+    try:
+        hash(items)
+    except TypeError:
+        return None
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves([v for _, v in items])):
+        return None
+    return (name, *items)
+
+
+def safe_ratio(a, b) -> jax.Array:
+    """``a / b``, and 0 where b is 0; gradients stay finite."""
+    zero = b == 0
+    return jnp.where(zero, 0, a / jnp.where(zero, 1, b))

@@ -1,0 +1,69 @@
+"""Names of the leaves of any pytree, alike in all containers, and selection by them."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tadrop_jax.errors import MergeError, ParameterError
+
+
+def path_name(path) -> str:
+    """The name of a leaf: its keys joined by '/', without nnx's trailing ``value`` and a leading ``params``.
+
+    Example:
+      >>> import jax
+      >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"params": {"Dense_0": {"kernel": 1.0}}})
+      >>> path_name(path)
+      'Dense_0/kernel'
+    """
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        name = name.removesuffix("/value").removesuffix("value")
+    return name.removeprefix("params/")
+
+
+def named_leaves(tree) -> tuple[list[str], list[Any], Any]:
+    """Names, leaves and tree definition; None is a leaf, so that stacks with holes keep their shape."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    return [path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], treedef
+
+
+def is_mergeable(leaf) -> bool:
+    """Whether a leaf is a float tensor. Integer and boolean tensors and random keys come from the base.
+
+    Raises:
+      MergeError: for complex tensors, whose order is not defined.
+    """
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None and isinstance(leaf, float):
+        return True
+    if dtype is None or not jnp.issubdtype(dtype, np.number):
+        return False
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise MergeError(f"complex tensors cannot be merged (shape {leaf.shape}, dtype {dtype})")
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def selected(name: str, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> bool:
+    """Whether regular expressions select a name: none to include means all; exclude beats include."""
+    include = tuple(include)
+    if any(re.search(p, name) for p in exclude):
+        return False
+    return not include or any(re.search(p, name) for p in include)
+
+
+def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Refuses a regular expression that matches no tensor: most likely a misspelt name.
+
+    Raises:
+      ParameterError: with the pattern and the first names there are.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            raise ParameterError(f"the pattern {pattern!r} matches none of the {len(names)} tensors ({some})")

@@ -1,0 +1,125 @@
+"""Exact integers up to 2^48 inside jit, where JAX has 32 bits only.
+
+Counts over a tree pass 2^31, and ``floor(q * n)`` in float32 is wrong beyond n = 2^24 (GPT-2's embedding has 38.6 M
+entries). A :class:`Wide` holds a count in two limbs of base 2^16; the high limb has 32 bits.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_BASE = 16
+_MASK = (1 << _BASE) - 1
+MAX = (1 << 48) - 1
+
+
+class Wide(NamedTuple):
+    """``high * 2^16 + low`` with ``low < 2^16``; both uint32 arrays of one shape."""
+
+    high: jax.Array
+    low: jax.Array
+
+
+def wide(value) -> Wide:
+    """Turns a Python int, a uint32 array or a :class:`Wide` into a :class:`Wide`.
+
+    Raises:
+      OverflowError: if a Python int is negative or above 2^48 - 1.
+    """
+    if isinstance(value, Wide):
+        return value
+    if isinstance(value, (int, np.integer)):
+        if not 0 <= int(value) <= MAX:
+            raise OverflowError(f"{value} is outside [0, 2^48)")
+        return Wide(jnp.uint32(int(value) >> _BASE), jnp.uint32(int(value) & _MASK))
+    value = jnp.asarray(value).astype(jnp.uint32)
+    return Wide(value >> _BASE, value & _MASK)
+
+
+def add(a: Wide, b: Wide) -> Wide:
+    """``a + b``, elementwise."""
+    low = a.low + b.low
+    return Wide(a.high + b.high + (low >> _BASE), low & _MASK)
+
+
+def subtract(a: Wide, b: Wide) -> Wide:
+    """``a - b``, elementwise, for ``a >= b``."""
+    low = a.low + jnp.uint32(1 << _BASE) - b.low
+    return Wide(a.high - b.high - (1 - (low >> _BASE)), low & _MASK)
+
+
+def at_least(a: Wide, b: Wide) -> jax.Array:
+    """``a >= b``, elementwise."""
+    return (a.high > b.high) | ((a.high == b.high) & (a.low >= b.low))
+
+
+def where(condition, a: Wide, b: Wide) -> Wide:
+    """``a`` where the condition holds, else ``b``."""
+    return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
+
+
+def minimum(a: Wide, b: Wide) -> Wide:
+    """The smaller of the two, elementwise."""
+    return where(at_least(a, b), b, a)
+
+
+def maximum(a: Wide, b: Wide) -> Wide:
+    """The larger of the two, elementwise."""
+    return where(at_least(a, b), a, b)
+
+
+def psum(a: Wide, axis_names) -> Wide:
+    """Sum over mesh axes (for at most 2^16 devices)."""
+    high, low = lax.psum(a, axis_names)
+    return Wide(high + (low >> _BASE), low & _MASK)
+
+
+def to_int(value):
+    """The exact Python int of a concrete scalar :class:`Wide`, or a tuple of them for a vector."""
+    if not isinstance(value, Wide):
+        return int(value)
+    exact = np.asarray(value.high).astype(object) * (1 << _BASE) + np.asarray(value.low).astype(object)
+    return int(exact) if np.ndim(exact) == 0 else tuple(int(v) for v in exact)
+
+
+def floor_times(q, n: int) -> "int | Wide":
+    """``floor(q * n)``, exact: in float64 for a Python float, in integers for a float32 array.
+
+    Args:
+      q: share in [0, 1]: a Python (or NumPy) number, or a float32 array, traced or not. A share outside [0, 1] is
+        clipped when it is an array.
+      n: number of entries, a Python int below 2^48.
+
+    Returns:
+      A Python int for a Python number (``math.floor(q * n)``, what NumPy and mergekit compute), else a :class:`Wide`
+      of the array's shape.
+    """
+    if isinstance(q, (float, int, np.floating, np.integer)):
+        return math.floor(float(q) * n)
+    q = jnp.clip(jnp.asarray(q, jnp.float32), 0, 1)
+    bits = lax.bitcast_convert_type(q, jnp.uint32)
+    exponent = bits >> 23
+    mantissa = (bits & 0x7FFFFF) | (jnp.uint32(1) << 23)
+    # q = mantissa * 2^(exponent - 150): multiply in limbs of 16 bits, then shift right. Subnormals give 0.
+    shift = 150 - exponent
+    limbs = [jnp.zeros_like(bits)] * 6
+    for i, m in enumerate((mantissa & _MASK, mantissa >> _BASE)):
+        carry = jnp.zeros_like(bits)
+        for j in range(4):
+            product = limbs[i + j] + m * jnp.uint32((n >> (_BASE * j)) & _MASK) + carry
+            limbs[i + j], carry = product & _MASK, product >> _BASE
+    stack = jnp.stack([*limbs, jnp.zeros_like(bits), jnp.zeros_like(bits)])
+    word, bit = (shift >> 4).astype(jnp.int32), shift & 15
+
+    def limb(i):
+        at = jnp.clip(word + i, 0, 6)[None]
+        low, high = (jnp.take_along_axis(stack, jnp.minimum(at + o, 7), axis=0)[0] for o in (0, 1))
+        return ((low >> bit) | (high << (_BASE - bit))) & _MASK
+
+    found = Wide(limb(1) | (limb(2) << _BASE), limb(0))
+    tiny = exponent == 0
+    return Wide(jnp.where(tiny, 0, found.high), jnp.where(tiny, 0, found.low))
