@@ -219,7 +219,10 @@ def _global_ranks(stage, stop, at, sites, raws, keys, carries):
             total = part if total is None else wide.add(total, part)
         return total
 
-    found = selection.from_ordered_bits(selection.search(count, ranks, 32, jnp.uint32), probe.dtype)
+    data = jax.tree.leaves([(raws[k], carries[k]) for k in at] + [ranks])
+    eager = not any(isinstance(leaf, jax.core.Tracer) for leaf in data)
+    found = selection.search(count, ranks, 32, jnp.uint32, eager=eager)
+    found = selection.from_ordered_bits(found, probe.dtype)
     return dict(zip(names, found, strict=True))
 
 

@@ -1,6 +1,7 @@
 """Magnitude pruning: the trim of TIES-Merging (arXiv 2306.01708)."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from tadrop_jax import selection, wide
 from tadrop_jax.errors import ParameterError
@@ -8,7 +9,7 @@ from tadrop_jax.parameters import choice, number
 from tadrop_jax.steps import Ranks, Step, floor_times, spec
 
 KEEP = ("at_least_one", "floor", "floor_plus_one", "exact")
-_NEVER = jnp.iinfo(jnp.uint32).max
+_NEVER = np.uint32(2**32 - 1)
 
 
 def magnitude(density, granularity: str = "tensor", *, keep: str = "at_least_one") -> Step:
@@ -103,7 +104,7 @@ def _tie_order(x, carry):
 
 
 def _addressable(n: int) -> int:
-    if n >= _NEVER:
+    if n >= int(_NEVER):
         raise ParameterError(f"magnitude: keep='exact' is for tensors below 2^32 - 1 entries, got {n}")
     return n
 
