@@ -64,14 +64,15 @@ def test_subnormals_outside_jit(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
-@pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 2), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("axis", [None, 0, -1, (1, 2)], ids=str)
 def test_axis(dtype, axis):
     x = np.random.default_rng(1).normal(size=(4, 7, 5)).astype(dtype)
     axes = (0, 1, 2) if axis is None else tuple(a % 3 for a in np.atleast_1d(axis))
     kept = [a for a in range(3) if a not in axes]
     rows = np.abs(x.astype(np.float64)).transpose(*kept, *axes).reshape(*[x.shape[a] for a in kept], -1)
+    select = jax.jit(lambda x, k: tj.kth_largest_magnitude(x, k, axis=axis))
     for k in (1, rows.shape[-1] // 2 + 1, rows.shape[-1]):
-        actual = np.asarray(tj.kth_largest_magnitude(x, k, axis=axis))
+        actual = np.asarray(select(x, k))
         assert actual.dtype == dtype
         np.testing.assert_array_equal(actual.astype(np.float64), np.sort(rows, axis=-1)[..., -k])
 
@@ -150,11 +151,17 @@ def test_quantile_linear(dtype, shape):
         np.testing.assert_allclose(actual, expected, rtol=float(jnp.finfo(dtype).eps))
 
 
-def test_quantile_linear_at_infinities():
-    """Where both neighbours are infinite NumPy interpolates to NaN; ours may be infinite, never a number."""
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.25, 0.3, 0.5, 0.8, 1.0])
+def test_quantile_linear_beside_infinities(q):
+    """NumPy gives NaN between two infinities, and at infinity times zero; ours is never finite there."""
     x = np.array([1.0, -np.inf, np.inf, 2.0, np.inf], np.float32)
-    assert np.asarray(tj.magnitude_quantile(x, 0.25)) == 2.0
-    assert not np.isfinite(np.asarray(tj.magnitude_quantile(x, 0.8)))
+    actual = np.asarray(tj.magnitude_quantile(x, q), np.float64)
+    expected = np.quantile(magnitudes(x), q)
+    if np.isnan(expected):
+        assert not np.isfinite(actual)
+    else:
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 @given(st.integers(0, 3071))
