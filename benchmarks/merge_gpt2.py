@@ -4,7 +4,8 @@
     python -m benchmarks.merge_gpt2 --peer --methods ties,ties+tadrop,emr --json result.json
 
 Everything is measured in the same run, from outside the process, start-up included, with all inputs in the
-page cache (the floor excepted, which runs in this process). `METHOD+SPARSIFIER` puts a sparsifier before a rule.
+page cache (the floor excepted, which runs in this process). `METHOD+SPARSIFIER` puts a sparsifier before a
+rule.
 """
 
 import argparse
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parameters = sum(math.prod(shape) for shape in gpt2_directories.shapes().values())
     print(
         f"base + {options.models} models of {parameters / 1e6:.1f} M parameters, {options.dtype}; "
-        f"{facts['cpu']}, {facts['cores']} cores"
+        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_before']:.1f} before"
     )
     print(table(rows))
     if options.json:
