@@ -9,11 +9,30 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "errors": ["MergeError", "MismatchError", "ParameterError", "ContentError", "CheckpointError", "MergeWarning"],
+    "errors": [
+        "MergeError",
+        "MismatchError",
+        "ParameterError",
+        "ContentError",
+        "CheckpointError",
+        "MergeWarning",
+    ],
     "merging": ["merge", "merge_task_vectors", "sparsify", "explain", "quantile_ratios", "Layout"],
     "task_vector": ["task_vectors"],
     "selection": ["kth_largest_magnitude", "magnitude_quantile"],
-    "steps": ["Step", "Sums", "Min", "Max", "Ranks", "Piece", "chain", "masked", "at_least", "floor_times", "safe_ratio"],
+    "steps": [
+        "Step",
+        "Sums",
+        "Min",
+        "Max",
+        "Ranks",
+        "Piece",
+        "chain",
+        "masked",
+        "at_least",
+        "floor_times",
+        "safe_ratio",
+    ],
     "bundles": ["EMRBundle"],
     "sparsifiers.tadrop": ["tadrop"],
     "sparsifiers.uniform": ["uniform"],

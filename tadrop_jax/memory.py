@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.errors import MergeError
-from tadrop_jax.steps import Max, Min, Piece, Ranks, Stage, Step, Sums
+from tadrop_jax.steps import Max, Min, Piece, Stage, Step, Sums, advance, global_stages, merge_stages
 from tadrop_jax.trees import check_patterns
 from tadrop_jax.wide import Wide
 
@@ -116,7 +116,7 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
             found = combine(stage, parts)
         else:
             for k in at:
-                _, carries[k] = _prepared(sites[k], stop)(raws[k], keys[k], carries[k])
+                carries[k] = _prepared(sites[k], stop)(raws[k], keys[k], carries[k])
             found = _global_ranks(stage, stop, at, sites, raws, keys, carries)
         for k in at:
             done = list(carries[k][i])
@@ -144,16 +144,6 @@ def check_random(steps: Sequence[Step], key) -> jax.Array | None:
     if key is None:
         raise MergeError("this method is random: pass key=jax.random.key(seed)")
     return randomness.check_key(key)
-
-
-def global_stages(steps: Sequence[Step]) -> list[tuple[int, int]]:
-    """Where statistics of the whole tree are needed: (step, stage), in order."""
-    return [(i, j) for i, s in enumerate(steps) for j, stage in enumerate(s.stages) if stage.scope == "global"]
-
-
-def merge_stages(results) -> dict[str, jax.Array]:
-    """The carry: what the stages found, in one dictionary."""
-    return {name: value for found in results if found is not None for name, value in found.items()}
 
 
 def combine(stage: Sums, parts: Sequence[dict]) -> dict[str, jax.Array]:
@@ -341,42 +331,22 @@ def _whole(site: _Site, raw, key) -> Piece:
 
 def _advance(site: _Site, raw, key, carries, stop=None):
     """Applies the steps before ``stop``, filling in the statistics of single tensors on the way."""
-    x, carries = _whole(site, raw, key), list(carries)
     n, names = math.prod(site.shape), _axis_names(site)
-    for i, step in enumerate(site.steps):
-        if not site.active[i]:
-            continue
-        found = list(carries[i])
-        for j, stage in enumerate(step.stages):
-            if stop == (i, j):
-                carries[i] = tuple(found)
-                return x, merge_stages(found[:j]), tuple(carries)
-            if found[j] is None:
-                carry = merge_stages(found[:j])
-                found[j] = reduce_stage(stage, x, carry, n, names, site.one_pass)
-        carries[i] = tuple(found)
-        value = step.apply(x, merge_stages(found))
-        if step.output != "stack":
-            return x, _store(step, value, x, raw[0]), tuple(carries)
-        x = x._replace(stack=value)
-    if site.steps and site.steps[-1].output != "stack":
-        # The rule leaves this tensor alone.
-        return x, _untouched(site.steps[-1], x, raw[0]), tuple(carries)
-    return x, x.stack, tuple(carries)
+
+    def reduce(stage, x, carry):
+        return reduce_stage(stage, x, carry, n, names, site.one_pass)
+
+    return advance(site.steps, site.active, _whole(site, raw, key), carries, reduce, stop)
 
 
-def _store(step: Step, value, x: Piece, base):
-    if step.output == "bundle":
-        return {"unified": value["unified"], "masks": value["masks"]}
+def store(step: Step, reached, base, dtype):
+    """What a chain puts out, in the dtype that is kept."""
+    value = reached.value
+    if value is None:  # the rule leaves this tensor alone
+        return None if step.output == "bundle" else jnp.zeros_like(reached.x.stack[0]) if base is None else base
     if step.output == "vector" and base is not None:
-        value = x.base + value
-    return value if base is None else value.astype(base.dtype)
-
-
-def _untouched(step: Step, x: Piece, base):
-    if step.output == "bundle":
-        return None
-    return jnp.zeros_like(x.stack[0]) if base is None else base
+        value = reached.x.base + value
+    return value if dtype is None or step.output not in ("vector", "parameters") else value.astype(dtype)
 
 
 def _mapped(site: _Site, fn, outputs, extra=()):
@@ -400,9 +370,10 @@ def _mapped(site: _Site, fn, outputs, extra=()):
 @functools.lru_cache(maxsize=4096)
 def _partial(site: _Site, stop):
     def fn(raw, key, carries):
-        x, carry, carries = _advance(site, raw, key, carries, stop)
+        at = _advance(site, raw, key, carries, stop)
         stage = site.steps[stop[0]].stages[stop[1]]
-        return reduce_stage(stage, x, carry, math.prod(site.shape), _axis_names(site), site.one_pass), carries
+        n, names = math.prod(site.shape), _axis_names(site)
+        return reduce_stage(stage, at.x, at.carry, n, names, site.one_pass), at.carries
 
     return _mapped(site, fn, lambda whole, stack, none: (none, none))
 
@@ -410,17 +381,16 @@ def _partial(site: _Site, stop):
 @functools.lru_cache(maxsize=4096)
 def _prepared(site: _Site, stop):
     def fn(raw, key, carries):
-        _, carry, carries = _advance(site, raw, key, carries, stop)
-        return carry, carries
+        return _advance(site, raw, key, carries, stop).carries
 
-    return _mapped(site, fn, lambda whole, stack, none: (none, none))
+    return _mapped(site, fn, lambda whole, stack, none: none)
 
 
 @functools.lru_cache(maxsize=4096)
 def _selected(site: _Site, stop):
     def fn(raw, key, carries):
-        x, carry, _ = _advance(site, raw, key, carries, stop)
-        return site.steps[stop[0]].stages[stop[1]].of(x, carry)
+        at = _advance(site, raw, key, carries, stop)
+        return site.steps[stop[0]].stages[stop[1]].of(at.x, at.carry)
 
     return _mapped(site, fn, lambda whole, stack, none: stack)
 
@@ -428,8 +398,8 @@ def _selected(site: _Site, stop):
 @functools.lru_cache(maxsize=4096)
 def _counted(site: _Site, stop):
     def fn(raw, key, carries, pivots):
-        x, carry, _ = _advance(site, raw, key, carries, stop)
-        values = site.steps[stop[0]].stages[stop[1]].of(x, carry)
+        at = _advance(site, raw, key, carries, stop)
+        values = site.steps[stop[0]].stages[stop[1]].of(at.x, at.carry)
         flat = jnp.reshape(pivots, (-1, pivots.shape[-1], *(1,) * (values.ndim - 1)))
         axes = tuple(range(1, values.ndim))
         counts = selection.exact_count(selection.ordered_bits(values), flat, axes, site.one_pass)
@@ -443,8 +413,10 @@ def _counted(site: _Site, stop):
 @functools.lru_cache(maxsize=4096)
 def _finished(site: _Site):
     def fn(raw, key, carries):
-        _, value, carries = _advance(site, raw, key, carries)
-        return value, carries
+        reached, base = _advance(site, raw, key, carries), raw[0]
+        if not site.steps:
+            return reached.value, reached.carries
+        return store(site.steps[-1], reached, base, None if base is None else base.dtype), reached.carries
 
     outputs = {"stack": "stack", "vector": "whole", "parameters": "whole"}
     kind = site.steps[-1].output if site.steps else "stack"

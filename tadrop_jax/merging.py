@@ -239,7 +239,9 @@ def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
       >>> tj.quantile_ratios({"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}, q_low=0.5, q_high=1.0)["w"].tolist()
       [0.25]
     """
-    step = _ratio_step(number("quantile_ratios", "q_low", q_low, 0, 1), number("quantile_ratios", "q_high", q_high, 0, 1))
+    step = _ratio_step(
+        number("quantile_ratios", "q_low", q_low, 0, 1), number("quantile_ratios", "q_high", q_high, 0, 1)
+    )
     treedef, at, leaves, results, tasks = _run_tensors(stack, (step,), None)
     for i, result in zip(at, results, strict=True):
         (carry,) = result.carries

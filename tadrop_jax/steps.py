@@ -10,7 +10,7 @@ one merged vector, merged parameters, or the parts of a per-task bundle.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -317,6 +317,64 @@ def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:
         return tuple(s for part in step.parts for s in expand(part, tasks))
     steps = step.build(tasks)
     return tuple(masked(s, include=step.include, exclude=step.exclude) for s in steps)  # type: ignore[misc]
+
+
+def merge_stages(results) -> dict[str, jax.Array]:
+    """The carry: what the stages found, in one dictionary."""
+    return {name: value for found in results if found is not None for name, value in found.items()}
+
+
+def global_stages(steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """Where statistics of the whole tree are needed: (step, stage), in order."""
+    return [(i, j) for i, s in enumerate(steps) for j, stage in enumerate(s.stages) if stage.scope == "global"]
+
+
+class Reached(NamedTuple):
+    """How far :func:`advance` came.
+
+    Attributes:
+      x: the piece, as the steps before left it.
+      value: what the last step put out; None if it stopped at a stage, or if a rule leaves the tensor alone.
+      carry: what the stages of the step where it stopped found so far.
+      carries: for each step, what each of its stages found.
+    """
+
+    x: Piece
+    value: Any
+    carry: dict[str, jax.Array]
+    carries: tuple
+
+
+def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, reduce, stop=None) -> Reached:
+    """Applies a chain to a piece: the one loop that every executor runs.
+
+    Args:
+      steps: the chain.
+      active: which steps are for this tensor.
+      x: the piece.
+      carries: for each step, what each of its stages found, or None.
+      reduce: ``(stage, x, carry) -> found``, called for the stages that are missing.
+      stop: (step, stage) before which to stop, or None for the whole chain.
+    """
+    carries = list(carries)
+    for i, step in enumerate(steps):
+        if not active[i]:
+            continue
+        found = list(carries[i])
+        for j, stage in enumerate(step.stages):
+            carry = merge_stages(found[:j])
+            if stop == (i, j):
+                carries[i] = tuple(found)
+                return Reached(x, None, carry, tuple(carries))
+            if found[j] is None:
+                found[j] = reduce(stage, x, carry)
+        carries[i] = tuple(found)
+        value = step.apply(x, merge_stages(found))
+        if step.output != "stack":
+            return Reached(x, value, {}, tuple(carries))
+        x = x._replace(stack=value)
+    rule = bool(steps) and steps[-1].output != "stack"
+    return Reached(x, None if rule else x.stack, {}, tuple(carries))
 
 
 def spec(name: str, /, **parameters) -> tuple | None:

@@ -87,7 +87,9 @@ def _dtype(leaf):
     return getattr(leaf, "dtype", type(leaf).__name__)
 
 
-def check_names(base: Sequence[str], model: Sequence[str], who: str, skip=frozenset(), base_is: str = "the base") -> None:
+def check_names(
+    base: Sequence[str], model: Sequence[str], who: str, skip=frozenset(), base_is: str = "the base"
+) -> None:
     """Refuses missing and extra tensors, all at once.
 
     Raises:
@@ -96,7 +98,9 @@ def check_names(base: Sequence[str], model: Sequence[str], who: str, skip=frozen
     missing = [n for n in base if n not in set(model) and n not in skip]
     extra = [n for n in model if n not in set(base) and n not in skip]
     if missing or extra:
-        said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)}, which {base_is} lacks"] * bool(extra)
+        said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)}, which {base_is} lacks"] * bool(
+            extra
+        )
         raise MismatchError(f"{who} {' and '.join(said)}")
 
 

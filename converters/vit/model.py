@@ -145,7 +145,7 @@ class Layer(nnx.Module):
         dense = partial(nnx.Linear, kernel_init=init, rngs=rngs)
         norm = partial(nnx.LayerNorm, size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
         self.layernorm_before, self.layernorm_after = norm(), norm()
-        self.attention = nnx.Dict(
+        self.attention: Any = nnx.Dict(
             attention=SelfAttention(config, rngs=rngs), output=nnx.Dict(dense=dense(size, size))
         )
         self.intermediate = nnx.Dict(dense=dense(size, hidden))

@@ -92,9 +92,7 @@ def ties(
       [3.0, -3.0]
     """
     choice("ties", "flavour", flavour, (None, *FLAVOURS))
-    given = dict(
-        granularity=granularity, combine=combine, elect=elect, zero_sign=zero_sign, divisor=divisor, keep=keep
-    )
+    given = dict(granularity=granularity, combine=combine, elect=elect, zero_sign=zero_sign, divisor=divisor, keep=keep)
     chosen = FLAVOURS[flavour or "authors"] | {k: v for k, v in given.items() if v is not None}
     choice("ties", "granularity", chosen["granularity"], ("tensor", "global"))
     choice("ties", "keep", chosen["keep"], KEEP)
@@ -127,7 +125,11 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         return jnp.where(x.stack == 0, 0, x.stack * x.per_task(weights))
 
     def elected(x):
-        votes = {"unweighted": lambda: x.stack, "weighted": lambda: weighted(x), "frequency": lambda: jnp.sign(x.stack)}
+        votes = {
+            "unweighted": lambda: x.stack,
+            "weighted": lambda: weighted(x),
+            "frequency": lambda: jnp.sign(x.stack),
+        }
         return jnp.sign(sum_tasks(votes[elect]()))
 
     def majority(x, carry, n):

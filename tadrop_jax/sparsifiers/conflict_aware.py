@@ -57,7 +57,11 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
     def restrict(stage):
         if isinstance(stage, Sums):
             return type(stage)(lambda x, carry, n: stage.of(view(x), carry, n), stage.scope)
-        return Ranks(lambda x, carry: stage.of(view(x), carry), lambda n, carry: own_ranks(stage, n, carry), stage.scope)
+        return Ranks(
+            lambda x, carry: stage.of(view(x), carry),
+            lambda n, carry: own_ranks(stage, n, carry),
+            stage.scope,
+        )
 
     def own_ranks(stage, n, carry):
         # A plain tuple holds one rank for each task.

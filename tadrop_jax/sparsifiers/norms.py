@@ -24,7 +24,10 @@ def norm_stages(norm) -> tuple[Sums, ...]:
 
     def of(x, carry, n):
         size = magnitude(x.stack) ** norm
-        return {"all": size, "kept": jnp.where(at_least(magnitude(x.stack), _column(x, carry["cut"])), size, 0)}
+        return {
+            "all": size,
+            "kept": jnp.where(at_least(magnitude(x.stack), _column(x, carry["cut"])), size, 0),
+        }
 
     return (Sums(of),)
 
