@@ -67,9 +67,7 @@ def parse(text: bytes, data_bytes: int, file: Any) -> tuple[dict[str, Entry], di
     """
     table = load_json(text, f"{file}: the safetensors header")
     if not isinstance(table, dict):
-        raise CheckpointError(
-            f"{file}: the safetensors header is a JSON {type(table).__name__}, not an object."
-        )
+        raise CheckpointError(f"{file}: the safetensors header is a JSON {type(table).__name__}, not an object.")
     metadata = table.pop("__metadata__", None) or {}
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise CheckpointError(f"{file}: __metadata__ in the safetensors header is not a table of strings.")
@@ -161,8 +159,7 @@ def _entry(name: str, fields: Any, file: Any) -> Entry:
     needed, nbytes = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
     if needed != nbytes:
         raise CheckpointError(
-            f"{where}: its data_offsets {offsets} span {nbytes} bytes, but shape {shape} of {code} takes "
-            f"{needed}."
+            f"{where}: its data_offsets {offsets} span {nbytes} bytes, but shape {shape} of {code} takes {needed}."
         )
     return Entry(dtype, tuple(shape), offsets[0], nbytes)
 
@@ -184,8 +181,7 @@ def _check_cover(entries: Mapping[str, Entry], data_bytes: int, file: Any) -> No
         end, before = entry.begin + entry.nbytes, f"tensor {name!r}"
     if end > data_bytes:
         raise CheckpointError(
-            f"{file}: the file is truncated: its header describes {end} bytes of tensors, "
-            f"the file holds {data_bytes}."
+            f"{file}: the file is truncated: its header describes {end} bytes of tensors, the file holds {data_bytes}."
         )
     if end < data_bytes:
         raise CheckpointError(

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -87,9 +87,7 @@ class Sink:
         if array.dtype != entry.dtype:
             raise TypeError(f"{name!r} is planned as {entry.dtype}, got {array.dtype}.")
         if start < 0 or start + array.size > math.prod(entry.shape):
-            raise IndexError(
-                f"entries {start}:{start + array.size} of {name!r}, planned with shape {entry.shape}."
-            )
+            raise IndexError(f"entries {start}:{start + array.size} of {name!r}, planned with shape {entry.shape}.")
         if not array.size:
             return
         rest = array.view(np.uint8).data
@@ -124,21 +122,18 @@ class Sink:
         """Puts a file beside the tensors; beside a single file `x.safetensors` it is called `x.<name>`.
 
         Args:
-            name: a plain file name.
+            name: a file name, or a '/'-joined path below the directory.
             data: its contents, or a file to copy.
 
         Raises:
             CheckpointError: when the name is taken or leads elsewhere, or when the file cannot be written.
         """
-        if Path(name).name != name or name in {
-            "",
-            "..",
-            journal.NAME,
-            _INDEX,
-            *(shard.name for shard in self._shards),
-        }:
+        parts = PurePosixPath(name).parts
+        taken = {journal.NAME, _INDEX, *(shard.name for shard in self._shards)}
+        if not parts or parts[0] == "/" or ".." in parts or name in taken:
             raise CheckpointError(f"{self.out}: a file named {name!r} cannot be put there.")
         try:
+            (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(data, Path):
                 shutil.copyfile(data, self.partial / name)
             else:
@@ -208,9 +203,7 @@ class Sink:
         file = self.partial / journal.NAME
         if self.partial.exists():
             if not file.exists():
-                raise CheckpointError(
-                    f"{self.partial}: exists and is not an unfinished merge; move it away first."
-                )
+                raise CheckpointError(f"{self.partial}: exists and is not an unfinished merge; move it away first.")
             self._journal = journal.lock(file)
             lines = journal.complete_lines(file)
             if resume and lines:
@@ -318,9 +311,7 @@ def _split(plan: Plan, max_shard_size: int) -> list[dict[str, tuple[np.dtype, tu
 def _index(shards: list[_Shard]) -> str:
     total = sum(entry.nbytes for shard in shards for entry in shard.entries.values())
     weight_map = {name: shard.name for shard in shards for name in shard.entries}
-    return json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
-    )
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
 
 
 def _refuse_occupied(out: Path) -> None:
@@ -340,13 +331,9 @@ def _refuse_occupied(out: Path) -> None:
 def _open_shard(file: Path, shard: _Shard, resumed: bool) -> int:
     if resumed:
         with open(file, "rb") if file.exists() else open(os.devnull, "rb") as stream:
-            intact = (
-                stream.read(len(shard.head)) == shard.head and os.fstat(stream.fileno()).st_size == shard.size
-            )
+            intact = stream.read(len(shard.head)) == shard.head and os.fstat(stream.fileno()).st_size == shard.size
         if not intact:
-            raise CheckpointError(
-                f"{file}: is damaged or missing, so it cannot be resumed; start without resume."
-            )
+            raise CheckpointError(f"{file}: is damaged or missing, so it cannot be resumed; start without resume.")
     fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     if not resumed:
         try:
@@ -377,9 +364,5 @@ def _fsync_path(path: Path) -> None:
 
 
 def _cannot_write(error: OSError, path: Path) -> CheckpointError:
-    what = (
-        "the disk is full"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else f"cannot be written: {error.strerror}"
-    )
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written: {error.strerror}"
     return CheckpointError(f"{path}: {what}.")

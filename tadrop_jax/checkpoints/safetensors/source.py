@@ -113,9 +113,7 @@ class Source:
         if out is None:
             out = aligned_empty(count, info.dtype)
         elif out.dtype != info.dtype or out.ndim != 1 or out.size < count or not out.flags.c_contiguous:
-            raise ValueError(
-                f"out for {name!r} must be a contiguous 1-D {info.dtype} array of {count} or more."
-            )
+            raise ValueError(f"out for {name!r} must be a contiguous 1-D {info.dtype} array of {count} or more.")
         out = out[:count]
         if not count:
             return out
@@ -125,14 +123,11 @@ class Source:
                 got = os.preadv(self._fds[info.file], [rest], offset)
                 if not got:
                     raise CheckpointError(
-                        f"{info.file}: tensor {name!r}: the file ends at byte {offset}, "
-                        f"{len(rest)} bytes short."
+                        f"{info.file}: tensor {name!r}: the file ends at byte {offset}, {len(rest)} bytes short."
                     )
                 rest, offset = rest[got:], offset + got
         except OSError as error:
-            raise CheckpointError(
-                f"{info.file}: tensor {name!r}: cannot be read: {error.strerror}."
-            ) from error
+            raise CheckpointError(f"{info.file}: tensor {name!r}: cannot be read: {error.strerror}.") from error
         return out
 
     def full_digest(self) -> str:

@@ -1,0 +1,76 @@
+"""The machine-readable report beside a merged checkpoint: what was merged from what, and what it did to each tensor."""
+
+import importlib.metadata
+import json
+import platform
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPORT = "merge_report.json"
+_LINES = "merge_report.jsonl"
+
+
+class TensorLog:
+    """What became of each tensor, a line each in a file beside the work, so that a resumed merge knows it all."""
+
+    def __init__(self, folder: Path, fresh: bool):
+        """Opens the log in ``folder``; a fresh one forgets what an earlier run said."""
+        self.file = folder / _LINES
+        self._lock = threading.Lock()
+        if fresh:
+            self.file.write_text("")
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Notes a tensor."""
+        with self._lock, self.file.open("a") as file:
+            file.write(json.dumps({"name": name, **row}) + "\n")
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """All rows by name, the last word on each; the file goes."""
+        rows: dict[str, dict[str, Any]] = {}
+        for line in self.file.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the line that a kill cut off: its tensor is done again
+            rows[row.pop("name")] = row
+        self.file.unlink()
+        return rows
+
+    @staticmethod
+    def describe(stream, finished, steps) -> dict[str, Any]:
+        """A merged tensor in numbers: what the steps computed anyway."""
+        size = max(stream.size, 1)
+        row: dict[str, Any] = {"shape": list(stream.shape), "dtype": stream.dtype.name}
+        for step, carry in zip(steps, finished.carries, strict=True):
+            if step.report and carry:
+                row |= {k: _floats(v) for k, v in step.report(carry).items()}
+        row["sparsity"] = _floats(1 - finished.nonzero / size)
+        row["norm"] = _floats(np.sqrt(finished.squares))
+        row["largest"] = _floats(finished.largest)
+        return row
+
+
+def describe_input(source, digests: bool) -> dict[str, Any]:
+    """One input: path, size, digest of the headers; the full digest costs more than the merge, so only if asked for."""
+    row = {"path": str(source.path), "bytes": source.size_bytes, "header_sha256": source.header_digest}
+    return row | ({"sha256": source.full_digest()} if digests else {})
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    packages = ("tadrop-jax", "jax", "jaxlib", "numpy", "safetensors")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _floats(values) -> list[float]:
+    return [float(np.float32(v)) for v in np.ravel(np.asarray(values))]

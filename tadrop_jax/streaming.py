@@ -1,0 +1,478 @@
+"""The streamed executor: runs steps over tensors in files, block by block, in memory bounded by the block.
+
+The task vectors of all models are never held: each stage of statistics, and then the result, is one pass over blocks
+of a fixed size, so that a step compiles once whatever the shapes. Threads each take the next block: while one waits
+for the disk, the others compute. Steps that ask for rows or whole tensors get the tensor whole.
+"""
+
+import functools
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tadrop_jax import memory, randomness, selection
+from tadrop_jax.errors import ContentError, MergeError
+from tadrop_jax.sampling import Selection
+from tadrop_jax.steps import Max, Min, Piece, Ranks, Step, Sums, advance, global_stages, merge_stages
+from tadrop_jax.trees import check_patterns
+
+BLOCK = 1 << 18
+SMALL = 1 << 13
+# A tensor of all models that fits in here is read once, and kept while its stages run.
+KEEP_BYTES = 96 << 20
+_UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+class Stream(NamedTuple):
+    """One tensor in the files of base and models.
+
+    Attributes:
+      name: its name, which random numbers are drawn by.
+      shape: its shape S.
+      dtype: its storage dtype, the same in all files.
+      read: ``(row, start, stop, out)`` reads entries of the flattened tensor; row 0 is the base, row t + 1 model t.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int, int, np.ndarray], Any]
+
+    @property
+    def size(self) -> int:
+        """Entries of S."""
+        return math.prod(self.shape)
+
+
+class Block(NamedTuple):
+    """Entries [start, stop) of stream number ``at``."""
+
+    at: int
+    start: int
+    stop: int
+
+
+class Settings(NamedTuple):
+    """How to run.
+
+    Attributes:
+      key: random key, or None.
+      dtype: output dtype; None keeps each tensor's own.
+      check_finite: refuse NaN and infinity in the inputs.
+      workers: threads; None means one a core.
+      progress: called with the bytes read, as they are read.
+    """
+
+    key: Any = None
+    dtype: np.dtype | None = None
+    check_finite: bool = True
+    workers: int | None = None
+    progress: Callable[[int], None] = lambda n: None
+
+
+class Finished(NamedTuple):
+    """What a chain did to one tensor.
+
+    Attributes:
+      carries: the statistics of each step, by name.
+      nonzero: entries of each task that are not zero after the sparsifiers.
+      squares: their sum of squares.
+      largest: largest magnitude of each task vector, before.
+    """
+
+    carries: tuple[dict[str, np.ndarray], ...]
+    nonzero: np.ndarray
+    squares: np.ndarray
+    largest: np.ndarray
+
+
+Write = Callable[[int, int, Any], None]
+
+
+def run(
+    steps: Sequence[Step],
+    streams: Sequence[Stream],
+    tasks: int,
+    write: Write,
+    done: Callable[[int, Finished], None],
+    settings: Settings = Settings(),
+    skip: Iterable[int] = (),
+) -> dict[str, jax.Array]:
+    """Runs a chain of steps over all streams, and hands the result over block by block.
+
+    Args:
+      steps: expanded steps, the last one a merge rule.
+      streams: the float tensors; all of the base and T models.
+      tasks: T.
+      write: ``(stream, start, value)``, called from several threads with what the last step puts out for the entries
+        from ``start`` on: an array, or ``{"unified", "masks"}`` with packed bits, for a bundle.
+      done: ``(stream, finished)``, called once a stream, from any thread, after its last block was written.
+      settings: how to run.
+      skip: streams whose result is there already; they still count in statistics of the tree.
+
+    Returns:
+      The carry of the last step (the statistics of the tree that a bundle keeps).
+
+    Raises:
+      ContentError: for NaN or infinity, naming file, tensor and entry.
+      MergeError: if a random step has no key, or a pattern matches nothing.
+    """
+    steps = tuple(steps)
+    names = [s.name for s in streams]
+    check_patterns([p for s in steps for p in (*s.include, *s.exclude)], names)
+    key = memory.check_random(steps, settings.key)
+    return _Run(steps, tuple(streams), tasks, key, settings).go(write, done, frozenset(skip))
+
+
+class _Run:
+    """One run: what the passes share. The statistics found so far are its only state."""
+
+    def __init__(self, steps, streams, tasks, key, settings: Settings):
+        self.steps, self.streams, self.tasks, self.settings = steps, streams, tasks, settings
+        self.active = [tuple(s.covers(t.name) and t.size > 0 for s in steps) for t in streams]
+        self.keys = [None if key is None else randomness.tensor_key(key, t.name) for t in streams]
+        self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in steps) for _ in streams]
+        self.largest: list[np.ndarray | None] = [None] * len(streams)
+        self.workers = settings.workers or len(os.sched_getaffinity(0))
+        self.buffers = threading.local()
+        group = math.lcm(*(s.group for s in steps if s.piece == "group"))
+        self.block = max(BLOCK // group, 1) * group
+        # Packed masks want starts at multiples of 8.
+        self.block *= 8 // math.gcd(8, self.block)
+        self.small = self.block if group > 1 else SMALL
+        whole = [any(a and _wants_whole(s) for a, s in zip(act, steps, strict=True)) for act in self.active]
+        if any(whole):
+            raise MergeError("methods that want rows or whole tensors are not streamed yet: merge them in memory")
+
+    def go(self, write, done, skip):
+        for stop in global_stages(self.steps):
+            self.global_stage(stop)
+        todo = sorted((k for k in range(len(self.streams)) if k not in skip), key=lambda k: -self.streams[k].size)
+        # Large tensors one at a time, their blocks in parallel; then many small ones at once.
+        large = [k for k in todo if self.streams[k].size >= 16 * self.block]
+        for k in large:
+            done(k, self.finish(k, write, self.parallel))
+        rest = [k for k in todo if k not in set(large)]
+        self.parallel(lambda k: done(k, self.finish(k, write, _serial)), rest)
+        for found in self.carries:
+            if found and found[-1] and any(f is not None for f in found[-1]):
+                return merge_stages(found[-1])
+        return {}
+
+    def parallel(self, fn, items) -> list:
+        """Maps over items on all workers; the first error stops the rest."""
+        items = list(items)
+        if self.workers == 1 or len(items) < 2:
+            return [fn(item) for item in items]
+        results: list[Any] = [None] * len(items)
+        counter, errors = itertools.count(), []
+
+        def work():
+            while not errors:
+                i = next(counter)
+                if i >= len(items):
+                    return
+                try:
+                    results[i] = fn(items[i])
+                except BaseException as e:
+                    errors.append(e)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            for future in [pool.submit(work) for _ in range(self.workers)]:
+                future.result()
+        if errors:
+            raise errors[0]
+        return results
+
+    def blocks(self, k: int) -> list[Block]:
+        n = self.streams[k].size
+        return [Block(k, start, min(start + self.block, n)) for start in range(0, n, self.block)]
+
+    def load(self, block: Block, kept=None) -> tuple[np.ndarray, int]:
+        """Raw bits of base and models, ``(T + 1, B)``, padded with zeros; and how many entries are real."""
+        valid = block.stop - block.start
+        if kept is not None and block.start in kept:
+            return kept[block.start], valid
+        stream = self.streams[block.at]
+        length = self.small if valid <= self.small else self.block
+        uint = _UINT.get(stream.dtype.itemsize)
+        if uint is None:
+            raise MergeError(f"tensor {stream.name!r}: dtype {stream.dtype} cannot be merged from files")
+        rows = self.tasks + 1
+        if kept is None:
+            # One buffer a thread and size: a block is done with before the next one is read.
+            held = self.buffers.__dict__.setdefault((length, uint), None)
+            if held is None:
+                held = self.buffers.__dict__[(length, uint)] = _aligned((rows, length), uint)
+            raw = held
+        else:
+            raw = kept[block.start] = _aligned((rows, length), uint)
+        for row in range(rows):
+            stream.read(row, block.start, block.stop, raw[row, :valid].view(stream.dtype))
+        raw[:, valid:] = 0
+        self.settings.progress(rows * valid * stream.dtype.itemsize)
+        return raw, valid
+
+    def call(self, kind: str, block: Block, stop=None, kept=None):
+        """Runs a compiled block function; also checks the contents when the stream is read for the first time."""
+        k = block.at
+        raw, valid = self.load(block, kept)
+        stream = self.streams[k]
+        first = self.largest[k] is None
+        site = _Site(self.steps, self.active[k], self.tasks, kind, stop, stream.dtype.name, first, self.dtype_name(k))
+        start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
+        value, largest = _compiled(site)(
+            jax.dlpack.from_dlpack(raw), self.keys[k], self.carries[k], start, np.int32(valid), np.float32(stream.size)
+        )
+        value = jax.tree.map(np.asarray, value)
+        if first and not np.isfinite(found := np.asarray(largest)).all() and self.settings.check_finite:
+            self.complain(block, raw, valid, found)
+        return value, (np.asarray(largest) if first else None)
+
+    def complain(self, block: Block, raw, valid, largest):
+        stream = self.streams[block.at]
+        for row in range(self.tasks + 1):
+            values = raw[row, :valid].view(stream.dtype).astype(np.float32)
+            bad = np.flatnonzero(~np.isfinite(values))
+            if bad.size:
+                entry = np.unravel_index(block.start + int(bad[0]), stream.shape) if stream.shape else ()
+                where = [int(i) for i in entry]
+                raise NonFinite(row, stream.name, where, float(values[bad[0]]))
+
+    def dtype_name(self, k: int) -> str:
+        return (self.settings.dtype or self.streams[k].dtype).name
+
+    def seen(self, found: list, k: int) -> None:
+        """Notes the largest magnitudes of a stream that was read whole for the first time."""
+        if found and found[0] is not None:
+            self.largest[k] = np.max(found, axis=0)
+
+    def global_stage(self, stop):
+        i, j = stop
+        at = [k for k in range(len(self.streams)) if self.active[k][i]]
+        if not at:
+            return
+        for k in at:
+            # Statistics of single tensors that earlier steps need here.
+            self.tensor_stages(k, stop, self.parallel)
+        stage = self.steps[i].stages[j]
+        blocks = [b for k in at for b in self.blocks(k)]
+        if isinstance(stage, Sums):
+            results = self.parallel(lambda b: self.call("sums", b, stop), blocks)
+            found = memory.combine(stage, [value for value, _ in results])
+            for k, group in itertools.groupby(zip(blocks, results, strict=True), key=lambda pair: pair[0].at):
+                self.seen([largest for _, (_, largest) in group], k)
+        else:
+            found = self.ranks(stage, stop, at, blocks, self.parallel)
+        for k in at:
+            self.fill(k, i, j, found)
+
+    def fill(self, k, i, j, found):
+        done = list(self.carries[k][i])
+        done[j] = found
+        self.carries[k] = (*self.carries[k][:i], tuple(done), *self.carries[k][i + 1 :])
+
+    def tensor_stages(self, k: int, stop, parallel, kept=None):
+        """Fills in the statistics of one tensor up to ``stop``."""
+        for i, step in enumerate(self.steps):
+            if not self.active[k][i]:
+                continue
+            for j, stage in enumerate(step.stages):
+                if stop == (i, j):
+                    return
+                if self.carries[k][i][j] is not None:
+                    continue
+                blocks = self.blocks(k)
+                if isinstance(stage, Sums):
+                    results = parallel(lambda b, at=(i, j): self.call("sums", b, at, kept), blocks)
+                    found = memory.combine(stage, [value for value, _ in results])
+                    self.seen([largest for _, largest in results], k)
+                else:
+                    found = self.ranks(stage, (i, j), [k], blocks, parallel, kept)
+                self.fill(k, i, j, found)
+
+    def ranks(self, stage: Ranks, stop, at, blocks, parallel, kept=None):
+        """Exact order statistics over some streams: one sampled bracket, then one pass that counts and collects."""
+        i, j = stop
+        n = sum(self.streams[k].size for k in at)
+        carry = merge_stages(self.carries[at[0]][i][:j])
+        wanted = stage.at(n, carry)
+        dtype, lead = self.selected_like(at[0], stop)
+        names, top = memory.from_the_top(wanted, n, lead)
+        # Ascending index of each rank, (R, T').
+        ranks = n - (np.asarray(top.high).astype(np.int64) * (1 << 16) + np.asarray(top.low))
+        search = Selection(n, ranks)
+        if search.wants_sample:
+            pieces = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
+            search.bracket([self.call("keys", b, stop)[0][:, : b.stop - b.start] for b in pieces])
+        while not search.settled:
+            results = parallel(lambda b: self.counted(search, b, stop, kept), blocks)
+            search.update([part for part, _ in results])
+            for k, group in itertools.groupby(zip(blocks, results, strict=True), key=lambda pair: pair[0].at):
+                self.seen([largest for _, (_, largest) in group], k)
+        found = selection.from_ordered_bits(jnp.asarray(search.keys), dtype)
+        return dict(zip(names, found, strict=True))
+
+    def counted(self, search: Selection, block: Block, stop, kept):
+        keys, largest = self.call("keys", block, stop, kept)
+        return search.count(keys[:, : block.stop - block.start]), largest
+
+    def sample_block(self, at, where: int, n: int) -> Block:
+        """The block of a sample that begins at entry ``where`` of the streams laid end to end."""
+        for k in at:
+            size = self.streams[k].size
+            if where < size:
+                return Block(k, where, min(where + SMALL, size))
+            where -= size
+        raise AssertionError("a sample lies inside the tree")
+
+    def selected_like(self, k, stop):
+        site = _Site(
+            self.steps, self.active[k], self.tasks, "keys", stop, self.streams[k].dtype.name, False, self.dtype_name(k)
+        )
+        raw = jax.ShapeDtypeStruct((self.tasks + 1, 8), _UINT[self.streams[k].dtype.itemsize])
+        shape = jax.eval_shape(
+            functools.partial(_block_values, site),
+            raw,
+            self.keys[k],
+            self.carries[k],
+            np.zeros(2, np.uint32),
+            np.int32(8),
+            np.float32(8),
+        )
+        return shape.dtype, shape.shape[0]
+
+    def finish(self, k: int, write, parallel) -> Finished:
+        stream = self.streams[k]
+        rows = self.tasks + 1
+        stages = any(f is None for i, c in enumerate(self.carries[k]) if self.active[k][i] for f in c)
+        small = stream.size * rows * stream.dtype.itemsize <= KEEP_BYTES
+        kept: dict | None = {} if stages and small else None
+        self.tensor_stages(k, None, parallel, kept)
+
+        def last(block: Block):
+            (value, stats), largest = self.call("finish", block, None, kept)
+            valid = block.stop - block.start
+            if isinstance(value, dict):
+                value = {"unified": value["unified"][:valid], "masks": value["masks"][:, : -(-valid // 8)]}
+            else:
+                value = value[:valid]
+            write(k, block.start, value)
+            return stats, largest
+
+        results = parallel(last, self.blocks(k))
+        self.seen([largest for _, largest in results], k)
+        zero = np.zeros(self.tasks)
+        carries = tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])
+        largest = self.largest[k]
+        return Finished(
+            carries,
+            sum((np.asarray(s["nonzero"], np.float64) for s, _ in results), zero),
+            sum((np.asarray(s["squares"], np.float64) for s, _ in results), zero),
+            zero if largest is None else largest,
+        )
+
+
+class NonFinite(ContentError):
+    """NaN or infinity: in which row (0 is the base), tensor and entry."""
+
+    def __init__(self, row: int, name: str, entry: list[int], value: float):
+        super().__init__(
+            f"tensor {name!r} holds {value} at {entry} in {'the base' if row == 0 else f'model {row - 1}'}"
+        )
+        self.row, self.name, self.entry, self.value = row, name, entry, value
+
+
+def _wants_whole(step: Step) -> bool:
+    return step.piece in ("row", "tensor") or any(stage.scope == "row" for stage in step.stages)
+
+
+def _serial(fn, items) -> list:
+    return [fn(item) for item in items]
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+    """An uninitialised array aligned to 64 bytes, which JAX on CPU takes without a copy."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(count + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + count].view(dtype).reshape(shape)
+
+
+class _Site(NamedTuple):
+    """What a compiled block function depends on besides the length of the block."""
+
+    steps: tuple[Step, ...]
+    active: tuple[bool, ...]
+    tasks: int
+    kind: str
+    stop: tuple[int, int] | None
+    dtype: str
+    first: bool
+    out_dtype: str
+
+
+def _reach(site: _Site, raw, key, carries, start, valid):
+    """The chain up to the site's stop, over one block."""
+    values = lax.bitcast_convert_type(raw, jnp.dtype(site.dtype)).astype(jnp.float32)
+    length = raw.shape[1]
+
+    def position():
+        low = start[1] + lax.iota(jnp.uint32, length)
+        return start[0] + (low < start[1]).astype(jnp.uint32), low
+
+    stack = values[1:] - values[:1]
+    x = Piece(stack, values[0], tuple(range(site.tasks)), key, position, valid)
+
+    def missing(stage, x, carry):
+        raise AssertionError("statistics come before the pass that needs them")
+
+    return x, advance(site.steps, site.active, x, carries, missing, site.stop)
+
+
+def _block_values(site: _Site, raw, key, carries, start, valid, n):
+    _, reached = _reach(site, raw, key, carries, start, valid)
+    i, j = site.stop
+    return site.steps[i].stages[j].of(reached.x, reached.carry)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(site: _Site):
+    def fn(raw, key, carries, start, valid, n):
+        x, reached = _reach(site, raw, key, carries, start, valid)
+        # NaN where an input is not finite: subtraction and max carry it along.
+        largest = jnp.max(jnp.abs(x.stack), axis=1) if site.first else None
+        if site.kind == "keys":
+            i, j = site.stop
+            return selection.ordered_bits(site.steps[i].stages[j].of(reached.x, reached.carry)), largest
+        if site.kind == "sums":
+            i, j = site.stop
+            stage = site.steps[i].stages[j]
+            neutral = {Sums: 0.0, Min: jnp.inf, Max: -jnp.inf}[type(stage)]
+            real = lax.iota(jnp.int32, raw.shape[1]) < valid
+            arrays = {k: jnp.where(real, a, neutral) for k, a in stage.of(reached.x, reached.carry, n).items()}
+            reduce = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
+            return {k: reduce(a.astype(jnp.float32), axis=1) for k, a in arrays.items()}, largest
+        last = site.steps[-1]
+        value = memory.store(last, reached, x.base, jnp.dtype(site.out_dtype))
+        if isinstance(value, dict):
+            value = {
+                "unified": value["unified"].astype(jnp.dtype(site.out_dtype)),
+                "masks": jnp.packbits(value["masks"], axis=1),
+            }
+        elif value is not None:
+            value = value.astype(jnp.dtype(site.out_dtype))
+        real = reached.x.stack
+        stats = {"nonzero": jnp.sum(real != 0, axis=1, dtype=jnp.int32), "squares": jnp.sum(real**2, axis=1)}
+        return (value, stats), largest
+
+    return jax.jit(fn)
