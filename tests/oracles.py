@@ -139,6 +139,10 @@ def from_vectors(vectors: np.ndarray, like: Tree) -> Tree:
 
 
 def floor_count(x: np.ndarray, density: float) -> np.ndarray:
+    return keep_largest(x, math.floor(density * x.size))
+
+
+def at_least_one_count(x: np.ndarray, density: float) -> np.ndarray:
     return keep_largest(x, max(1, math.floor(density * x.size)))
 
 
@@ -152,11 +156,16 @@ def exact_count(x: np.ndarray, density: float) -> np.ndarray:
     return keep_exactly(x, int(density * x.size))
 
 
-KEEP = {"floor": floor_count, "floor_plus_one": floor_plus_one_count, "exact": exact_count}
+KEEP = {
+    "at_least_one": at_least_one_count,
+    "floor": floor_count,
+    "floor_plus_one": floor_plus_one_count,
+    "exact": exact_count,
+}
 
 
 def magnitude(stacks: Tree, density, granularity: str = "tensor") -> Tree:
-    return trim(stacks, density, granularity, floor_count)
+    return trim(stacks, density, granularity, at_least_one_count)
 
 
 def dare(stacks: Tree, masks: Tree, density: float, rescale: str | None = "inverse") -> Tree:
@@ -195,9 +204,7 @@ def conflict_aware(stacks: Tree, inner: Sparsifier, order: Sequence[int] | None 
     out = {name: np.zeros(stack.shape, np.float32) for name, stack in stacks.items()}
     free = {name: np.ones(stack.shape[1:], bool) for name, stack in stacks.items()}
     for t in range(tasks) if order is None else order:
-        seen = {
-            name: np.where(free[name], stack[t], 0)[None].astype(np.float32) for name, stack in stacks.items()
-        }
+        seen = {name: np.where(free[name], stack[t], 0)[None].astype(np.float32) for name, stack in stacks.items()}
         for name, result in inner(seen).items():
             out[name][t] = result[0]
             free[name] &= result[0] == 0
@@ -318,7 +325,4 @@ def emr(stacks: Tree, rescaler: str = "tensor_mean") -> tuple[Tree, Tree, np.nda
 
 def emr_task_vector(stacks: Tree, t: int, rescaler: str = "tensor_mean") -> Tree:
     unified, masks, rescalers = emr(stacks, rescaler)
-    return {
-        name: (rescalers[t] * np.where(masks[name][t], unified[name], 0)).astype(np.float32)
-        for name in stacks
-    }
+    return {name: (rescalers[t] * np.where(masks[name][t], unified[name], 0)).astype(np.float32) for name in stacks}

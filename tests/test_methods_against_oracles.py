@@ -69,12 +69,12 @@ TIES = {
     "floor": {"keep": "floor", "density": 0.4},
     "floor_tensor": {"keep": "floor", "density": 0.4, "granularity": "tensor", "zero_sign": "positive"},
     "floor_plus_one_tensor": {"density": 0.4, "granularity": "tensor"},
-    "exact_global": {"keep": "exact", "density": 0.4, "zero_sign": "positive"},
+    "at_least_one_tensor": {"keep": "at_least_one", "density": 0.02, "granularity": "tensor"},
     "authors_weighted": {"elect": "weighted", "divisor": "weights", "weights": WEIGHTS, "density": 0.8},
     "authors_divisor": {"divisor": "weights", "weights": WEIGHTS, "density": 0.8},
     "mergekit_count": {"flavour": "mergekit", "divisor": "count", "weights": WEIGHTS, "density": 0.7},
     "mergekit_majority": {"flavour": "mergekit", "zero_sign": "majority", "density": 0.7},
-    "peft_global": {"flavour": "peft", "granularity": "global", "density": 0.35},
+    "peft_global": {"flavour": "peft", "granularity": "global", "keep": "floor", "density": 0.35},
     "frequency_majority": {"elect": "frequency", "density": 0.9},
     "density_per_task": {"density": [0.1, 0.5, 1.0, 0.0, 0.25]},
     "density_per_task_mergekit": {"flavour": "mergekit", "density": [0.1, 0.5, 1.0, 0.0, 0.25]},
@@ -87,9 +87,7 @@ TIES = {
 def ties_oracle(stacks: dict, parameters: dict) -> dict:
     expected = oracles.ties(stacks, **parameters)
     if parameters.get("flavour") == "mergekit":
-        expected["scale"] = (
-            None  # mergekit keeps one entry where int(density * n) is 0; tests/peers checks it
-        )
+        expected["scale"] = None  # mergekit keeps one entry where int(density * n) is 0; tests/peers checks it
     return {name: value for name, value in expected.items() if value is not None}
 
 
@@ -131,6 +129,12 @@ def test_zeros_take_the_majority_of_the_whole_vector(nest, flatten):
     np.testing.assert_array_equal(out["a"], [-1.0, 2.0])
     out = flatten(tj.merge_task_vectors(stacks, tj.ties(1.0, zero_sign="positive")))
     np.testing.assert_array_equal(out["a"], [1.0, 2.0])
+
+
+def test_an_exact_count_over_the_whole_tree_is_refused():
+    """It would break ties by a position that no tensor has."""
+    with pytest.raises(tj.MergeError, match="exact"):
+        tj.ties(0.4, flavour="peft", granularity="global")
 
 
 # EMR

@@ -141,9 +141,7 @@ def test_quantile_ratios(stacks, nest, flatten):
     for name, stack in stacks.items():
         a = np.abs(stack.reshape(TASKS, -1))
         high = [oracles.quantile_lower(row, 0.9) for row in a]
-        expected = [
-            oracles.quantile_lower(row, 0.5) / h if h else 0.0 for row, h in zip(a, high, strict=True)
-        ]
+        expected = [oracles.quantile_lower(row, 0.5) / h if h else 0.0 for row, h in zip(a, high, strict=True)]
         np.testing.assert_allclose(ratios[name], expected, rtol=1e-6, err_msg=name)
 
 
@@ -165,9 +163,7 @@ def test_dare_given_its_mask(rescale, stacks, nest, flatten):
     assert_same_stacks(out, oracles.dare(stacks, masks, 0.4, rescale))
 
 
-def dare_mask(
-    shape: tuple[int, ...], name: str = "kernel", seed: int = 0, density: float = 0.4, tasks: int = 2
-):
+def dare_mask(shape: tuple[int, ...], name: str = "kernel", seed: int = 0, density: float = 0.4, tasks: int = 2):
     stacks = {name: jnp.ones((tasks, *shape), jnp.float32)}
     return np.asarray(tj.sparsify(stacks, tj.dare(density), key=jax.random.key(seed))[name]) != 0
 
