@@ -56,8 +56,8 @@ class Settings:
     tasks: tuple[str, ...] = tuple(TASKS)
     hidden_size: int = 64
     layers: int = 3
-    pretraining_steps: int = 1500
-    tuning_steps: int = 300
+    pretraining_steps: int = 1000
+    tuning_steps: int = 200
     batch: int = 128
     chunk: int = 50  # steps in one compiled call
     probe_pairs: int = 3000
@@ -172,7 +172,7 @@ def _train_all(out: Path, settings: Settings, train: Digits, test: Pairs, consol
         num_channels=1,
         labels=tuple(f"{number:02d}" for number in range(PRETRAINING.classes)),
     )
-    graph, params = nnx.split(Model(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.jit(lambda: Model(config, rngs=nnx.Rngs(0)))())
     fit = _trainer(graph, settings)
     backbone = nnx.split(nnx.merge(graph, params).vit)[0]
     encode = jax.jit(lambda params, images: nnx.merge(backbone, params)(images)[:, 0])
@@ -312,24 +312,28 @@ def _merge(out: Path, tasks: tuple[str, ...], name: str, method: str, options, c
     if method != "emr":
         return [merged] * len(tasks)
     for task in tasks:
-        _tadrop(["task", str(merged), "--task", task, "--out", f"{merged}-{task}"], console)
+        command = ["task", str(merged), "--task", task, "--out", f"{merged}-{task}"]
+        _tadrop(command, console if task == tasks[0] else None)
+    console.print("  (and so for the other tasks)")
     return [Path(f"{merged}-{task}") for task in tasks]
 
 
-def _tadrop(arguments: list[str], console) -> None:
+def _tadrop(arguments: list[str], console=None) -> None:
     from tadrop_jax import cli
 
-    console.print("$ " + shlex.join(["tadrop", *arguments]), style="bold", soft_wrap=True, markup=False)
+    if console is not None:
+        console.print("$ " + shlex.join(["tadrop", *arguments]), style="bold", soft_wrap=True, markup=False)
     code = cli.main(arguments)
     if code:
         raise MergeError(f"tadrop {arguments[0]} ended with exit code {code}")
 
 
 def _print_table(rows: dict[str, list[float]], tasks: tuple[str, ...], console) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Accuracy on held-out digits, %")
-    table.add_column("")
+    table = Table(title="Accuracy on held-out digits, %", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for heading in (*tasks, "mean"):
         table.add_column(heading, justify="right")
     for name, values in rows.items():
@@ -381,6 +385,9 @@ def draw_sparsity(sparsity: dict[str, np.ndarray], tasks: tuple[str, ...], file:
         cells = np.stack([groups[group][kind] for kind in kinds])
         image = axes.imshow(cells, vmin=low, vmax=high, cmap="viridis", aspect="auto")
         axes.set_title(group, fontsize=10)
+        for row in range(1, len(kinds)):  # a line between matrices, norms and biases
+            if _reading_order(kinds[row])[0] != _reading_order(kinds[row - 1])[0]:
+                axes.axhline(row - 0.5, color="white", linewidth=2)
         axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         own_labels = position == 0 or group == "outside layers"
         axes.set_yticks(range(len(kinds)), kinds if own_labels else [], fontsize=8)
@@ -419,7 +426,8 @@ def _place(name: str) -> tuple[str, str]:
     return group, _KINDS[".".join(parts)]
 
 
-def _reading_order(kind: str) -> tuple[bool, int]:
-    """Matrices first, then biases; each in the order of the forward pass."""
+def _reading_order(kind: str) -> tuple[int, int]:
+    """Matrices first, then scales of norms, then biases; each in the order of the forward pass."""
     stem = kind.removesuffix(" weight").removesuffix(" bias")
-    return kind.endswith(" bias"), _ORDER.index(stem)
+    group = 2 if kind.endswith(" bias") else 1 if "norm" in stem else 0
+    return group, _ORDER.index(stem)
