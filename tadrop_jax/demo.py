@@ -120,7 +120,7 @@ def _prepare(out: Path) -> Path:
         if not marker.exists():
             raise MergeError(f"{out}: holds something that is not an earlier demo; choose another directory")
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "merged").mkdir(parents=True)
     marker.touch()
     return out
 
@@ -313,7 +313,10 @@ def _merge(out: Path, tasks: tuple[str, ...], name: str, method: str, options, c
         return [merged] * len(tasks)
     for task in tasks:
         command = ["task", str(merged), "--task", task, "--out", f"{merged}-{task}"]
-        _tadrop(command, console if task == tasks[0] else None)
+        if task == tasks[0]:
+            _tadrop(command, console)
+        else:
+            _tadrop([*command, "--quiet"])
     console.print("  (and so for the other tasks)")
     return [Path(f"{merged}-{task}") for task in tasks]
 

@@ -66,7 +66,7 @@ def test_an_earlier_demo_is_replaced_and_other_directories_are_not(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "mine"
     (tmp_path / ".tadrop-demo").touch()
     demo._prepare(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".tadrop-demo"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tadrop-demo", "merged"]
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch, tmp_path):
