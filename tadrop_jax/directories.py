@@ -17,7 +17,7 @@ from tadrop_jax.checkpoints.safetensors import Sink, Source, copy_sidecars, open
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.report import REPORT, TensorLog, describe_input, versions
 from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
-from tadrop_jax.streaming import Finished, NonFinite, Settings, Stream, run
+from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, run
 from tadrop_jax.task_vector import check_alike, check_names
 from tadrop_jax.trees import check_patterns, selected
 
@@ -30,6 +30,10 @@ DTYPES = {
 _CHUNK = 1 << 22
 # What an earlier merge left beside its result says nothing of this one.
 _NOT_COPIED = {REPORT, BUNDLE}
+
+
+class MergeFailed(RuntimeError):
+    """A merge broke off midway; what it did so far is in ``OUT.partial``."""
 
 
 class Request(NamedTuple):
@@ -95,8 +99,9 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
       The report, as it stands beside the result.
 
     Raises:
-      MergeError: if the request or its inputs are wrong; then nothing is left behind. Any other exception, a
-        CheckpointError while writing, or an interrupt leaves ``OUT.partial``, which ``resume`` goes on from.
+      MergeError: if the request or its inputs are wrong; then nothing is left behind.
+      MergeFailed: if a file could not be read or written midway. That, or an interrupt, leaves ``OUT.partial``, which
+        ``resume`` goes on from.
     """
     with contextlib.ExitStack() as stack:
         _refuse_same_file(request.models)
@@ -119,9 +124,10 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         )
         try:
             return _merge(request, sources, steps, plan, tasks, sink, bundle, progress)
-        except (ContentError, MergeError) as error:
-            if not isinstance(error, CheckpointError):
-                sink.discard()  # the inputs are wrong: there is nothing to resume
+        except CheckpointError as error:
+            raise MergeFailed(str(error)) from error
+        except MergeError:
+            sink.discard()  # the inputs are wrong: there is nothing to resume
             raise
 
 
@@ -214,9 +220,9 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
         for t, bits in enumerate(value["masks"]):
             sink.write(f"masks/{name}", t * row + start // 8, bits)
 
-    def done(k: int, finished: Finished) -> None:
+    def done(k: int, carries: Carries) -> None:
         stream = streams[k]
-        log.add(stream.name, log.describe(stream, finished, steps))
+        log.add(stream.name, log.describe(stream, carries, steps))
         for name in _outputs_of(stream.name, bundle):
             sink.mark_done(name)
 
@@ -224,11 +230,13 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
     key = jax.random.key(request.seed, impl="threefry2x32")
     settings = Settings(key, request.dtype, request.check_finite, request.workers, advance)
     try:
-        carry = run(steps, streams, len(tasks), write, done, settings, skip)
+        outcome = run(steps, streams, len(tasks), write, done, settings, skip)
     except NonFinite as error:
         file = sources[error.row].tensors[error.name].file
         raise ContentError(f"{file}: tensor {error.name!r} holds {error.value} at {error.entry}") from None
-    scalars = {k: np.asarray(v, np.float32) for k, v in (steps[-1].scalars(carry) if steps[-1].scalars else {}).items()}
+    scalars = {
+        k: np.asarray(v, np.float32) for k, v in (steps[-1].scalars(outcome.carry) if steps[-1].scalars else {}).items()
+    }
     report = {
         "recipe": request.recipe,
         "inputs": [describe_input(s, request.digests) for s in sources],
@@ -237,7 +245,8 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
         "scalars": {k: v.tolist() for k, v in scalars.items()},
         "tensors": log.close(),
     }
-    report["warnings"] = _warnings(report["tensors"], request.models)
+    same = [p for p, differs in zip(request.models, outcome.differs, strict=True) if not differs]
+    report["warnings"] = [f"{p}: equals the base, its task vector is zero" for p in same if not skip]
     _add_files(request, sink, tasks, bundle, scalars, report, sources, plan)
     progress(total, total)
     sink.finish()
@@ -346,15 +355,6 @@ def _bytes_to_read(steps, sources, plan: Plan) -> int:
 
     size = sum(sources[0].tensors[n].nbytes for n in plan.merged) * len(sources)
     return size * (len(global_stages(steps)) + 1)
-
-
-def _warnings(tensors: dict, models) -> list[str]:
-    said = []
-    for t, path in enumerate(models):
-        largest = [row["largest"][t] for row in tensors.values() if "largest" in row]
-        if largest and max(largest) == 0:
-            said.append(f"{path}: equals the base, its task vector is zero")
-    return said
 
 
 def _fingerprint(request: Request, sources: Sequence[Source]) -> str:

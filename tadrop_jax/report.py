@@ -41,16 +41,12 @@ class TensorLog:
         return rows
 
     @staticmethod
-    def describe(stream, finished, steps) -> dict[str, Any]:
+    def describe(stream, carries, steps) -> dict[str, Any]:
         """A merged tensor in numbers: what the steps computed anyway."""
-        size = max(stream.size, 1)
         row: dict[str, Any] = {"shape": list(stream.shape), "dtype": stream.dtype.name}
-        for step, carry in zip(steps, finished.carries, strict=True):
+        for step, carry in zip(steps, carries, strict=True):
             if step.report and carry:
                 row |= {k: _floats(v) for k, v in step.report(carry).items()}
-        row["sparsity"] = _floats(1 - finished.nonzero / size)
-        row["norm"] = _floats(np.sqrt(finished.squares))
-        row["largest"] = _floats(finished.largest)
         return row
 
 

@@ -79,23 +79,20 @@ class Settings(NamedTuple):
     progress: Callable[[int], None] = lambda n: None
 
 
-class Finished(NamedTuple):
-    """What a chain did to one tensor.
+Write = Callable[[int, int, Any], None]
+Carries = tuple[dict[str, np.ndarray], ...]
+
+
+class Outcome(NamedTuple):
+    """What is known after a run.
 
     Attributes:
-      carries: the statistics of each step, by name.
-      nonzero: entries of each task that are not zero after the sparsifiers.
-      squares: their sum of squares.
-      largest: largest magnitude of each task vector, before.
+      carry: of the last step: the statistics of the tree that a bundle keeps.
+      differs: for each model, whether it differs from the base anywhere.
     """
 
-    carries: tuple[dict[str, np.ndarray], ...]
-    nonzero: np.ndarray
-    squares: np.ndarray
-    largest: np.ndarray
-
-
-Write = Callable[[int, int, Any], None]
+    carry: dict[str, jax.Array]
+    differs: tuple[bool, ...]
 
 
 def run(
@@ -103,10 +100,10 @@ def run(
     streams: Sequence[Stream],
     tasks: int,
     write: Write,
-    done: Callable[[int, Finished], None],
-    settings: Settings = Settings(),
+    done: Callable[[int, Carries], None],
+    settings: Settings,
     skip: Iterable[int] = (),
-) -> dict[str, jax.Array]:
+) -> Outcome:
     """Runs a chain of steps over all streams, and hands the result over block by block.
 
     Args:
@@ -115,12 +112,13 @@ def run(
       tasks: T.
       write: ``(stream, start, value)``, called from several threads with what the last step puts out for the entries
         from ``start`` on: an array, or ``{"unified", "masks"}`` with packed bits, for a bundle.
-      done: ``(stream, finished)``, called once a stream, from any thread, after its last block was written.
+      done: ``(stream, carries)``, called once a stream, from any thread, after its last block was written; the
+        statistics of each step, by name.
       settings: how to run.
       skip: streams whose result is there already; they still count in statistics of the tree.
 
     Returns:
-      The carry of the last step (the statistics of the tree that a bundle keeps).
+      The outcome.
 
     Raises:
       ContentError: for NaN or infinity, naming file, tensor and entry.
@@ -141,7 +139,8 @@ class _Run:
         self.active = [tuple(s.covers(t.name) and t.size > 0 for s in steps) for t in streams]
         self.keys = [None if key is None else randomness.tensor_key(key, t.name) for t in streams]
         self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in steps) for _ in streams]
-        self.largest: list[np.ndarray | None] = [None] * len(streams)
+        self.checked = [False] * len(streams)
+        self.differs = [False] * tasks
         self.workers = settings.workers or len(os.sched_getaffinity(0))
         self.buffers = threading.local()
         group = math.lcm(*(s.group for s in steps if s.piece == "group"))
@@ -163,10 +162,8 @@ class _Run:
             done(k, self.finish(k, write, self.parallel))
         rest = [k for k in todo if k not in set(large)]
         self.parallel(lambda k: done(k, self.finish(k, write, _serial)), rest)
-        for found in self.carries:
-            if found and found[-1] and any(f is not None for f in found[-1]):
-                return merge_stages(found[-1])
-        return {}
+        lasts = (merge_stages(found[-1]) for found in self.carries if found and found[-1] and found[-1][0] is not None)
+        return Outcome(next(lasts, {}), tuple(self.differs))
 
     def parallel(self, fn, items) -> list:
         """Maps over items on all workers; the first error stops the rest."""
@@ -203,19 +200,19 @@ class _Run:
         if kept is not None and block.start in kept:
             return kept[block.start], valid
         stream = self.streams[block.at]
-        length = self.small if valid <= self.small else self.block
+        width = self.small if valid <= self.small else self.block
         uint = _UINT.get(stream.dtype.itemsize)
         if uint is None:
             raise MergeError(f"tensor {stream.name!r}: dtype {stream.dtype} cannot be merged from files")
         rows = self.tasks + 1
         if kept is None:
             # One buffer a thread and size: a block is done with before the next one is read.
-            held = self.buffers.__dict__.setdefault((length, uint), None)
+            held = self.buffers.__dict__.setdefault((width, uint), None)
             if held is None:
-                held = self.buffers.__dict__[(length, uint)] = _aligned((rows, length), uint)
+                held = self.buffers.__dict__[(width, uint)] = _aligned((rows, width), uint)
             raw = held
         else:
-            raw = kept[block.start] = _aligned((rows, length), uint)
+            raw = kept[block.start] = _aligned((rows, width), uint)
         for row in range(rows):
             stream.read(row, block.start, block.stop, raw[row, :valid].view(stream.dtype))
         raw[:, valid:] = 0
@@ -226,35 +223,34 @@ class _Run:
         """Runs a compiled block function; also checks the contents when the stream is read for the first time."""
         k = block.at
         raw, valid = self.load(block, kept)
-        stream = self.streams[k]
-        first = self.largest[k] is None
-        site = _Site(self.steps, self.active[k], self.tasks, kind, stop, stream.dtype.name, first, self.dtype_name(k))
+        stream, check = self.streams[k], not self.checked[k]
+        site = _Site(self.steps, self.active[k], self.tasks, kind, stop, stream.dtype.name, check, self.dtype_name(k))
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
-        value, largest = _compiled(site)(
+        value, total = _compiled(site)(
             jax.dlpack.from_dlpack(raw), self.keys[k], self.carries[k], start, np.int32(valid), np.float32(stream.size)
         )
         value = jax.tree.map(np.asarray, value)
-        if first and not np.isfinite(found := np.asarray(largest)).all() and self.settings.check_finite:
-            self.complain(block, raw, valid, found)
-        return value, (np.asarray(largest) if first else None)
+        if check:
+            self.check(block, raw, valid, np.asarray(total))
+        return value
 
-    def complain(self, block: Block, raw, valid, largest):
+    def check(self, block: Block, raw, valid, total):
+        """Refuses NaN and infinity, and notes which models differ from the base."""
+        for t in range(self.tasks):
+            if not self.differs[t] and not np.array_equal(raw[0, :valid], raw[t + 1, :valid]):
+                self.differs[t] = True
+        if np.isfinite(total) or not self.settings.check_finite:
+            return
         stream = self.streams[block.at]
         for row in range(self.tasks + 1):
             values = raw[row, :valid].view(stream.dtype).astype(np.float32)
             bad = np.flatnonzero(~np.isfinite(values))
             if bad.size:
                 entry = np.unravel_index(block.start + int(bad[0]), stream.shape) if stream.shape else ()
-                where = [int(i) for i in entry]
-                raise NonFinite(row, stream.name, where, float(values[bad[0]]))
+                raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[bad[0]]))
 
     def dtype_name(self, k: int) -> str:
         return (self.settings.dtype or self.streams[k].dtype).name
-
-    def seen(self, found: list, k: int) -> None:
-        """Notes the largest magnitudes of a stream that was read whole for the first time."""
-        if found and found[0] is not None:
-            self.largest[k] = np.max(found, axis=0)
 
     def global_stage(self, stop):
         i, j = stop
@@ -267,13 +263,11 @@ class _Run:
         stage = self.steps[i].stages[j]
         blocks = [b for k in at for b in self.blocks(k)]
         if isinstance(stage, Sums):
-            results = self.parallel(lambda b: self.call("sums", b, stop), blocks)
-            found = memory.combine(stage, [value for value, _ in results])
-            for k, group in itertools.groupby(zip(blocks, results, strict=True), key=lambda pair: pair[0].at):
-                self.seen([largest for _, (_, largest) in group], k)
+            found = memory.combine(stage, self.parallel(lambda b: self.call("sums", b, stop), blocks))
         else:
             found = self.ranks(stage, stop, at, blocks, self.parallel)
         for k in at:
+            self.checked[k] = True
             self.fill(k, i, j, found)
 
     def fill(self, k, i, j, found):
@@ -293,11 +287,11 @@ class _Run:
                     continue
                 blocks = self.blocks(k)
                 if isinstance(stage, Sums):
-                    results = parallel(lambda b, at=(i, j): self.call("sums", b, at, kept), blocks)
-                    found = memory.combine(stage, [value for value, _ in results])
-                    self.seen([largest for _, largest in results], k)
+                    parts = parallel(lambda b, at=(i, j): self.call("sums", b, at, kept), blocks)
+                    found = memory.combine(stage, parts)
                 else:
                     found = self.ranks(stage, (i, j), [k], blocks, parallel, kept)
+                self.checked[k] = True
                 self.fill(k, i, j, found)
 
     def ranks(self, stage: Ranks, stop, at, blocks, parallel, kept=None):
@@ -313,18 +307,15 @@ class _Run:
         search = Selection(n, ranks)
         if search.wants_sample:
             pieces = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
-            search.bracket([self.call("keys", b, stop)[0][:, : b.stop - b.start] for b in pieces])
+            search.bracket([self.call("keys", b, stop)[:, : b.stop - b.start] for b in pieces])
         while not search.settled:
-            results = parallel(lambda b: self.counted(search, b, stop, kept), blocks)
-            search.update([part for part, _ in results])
-            for k, group in itertools.groupby(zip(blocks, results, strict=True), key=lambda pair: pair[0].at):
-                self.seen([largest for _, (_, largest) in group], k)
+            search.update(parallel(lambda b: self.counted(search, b, stop, kept), blocks))
         found = selection.from_ordered_bits(jnp.asarray(search.keys), dtype)
         return dict(zip(names, found, strict=True))
 
     def counted(self, search: Selection, block: Block, stop, kept):
-        keys, largest = self.call("keys", block, stop, kept)
-        return search.count(keys[:, : block.stop - block.start]), largest
+        keys = self.call("keys", block, stop, kept)
+        return search.count(keys[:, : block.stop - block.start])
 
     def sample_block(self, at, where: int, n: int) -> Block:
         """The block of a sample that begins at entry ``where`` of the streams laid end to end."""
@@ -351,35 +342,24 @@ class _Run:
         )
         return shape.dtype, shape.shape[0]
 
-    def finish(self, k: int, write, parallel) -> Finished:
+    def finish(self, k: int, write, parallel) -> Carries:
         stream = self.streams[k]
-        rows = self.tasks + 1
-        stages = any(f is None for i, c in enumerate(self.carries[k]) if self.active[k][i] for f in c)
-        small = stream.size * rows * stream.dtype.itemsize <= KEEP_BYTES
-        kept: dict | None = {} if stages and small else None
+        missing = any(f is None for i, c in enumerate(self.carries[k]) if self.active[k][i] for f in c)
+        small = stream.size * (self.tasks + 1) * stream.dtype.itemsize <= KEEP_BYTES
+        kept: dict | None = {} if missing and small else None
         self.tensor_stages(k, None, parallel, kept)
 
-        def last(block: Block):
-            (value, stats), largest = self.call("finish", block, None, kept)
+        def last(block: Block) -> None:
+            value = self.call("finish", block, None, kept)
             valid = block.stop - block.start
             if isinstance(value, dict):
                 value = {"unified": value["unified"][:valid], "masks": value["masks"][:, : -(-valid // 8)]}
             else:
                 value = value[:valid]
             write(k, block.start, value)
-            return stats, largest
 
-        results = parallel(last, self.blocks(k))
-        self.seen([largest for _, largest in results], k)
-        zero = np.zeros(self.tasks)
-        carries = tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])
-        largest = self.largest[k]
-        return Finished(
-            carries,
-            sum((np.asarray(s["nonzero"], np.float64) for s, _ in results), zero),
-            sum((np.asarray(s["squares"], np.float64) for s, _ in results), zero),
-            zero if largest is None else largest,
-        )
+        parallel(last, self.blocks(k))
+        return tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])
 
 
 class NonFinite(ContentError):
@@ -417,17 +397,16 @@ class _Site(NamedTuple):
     kind: str
     stop: tuple[int, int] | None
     dtype: str
-    first: bool
+    check: bool
     out_dtype: str
 
 
 def _reach(site: _Site, raw, key, carries, start, valid):
     """The chain up to the site's stop, over one block."""
     values = lax.bitcast_convert_type(raw, jnp.dtype(site.dtype)).astype(jnp.float32)
-    length = raw.shape[1]
 
     def position():
-        low = start[1] + lax.iota(jnp.uint32, length)
+        low = start[1] + lax.iota(jnp.uint32, raw.shape[1])
         return start[0] + (low < start[1]).astype(jnp.uint32), low
 
     stack = values[1:] - values[:1]
@@ -449,11 +428,11 @@ def _block_values(site: _Site, raw, key, carries, start, valid, n):
 def _compiled(site: _Site):
     def fn(raw, key, carries, start, valid, n):
         x, reached = _reach(site, raw, key, carries, start, valid)
-        # NaN where an input is not finite: subtraction and max carry it along.
-        largest = jnp.max(jnp.abs(x.stack), axis=1) if site.first else None
+        # Not finite where an input is not: subtraction and sum carry it along.
+        total = jnp.sum(jnp.sum(x.stack, axis=0)) if site.check else None
         if site.kind == "keys":
             i, j = site.stop
-            return selection.ordered_bits(site.steps[i].stages[j].of(reached.x, reached.carry)), largest
+            return selection.ordered_bits(site.steps[i].stages[j].of(reached.x, reached.carry)), total
         if site.kind == "sums":
             i, j = site.stop
             stage = site.steps[i].stages[j]
@@ -461,7 +440,7 @@ def _compiled(site: _Site):
             real = lax.iota(jnp.int32, raw.shape[1]) < valid
             arrays = {k: jnp.where(real, a, neutral) for k, a in stage.of(reached.x, reached.carry, n).items()}
             reduce = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
-            return {k: reduce(a.astype(jnp.float32), axis=1) for k, a in arrays.items()}, largest
+            return {k: reduce(a.astype(jnp.float32), axis=1) for k, a in arrays.items()}, total
         last = site.steps[-1]
         value = memory.store(last, reached, x.base, jnp.dtype(site.out_dtype))
         if isinstance(value, dict):
@@ -471,8 +450,6 @@ def _compiled(site: _Site):
             }
         elif value is not None:
             value = value.astype(jnp.dtype(site.out_dtype))
-        real = reached.x.stack
-        stats = {"nonzero": jnp.sum(real != 0, axis=1, dtype=jnp.int32), "squares": jnp.sum(real**2, axis=1)}
-        return (value, stats), largest
+        return value, total
 
     return jax.jit(fn)

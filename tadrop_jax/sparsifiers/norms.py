@@ -18,18 +18,21 @@ def check_norm(method: str, norm):
 
 
 def norm_stages(norm) -> tuple[Sums, ...]:
-    """The sums of ``|x|^p`` before and after pruning at ``carry["cut"]``; none if there is no norm to restore."""
-    if norm is None:
-        return ()
+    """How many entries stay when pruned at ``carry["cut"]``, and the sums of ``|x|^p`` before and after."""
 
     def of(x, carry, n):
-        size = magnitude(x.stack) ** norm
-        return {
-            "all": size,
-            "kept": jnp.where(at_least(magnitude(x.stack), _column(x, carry["cut"])), size, 0),
-        }
+        size = magnitude(x.stack)
+        kept = at_least(size, _column(x, carry["cut"]))
+        count = {"count": jnp.where(kept & (size != 0), 1.0 / n, 0)}
+        return count if norm is None else count | {"all": size**norm, "kept": jnp.where(kept, size**norm, 0)}
 
     return (Sums(of),)
+
+
+def describe(carry, norm) -> dict:
+    """Sparsity and norm, for reports."""
+    said = {"sparsity": 1 - carry["count"]}
+    return said if norm is None else said | {"norm": carry["all"] ** (1 / norm)}
 
 
 def prune(x, carry, norm):

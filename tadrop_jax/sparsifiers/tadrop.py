@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import number
-from tadrop_jax.sparsifiers.norms import check_norm, norm_stages, prune
+from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
 from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, safe_ratio, spec
 
 
@@ -81,7 +81,7 @@ def tadrop(
             *norm_stages(norm),
         ),
         apply=functools.partial(prune, norm=norm),
-        report=lambda c: {"quantile_ratio": safe_ratio(c["low"], c["high"])},
+        report=lambda c: {"quantile_ratio": safe_ratio(c["low"], c["high"])} | describe(c, norm),
         spec=spec("tadrop", q_low=q_low, q_high=q_high, norm=norm, mapping=mapping, s_min=s_min, s_max=s_max),
     )
 

@@ -3,7 +3,7 @@
 import functools
 
 from tadrop_jax.parameters import number
-from tadrop_jax.sparsifiers.norms import check_norm, norm_stages, prune
+from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
 from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, spec
 
 
@@ -39,5 +39,6 @@ def uniform(sparsity, norm: int | None = 2) -> Step:
     return Step(
         stages=(Ranks(lambda x, carry: magnitude(x.stack), at=cut_rank), *norm_stages(norm)),
         apply=functools.partial(prune, norm=norm),
+        report=functools.partial(describe, norm=norm),
         spec=spec("uniform", sparsity=sparsity, norm=norm),
     )

@@ -1,0 +1,377 @@
+"""The command line: ``tadrop merge``, ``task``, ``methods`` and ``demo``.
+
+jax, rich and yaml are imported inside the commands, so that ``tadrop --help`` answers at once.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tadrop_jax import __version__, registry
+from tadrop_jax.errors import MergeError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: arguments without the program's name; None takes them from the command line.
+
+    Returns:
+      0 if it is done; 2 if the request or its inputs are wrong (then nothing was written); 1 if it failed midway.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    if options.run is None:
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options)
+    except MergeError as error:
+        print(f"tadrop {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"tadrop {options.command}: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tadrop",
+        description="Merge fine-tuned models into one, without training.",
+        epilog="'tadrop COMMAND --help' tells more of a command, 'tadrop methods' lists what can be done.",
+    )
+    parser.add_argument("--version", action="version", version=f"tadrop {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    merge = commands.add_parser(
+        "merge",
+        help="merge checkpoints on disk",
+        description="Merge fine-tunes of one base (safetensors files or Hugging Face directories) into a directory that "
+        "transformers opens. Models are read block by block: they need not fit in memory.",
+        epilog="Examples:\n"
+        "  tadrop merge --base gpt2 --models cola sst2 mrpc --method ties --density 0.2 --out merged\n"
+        "  tadrop merge --base vit --models a b c --method emr --sparsify tadrop --set per_task=^classifier --out bundle\n"
+        "  tadrop merge recipe.yaml --out merged",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    merge.add_argument(
+        "recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="recipe file, in place of the options"
+    )
+    merge.add_argument("--base", metavar="DIR", help="the pretrained model")
+    merge.add_argument("--models", nargs="+", metavar="DIR", help="the fine-tuned models")
+    merge.add_argument("--method", metavar="NAME", help="merge rule; 'tadrop methods' lists them")
+    merge.add_argument("--density", metavar="X", help="share that the rule's own trimming keeps, 0 to 1, or none")
+    merge.add_argument("--coefficient", metavar="X", help="multiplies the merged task vector")
+    merge.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other parameter of the rule; may be repeated",
+    )
+    merge.add_argument(
+        "--sparsify",
+        metavar="NAME[:P=V,...]",
+        help="sparsifier before the rule, e.g. tadrop or tadrop:q_low=.5,q_high=.9",
+    )
+    merge.add_argument("--include", action="append", metavar="REGEX", help="merge these tensors only; may be repeated")
+    merge.add_argument(
+        "--exclude", action="append", metavar="REGEX", help="take these tensors from the base; may be repeated"
+    )
+    merge.add_argument("--seed", type=int, metavar="N", help="seed of random methods (default 0)")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the result (default: the base's)"
+    )
+    merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
+    merge.add_argument("--resume", action="store_true", help="go on from what an interrupted merge left in DIR.partial")
+    merge.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity in the inputs pass")
+    merge.add_argument(
+        "--digests", action="store_true", help="put SHA-256 digests of the inputs into the report (slow)"
+    )
+    merge.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    merge.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory, or a .safetensors file")
+    merge.set_defaults(run=_merge)
+
+    task = commands.add_parser(
+        "task",
+        help="take one task's full model out of a bundle",
+        description="Rebuild one task's full model from a bundle that 'tadrop merge --method emr' wrote.",
+    )
+    task.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory of the bundle")
+    task.add_argument("--task", required=True, metavar="NAME", help="the task: the name of its model's directory")
+    task.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
+    task.add_argument("--quiet", action="store_true", help="no summary")
+    task.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory")
+    task.set_defaults(run=_task)
+
+    methods = commands.add_parser("methods", help="list sparsifiers and merge rules, with parameters and sources")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="tell all of one method")
+    methods.set_defaults(run=_methods)
+
+    demo = commands.add_parser("demo", help="the whole story on real data, in minutes")
+    demo.add_argument("--out", type=Path, metavar="DIR", help="where to put models, merges and picture")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _merge(options) -> int:
+    from tadrop_jax import recipe as recipes
+
+    described, told = _recipe(options), []
+    if options.recipe is None and options.sparsify and options.density is None:
+        rule = registry.method(described["method"])
+        if any(p.name == "density" for p in rule.parameters) and described["parameters"]["density"] is None:
+            told.append(f"{rule.name}: its own trimming is off, since --sparsify is given without --density")
+    out = _checked_out(options.out, options.resume)
+    size = _size(options.max_shard_size)
+    if options.workers is not None and options.workers < 1:
+        raise MergeError(f"--workers must be at least 1, got {options.workers}")
+    for line in told if not options.quiet else []:
+        print(line, file=sys.stderr)
+
+    _start_jax()
+    from tadrop_jax.directories import DTYPES, MergeFailed, Request, merge_directories
+
+    request = Request(
+        base=Path(described["base"]),
+        models=tuple(Path(m) for m in described["models"]),
+        out=out,
+        chain=recipes.chain_of(described),
+        recipe=described,
+        include=tuple(described["include"]),
+        exclude=tuple(described["exclude"]),
+        seed=described["seed"],
+        dtype=None if described["dtype"] is None else DTYPES[described["dtype"]],
+        max_shard_size=size,
+        resume=options.resume,
+        check_finite=not options.allow_nonfinite,
+        digests=options.digests,
+        workers=options.workers,
+    )
+    began = time.perf_counter()
+    try:
+        with _progress(options.quiet, "merging") as progress:
+            report = merge_directories(request, progress)
+    except (MergeFailed, KeyboardInterrupt) as error:
+        said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        print(
+            f"tadrop merge: {said}\nThe work so far is in {out}.partial; the same command with --resume goes on.",
+            file=sys.stderr,
+        )
+        return 1
+    for line in report["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    if not options.quiet:
+        _summary(report, out, time.perf_counter() - began)
+    return 0
+
+
+def _recipe(options) -> dict:
+    from tadrop_jax import recipe as recipes
+
+    if options.recipe is not None:
+        given = [
+            f"--{n}" for n in ("base", "models", "method", "density", "coefficient", "sparsify") if getattr(options, n)
+        ]
+        given += ["--set"] * bool(options.set)
+        if given:
+            raise MergeError(f"a recipe says what to merge: leave out {', '.join(given)}, or the recipe")
+        described = recipes.load(options.recipe)
+        for field in ("include", "exclude", "seed", "dtype"):
+            value = getattr(options, field)
+            described[field] = described[field] if value is None else value
+    else:
+        missing = [f"--{n}" for n in ("base", "models", "method") if not getattr(options, n)]
+        if missing:
+            raise MergeError(f"{', '.join(missing)} must be given (or a recipe file)")
+        rule = registry.method(options.method, "rule")
+        texts = list(options.set)
+        for field in ("density", "coefficient"):
+            if getattr(options, field) is not None:
+                texts.append(f"{field}={getattr(options, field)}")
+        described = recipes.normal(
+            {
+                "base": options.base,
+                "models": options.models,
+                "method": rule.name,
+                "parameters": registry.parse(rule, texts),
+                "sparsify": options.sparsify,
+                "include": options.include,
+                "exclude": options.exclude,
+                "seed": options.seed or 0,
+                "dtype": options.dtype,
+            }
+        )
+    if described["dtype"] not in (None, "float32", "bfloat16", "float16"):
+        raise MergeError(f"dtype must be float32, bfloat16 or float16, got {described['dtype']!r}")
+    return described
+
+
+def _task(options) -> int:
+    _checked_out(options.out, resume=False)
+    _start_jax()
+    from tadrop_jax.checkpoints.bundles import write_task
+
+    size = write_task(options.bundle, options.task, options.out, _size(options.max_shard_size))
+    if not options.quiet:
+        print(f"{options.out}: the model of task {options.task!r}, {_bytes(size)}")
+    return 0
+
+
+def _methods(options) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    chosen = [registry.method(options.name)] if options.name else registry.METHODS.values()
+    for role, title in (("sparsifier", "Sparsifiers"), ("rule", "Merge rules")):
+        rows = [m for m in chosen if m.role == role]
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left", show_lines=True)
+        for column in ("name", "what it does", "parameters", "granularity", "result", "source"):
+            table.add_column(column, overflow="fold")
+        for m in rows:
+            described = [_described(p, bool(options.name)) for p in m.parameters]
+            table.add_row(m.name, m.about, "\n".join(described) or "-", m.granularity, m.output, m.source)
+        console.print(table)
+    if options.name is None:
+        console.print("'tadrop methods NAME' tells what each parameter means.", highlight=False)
+    return 0
+
+
+def _described(parameter: registry.Parameter, full: bool) -> str:
+    default = "none" if parameter.default in (None, ()) else parameter.default
+    text = f"{parameter.name} = {default}"
+    if not full:
+        return text
+    options = [str(o) for o in parameter.options] + ["none"] * (parameter.optional and bool(parameter.options))
+    return f"{text}: {parameter.about}" + (f" ({', '.join(options)})" if options else "")
+
+
+def _demo(options) -> int:
+    from tadrop_jax import demo
+
+    demo.run(options.out)
+    return 0
+
+
+def _start_jax() -> None:
+    """Sets jax up for files: on the CPU, with compiled functions kept from one run to the next."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "tadrop_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def _checked_out(out: Path, resume: bool) -> Path:
+    """Refuses an output that is there already, before anything is read."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise MergeError(f"{out}: exists already{'' if out.is_file() else ' and is not empty'}; nothing is overwritten")
+    if not out.resolve().parent.is_dir():
+        raise MergeError(f"{out}: its parent directory does not exist")
+    if resume and not out.with_name(out.name + ".partial").is_dir():
+        raise MergeError(f"{out}.partial: there is nothing to resume")
+    return out
+
+
+def _size(text: str) -> int:
+    number, unit = text.strip().upper(), 1
+    for suffix, factor in _UNITS.items():
+        if number.endswith(suffix):
+            number, unit = number.removesuffix(suffix), factor
+            break
+    try:
+        size = int(float(number) * unit)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise MergeError(f"--max-shard-size must be a size such as 500MB or 5GB, got {text!r}")
+    return size
+
+
+class _progress:
+    """A progress bar over bytes, on a terminal only."""
+
+    def __init__(self, quiet: bool, what: str):
+        self.bar, self.what = None, what
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.task = self.bar.add_task(what, total=None)
+
+    def __enter__(self):
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total)
+
+
+def _summary(report: dict, out: Path, seconds: float) -> None:
+    merged = sum("dtype" in row for row in report["tensors"].values())
+    kept = sum(row.get("from") == "base" for row in report["tensors"].values())
+    sparsity = [s for row in report["tensors"].values() for s in row.get("sparsity", ())]
+    line = f"{out}: {merged} tensors merged, {kept} from the base, in {seconds:.1f} s"
+    if sparsity:
+        line += f"; sparsity {min(sparsity):.2f} to {max(sparsity):.2f}, mean {sum(sparsity) / len(sparsity):.2f}"
+    print(line)
+    if "size" in report:
+        bundle, full = report["size"]["bundle_bytes"], report["size"]["full_models_bytes"]
+        parts = ", ".join(f"{k} {_bytes(v)}" for k, v in report["size"]["parts_bytes"].items() if v)
+        print(
+            f"bundle {_bytes(bundle)} ({parts}) against {_bytes(full)} for {len(report['tasks'])} full models: "
+            f"{full / bundle:.1f} times smaller"
+        )
+        print(f"tasks: {', '.join(report['tasks'])}; 'tadrop task {out} --task NAME --out DIR' writes one's model")
+
+
+def _bytes(n: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if n >= factor:
+            return f"{n / factor:.2f} {unit}"
+    return f"{n} bytes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The full, serialisable description of a merge: what a recipe file holds, and what the report repeats."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tadrop_jax import registry
+from tadrop_jax.errors import MergeError, ParameterError
+
+_FIELDS = {
+    "base": "checkpoint of the base",
+    "models": "list of checkpoints",
+    "method": "name of a merge rule",
+    "parameters": "mapping of the rule's parameters",
+    "sparsify": "NAME, NAME:PARAMETER=VALUE,... or {name:, parameters:}",
+    "include": "regular expression, or a list",
+    "exclude": "regular expression, or a list",
+    "seed": "whole number",
+    "dtype": "float32, bfloat16 or float16",
+}
+_NEEDED = ("base", "models", "method")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a recipe from YAML. Relative paths count from the recipe's folder.
+
+    Raises:
+      MergeError: naming the file, and what is wrong.
+
+    Example:
+      A recipe::
+
+        base: base
+        models: [parity, prime]
+        method: ties
+        parameters: {density: null}
+        sparsify: tadrop:q_low=.5,q_high=.9
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise MergeError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MergeError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise MergeError(f"{path}: a recipe is a mapping with {', '.join(_NEEDED)}")
+    if "merge_method" in data:
+        raise MergeError(f"{path}: this is a mergekit recipe, which is not read yet; ours has {', '.join(_FIELDS)}")
+    unknown = [k for k in data if k not in _FIELDS]
+    missing = [k for k in _NEEDED if k not in data]
+    if unknown or missing:
+        said = [f"unknown: {', '.join(map(str, unknown))}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(
+            missing
+        )
+        raise MergeError(f"{path}: {'; '.join(said)}. A recipe has {', '.join(_FIELDS)}")
+    if not isinstance(data["models"], list) or not data["models"]:
+        raise MergeError(f"{path}: models must be a list of checkpoints")
+    folder = Path(path).parent
+    data["base"] = str(folder / str(data["base"]))
+    data["models"] = [str(folder / str(m)) for m in data["models"]]
+    return normal(data)
+
+
+def normal(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with every field and every parameter written out.
+
+    A sparsifier without a density of the rule's own switches the rule's trimming off.
+
+    Raises:
+      ParameterError: for unknown methods or parameters.
+    """
+    rule = registry.method(str(data["method"]), "rule")
+    parameters = dict(data.get("parameters") or {})
+    for name in parameters:
+        rule.parameter(name)
+    sparsify = data.get("sparsify")
+    sparsifier = None
+    if sparsify is not None:
+        if isinstance(sparsify, Mapping):
+            name, values = str(sparsify.get("name")), dict(sparsify.get("parameters") or {})
+        else:
+            name, values = registry.parse_step(str(sparsify))
+        found = registry.method(name, "sparsifier")
+        for given in values:
+            found.parameter(given)
+        sparsifier = {"name": name, "parameters": {p.name: p.default for p in found.parameters} | values}
+        if any(p.name == "density" for p in rule.parameters) and "density" not in parameters:
+            parameters["density"] = None
+    seed = data.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ParameterError(f"seed must be a whole number, got {seed!r}")
+    return {
+        "base": str(data["base"]),
+        "models": [str(m) for m in data["models"]],
+        "method": rule.name,
+        "parameters": {p.name: p.default for p in rule.parameters} | parameters,
+        "sparsify": sparsifier,
+        "include": _listed(data.get("include")),
+        "exclude": _listed(data.get("exclude")),
+        "seed": seed,
+        "dtype": data.get("dtype"),
+    }
+
+
+def chain_of(recipe: Mapping[str, Any]):
+    """The chain of steps of a normal recipe. Imports jax."""
+    from tadrop_jax.merging import with_sparsifier
+
+    sparsifier = recipe["sparsify"]
+    step = None if sparsifier is None else registry.build(sparsifier["name"], sparsifier["parameters"], "sparsifier")
+    return with_sparsifier(step, registry.build(recipe["method"], recipe["parameters"], "rule"))
+
+
+def _listed(value) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
