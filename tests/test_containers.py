@@ -149,9 +149,7 @@ def test_names_are_the_same_in_all(name, container, base, models):
 
 def test_exclude_beats_include(container, base, models):
     make, back, _ = container
-    merged = tj.merge(
-        make(base), [make(m) for m in models], tj.average(), include="kernel", exclude="^head/kernel$"
-    )
+    merged = tj.merge(make(base), [make(m) for m in models], tj.average(), include="kernel", exclude="^head/kernel$")
     merged = back(merged)
     np.testing.assert_array_equal(merged["head"]["kernel"], base["head"]["kernel"])
     assert np.all(np.asarray(merged["body"]["0"]["kernel"]) != np.asarray(base["body"]["0"]["kernel"]))
@@ -176,9 +174,7 @@ def test_other_linen_collections_keep_their_name(base, models):
     def variables(tree):
         return {"params": tree, "batch_stats": {"mean": tree["head"]["bias"]}}
 
-    merged = tj.merge(
-        variables(base), [variables(m) for m in models], tj.average(), include="^batch_stats/mean$"
-    )
+    merged = tj.merge(variables(base), [variables(m) for m in models], tj.average(), include="^batch_stats/mean$")
     assert_equal(merged["params"], base)
     np.testing.assert_allclose(
         merged["batch_stats"]["mean"], np.mean([m["head"]["bias"] for m in models], axis=0), rtol=1e-6
@@ -186,9 +182,7 @@ def test_other_linen_collections_keep_their_name(base, models):
 
 
 def test_task_vectors_are_float32_with_none_for_integers(base, models):
-    half = [
-        {"w": jnp.asarray(m["head"]["kernel"], jnp.bfloat16), "n": jnp.arange(3)} for m in [base, *models]
-    ]
+    half = [{"w": jnp.asarray(m["head"]["kernel"], jnp.bfloat16), "n": jnp.arange(3)} for m in [base, *models]]
     stack = tj.task_vectors(half[0], half[1:])
     assert stack["n"] is None
     assert stack["w"].dtype == jnp.float32

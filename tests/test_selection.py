@@ -90,9 +90,7 @@ def test_any_values(x, k):
     assert same_bits(tj.kth_largest_magnitude(x, k), magnitudes(x)[-k], jnp.float32)
 
 
-@given(
-    hnp.arrays(np.float32, (33,), elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0])), st.integers(1, 33)
-)
+@given(hnp.arrays(np.float32, (33,), elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0])), st.integers(1, 33))
 def test_ties(x, k):
     assert same_bits(tj.kth_largest_magnitude(x, k), magnitudes(x)[-k], jnp.float32)
 

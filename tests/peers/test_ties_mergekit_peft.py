@@ -35,9 +35,7 @@ def cancelling_inputs() -> tuple[dict, dict]:
     for name, shape in SHAPES.items():
         size = int(np.prod(shape))
         base[name] = (rng.integers(-64, 64, size=shape) / 64).astype(np.float32)
-        rows = [
-            rng.permutation(np.arange(1, size + 1)) * rng.choice([-1, 1], size=size) for _ in range(TASKS)
-        ]
+        rows = [rng.permutation(np.arange(1, size + 1)) * rng.choice([-1, 1], size=size) for _ in range(TASKS)]
         opposite = rng.random(size) < 0.5
         rows[1] = np.where(opposite, -rows[0], rows[1] + np.sign(rows[1]) * size)
         rows[2] = np.where(opposite, 0, rows[2])
@@ -52,9 +50,7 @@ def models_of(base: dict, stacks: dict) -> list[dict]:
     return [{name: base[name] + stacks[name][t] for name in base} for t in range(TASKS)]
 
 
-def by_mergekit(
-    method: str, base: dict, models: list[dict], density, weights, coefficient: float = 1.0
-) -> dict:
+def by_mergekit(method: str, base: dict, models: list[dict], density, weights, coefficient: float = 1.0) -> dict:
     from mergekit.merge_methods import registry
     from mergekit.merge_methods.base import TensorGroup
 
