@@ -326,3 +326,8 @@ def test_rules_on_weights_need_the_base(name, base, models):
     parameters = {"slerp": (0.5,), "nearswap": (0.1,)}.get(name, ())
     with pytest.raises(TypeError, match=r"tj\.merge\b"):
         tj.merge_task_vectors(tj.task_vectors(base, models), make(*parameters))
+
+
+def test_a_model_that_equals_the_base_is_warned_of(base, models):
+    with pytest.warns(tj.MergeWarning, match="model 1"):
+        tj.merge(base, [models[0], base], tj.average())
