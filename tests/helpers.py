@@ -1,0 +1,131 @@
+"""Small checkpoints on disk, and what the streamed executor makes of arrays."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tadrop_jax import streaming
+from tadrop_jax.steps import expand
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+# A scalar, one entry, several blocks of 64 with a rest that is no multiple of 8.
+SHAPES = {"wide/kernel": (37, 29), "bias": (1,), "scale": ()}
+
+
+def weights(seed: int, shapes: Mapping[str, tuple] = SHAPES, dtype=np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: np.asarray(rng.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def family(tasks: int = 3, shapes: Mapping[str, tuple] = SHAPES, dtype=np.float32) -> tuple[dict, list[dict]]:
+    """A base and its fine-tunes, whose task vectors have zeros and heavy tails."""
+    base = weights(0, shapes, np.float32)
+    models = []
+    for t in range(tasks):
+        rng = np.random.default_rng(t + 1)
+        change = {n: rng.standard_t(3, size=v.shape) * (rng.random(v.shape) < 0.9) / 8 for n, v in base.items()}
+        models.append({n: np.asarray(v + change[n]).astype(dtype) for n, v in base.items()})
+    return {n: v.astype(dtype) for n, v in base.items()}, models
+
+
+def save_model(folder: Path, tensors: Mapping[str, np.ndarray], shards: int = 1, config: dict | None = None) -> Path:
+    """A directory as transformers writes it: one file, or several and their index."""
+    folder.mkdir(parents=True)
+    names = list(tensors)
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        where = {}
+        for s in range(shards):
+            file = f"model-{s + 1:05}-of-{shards:05}.safetensors"
+            save_file({n: tensors[n] for n in names[s::shards]}, folder / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(names[s::shards], file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_family(root: Path, tasks: int = 2, shapes: Mapping[str, tuple] = SHAPES, dtype=np.float32, **how):
+    """Directories base, m0, m1, ... under root; gives base and models as arrays."""
+    base, models = family(tasks, shapes, dtype)
+    save_model(root / "base", base, **how)
+    for t, model in enumerate(models):
+        save_model(root / f"m{t}", model, **how)
+    return base, models
+
+
+def read_model(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a file, or of all files of a directory, by the safetensors library."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    """Every file below a directory but the report, whose rows come in the order in which tensors were finished."""
+    return {
+        str(f.relative_to(path)): f.read_bytes()
+        for f in sorted(path.rglob("*"))
+        if f.is_file() and f.name != "merge_report.json"
+    }
+
+
+def streams_of(base: Mapping[str, np.ndarray], models: Sequence[Mapping[str, np.ndarray]]) -> list[streaming.Stream]:
+    rows = [base, *models]
+
+    def reader(name):
+        flat = [np.ravel(row[name]) for row in rows]
+
+        def read(row, start, stop, out):
+            out[:] = flat[row][start:stop]
+
+        return read
+
+    return [streaming.Stream(n, v.shape, v.dtype, reader(n)) for n, v in base.items()]
+
+
+def run_streamed(base, models, chain, seed: int = 0, skip=(), **settings):
+    """Runs a chain over arrays block by block.
+
+    Returns:
+      The merged arrays by name (for a bundle a dict of ``unified`` and packed ``masks``), the statistics of each
+      stream, and the outcome.
+    """
+    streams, tasks = streams_of(base, models), len(models)
+    steps = expand(chain, tasks)
+    bundle = steps[-1].output == "bundle"
+    dtype = settings.get("dtype")
+    merged: dict = {}
+    for s in streams:
+        if bundle:
+            bits = np.zeros((tasks, -(-s.size // 8)), np.uint8)
+            merged[s.name] = {"unified": np.full(s.size, np.nan, dtype or s.dtype), "masks": bits}
+        else:
+            merged[s.name] = np.full(s.size, np.nan, dtype or s.dtype)
+
+    def write(k, start, value):
+        name = streams[k].name
+        if bundle:
+            merged[name]["unified"][start : start + value["unified"].size] = value["unified"]
+            first = start // 8
+            merged[name]["masks"][:, first : first + value["masks"].shape[1]] = value["masks"]
+        else:
+            merged[name][start : start + value.size] = value
+
+    found: dict = {}
+
+    def done(k, carries):
+        assert streams[k].name not in found
+        found[streams[k].name] = carries
+
+    key = jax.random.key(seed, impl="threefry2x32")
+    outcome = streaming.run(steps, streams, tasks, write, done, streaming.Settings(key=key, **settings), skip)
+    for s in streams:
+        if not bundle:
+            merged[s.name] = merged[s.name].reshape(s.shape)
+    return merged, found, outcome

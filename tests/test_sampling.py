@@ -1,0 +1,126 @@
+"""Exact order statistics over blocks: against a full sort, on data that makes brackets miss."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tadrop_jax import sampling
+from tadrop_jax.sampling import Selection
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small enough that samples are taken, brackets are used, and some are given up."""
+    monkeypatch.setattr(sampling, "_COLLECT", 200)
+    monkeypatch.setattr(sampling, "_MOST", 3000)
+    monkeypatch.setattr(sampling, "_SAMPLES", 4)
+
+
+def select(rows: np.ndarray, ranks, block: int = 128, length: int = 16) -> tuple[np.ndarray, int]:
+    """As the streamed executor drives the search: the keys, and how many passes it took."""
+    n = rows.shape[1]
+    search = Selection(n, np.asarray(ranks, np.int64))
+    if search.wants_sample:
+        search.bracket([rows[:, s : s + length] for s in search.sample_starts(length)])
+    passes = 0
+    while not search.settled:
+        search.update([search.count(rows[:, s : s + block]) for s in range(0, n, block)])
+        passes += 1
+        assert passes <= 3
+    return search.keys, passes
+
+
+def check(rows: np.ndarray, ranks, **how) -> int:
+    rows, ranks = np.asarray(rows, np.uint32), np.asarray(ranks, np.int64)
+    keys, passes = select(rows, ranks, **how)
+    ordered = np.concatenate([np.sort(rows, axis=1), np.full((len(rows), 1), 2**32 - 1, np.uint32)], axis=1)
+    np.testing.assert_array_equal(keys, ordered[np.arange(len(rows)), ranks])
+    return passes
+
+
+def keys_of(values) -> np.ndarray:
+    return np.asarray(values, np.float32).view(np.uint32)
+
+
+def ranks_of(n: int, tasks: int) -> np.ndarray:
+    """First, last, middle and quantiles of each row, and the bound that no entry reaches."""
+    each = [0, 1, n // 4, n // 2, int(0.95 * n), n - 2, n - 1, n]
+    return np.repeat(np.array(each)[:, None], tasks, axis=1)
+
+
+N = 5000
+RNG = np.random.default_rng(0)
+NORMAL = np.abs(RNG.normal(size=(2, N)))
+DATA = {
+    "normal": keys_of(NORMAL),
+    "all 32 bits": RNG.integers(0, 2**32, size=(2, N), dtype=np.uint32),
+    "many ties": keys_of(np.round(NORMAL * 4) / 4),
+    "mostly zero": keys_of(NORMAL * (RNG.random((2, N)) < 0.05)),
+    "all zero": np.zeros((2, N), np.uint32),
+    "all the same": np.full((2, N), 0x3F800000, np.uint32),
+    "the largest key": np.full((2, N), 2**32 - 1, np.uint32),
+    "two values": np.where(RNG.random((2, N)) < 0.5, 7, 2**31).astype(np.uint32),
+    "ascending": np.sort(keys_of(NORMAL), axis=1),
+    "descending": np.sort(keys_of(NORMAL), axis=1)[:, ::-1],
+    "one upper half": (0x12340000 + RNG.integers(0, 2**16, size=(2, N))).astype(np.uint32),
+    "rows unlike": np.stack([np.zeros(N, np.uint32), np.arange(N, dtype=np.uint32) << 16]),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_against_a_sort(name):
+    check(DATA[name], ranks_of(N, 2))
+
+
+def test_a_good_bracket_takes_one_pass(monkeypatch):
+    monkeypatch.setattr(sampling, "_MOST", 1 << 24)
+    monkeypatch.setattr(sampling, "_SAMPLES", 64)
+    assert check(DATA["normal"], [[N // 2, N // 3]]) == 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sample_that_lies(sign):
+    """What the sample sees is far below (above) everything else: the bracket misses, and histograms find the rank."""
+    rows = RNG.integers(2**30, 2**31, size=(1, N)).astype(np.uint32)
+    for start in Selection(N, np.array([[0]])).sample_starts(16):
+        rows[0, start : start + 16] = 5 if sign == 1 else 2**32 - 6
+    assert check(rows, [[N // 2]]) == 3
+
+
+def test_a_bracket_that_holds_too_much():
+    """A constant fills every bracket; it is given up, and two histograms settle it."""
+    assert check(DATA["all the same"], [[N // 2, N // 2]]) == 3
+
+
+def test_little_data_is_collected_in_one_pass():
+    rows = RNG.integers(0, 2**32, size=(3, 150), dtype=np.uint32)
+    assert not Selection(150, np.array([[0]])).wants_sample
+    assert check(rows, [[0, 75, 149], [150, 3, 3]]) == 1
+
+
+def test_rank_n_needs_no_pass():
+    assert check(DATA["normal"], [[N, N]]) == 0
+
+
+def test_each_row_has_its_own_rank():
+    check(DATA["normal"], [[0, N], [N - 1, 3], [17, N // 2]])
+
+
+@pytest.mark.parametrize("block", [16, 100, N, 2 * N])
+def test_blocks_do_not_matter(block):
+    for name in ("normal", "many ties", "mostly zero"):
+        check(DATA[name], ranks_of(N, 2), block=block)
+
+
+@given(data=st.data())
+def test_any_data(data):
+    n = data.draw(st.integers(1, 900), "n")
+    seed = data.draw(st.integers(0, 2**32), "seed")
+    bits = data.draw(st.sampled_from([0, 1, 4, 16, 20, 32]), "bits")
+    shift = data.draw(st.integers(0, 32 - bits), "shift")
+    rows = np.random.default_rng(seed).integers(0, 2**bits, size=(2, n)).astype(np.uint64) << np.uint64(shift)
+    if data.draw(st.booleans(), "sorted"):
+        rows = np.sort(rows, axis=1)
+    ranks = data.draw(st.lists(st.lists(st.integers(0, n), min_size=2, max_size=2), min_size=1, max_size=3), "ranks")
+    check(rows.astype(np.uint32), ranks, block=data.draw(st.integers(1, n), "block"))
