@@ -47,7 +47,7 @@ class EMRBundle:
     packed: tuple[Any, ...]
     rescalers: jax.Array
     own: tuple[dict[str, Any], ...] = ()
-    shapes: tuple[tuple[int, ...] | None, ...] = ()
+    shapes: tuple[Any, ...] = ()
     tasks: tuple[str, ...] = ()
 
     def _task(self, t) -> int:

@@ -275,7 +275,7 @@ def _start_jax() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "tadrop_jax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

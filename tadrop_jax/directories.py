@@ -164,7 +164,7 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     loose = {n for n in everywhere if n in own or n in aliases or not selected(n, include, exclude)}
     for path, model in zip(request.models, models, strict=True):
         tied = tied_aliases(model, _config(path))
-        check_names(names, [n for n in model.tensors if n not in tied], str(path), loose, str(request.base))
+        check_names(names, [n for n in model.tensors if n not in tied], str(path), frozenset(loose), str(request.base))
         for name in names:
             if name in loose:
                 continue

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.errors import MergeError
 from tadrop_jax.steps import Max, Min, Piece, Stage, Step, Sums, advance, global_stages, merge_stages
-from tadrop_jax.trees import check_patterns
+from tadrop_jax.trees import check_patterns, is_traced
 from tadrop_jax.wide import Wide
 
 
@@ -74,7 +74,7 @@ class _Site(NamedTuple):
     order: tuple[int, ...] | None
     shape: tuple[int, ...]
     mesh: Mesh | None
-    spec: PartitionSpec | None
+    spec: PartitionSpec
     one_pass: bool
 
 
@@ -100,7 +100,7 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
     sites = [_site(steps, t, tasks) for t in tensors]
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
     raws = [_raw(t, s) for t, s in zip(tensors, sites, strict=True)]
-    carries = [tuple((None,) * len(s.stages) for s in steps) for _ in tensors]
+    carries: list[tuple] = [tuple((None,) * len(s.stages) for s in steps) for _ in tensors]
 
     for stop in global_stages(steps):
         i, j = stop
@@ -149,8 +149,7 @@ def check_random(steps: Sequence[Step], key) -> jax.Array | None:
 def combine(stage: Sums, parts: Sequence[dict]) -> dict[str, jax.Array]:
     """Adds partial statistics of tensors or blocks; concrete ones in float64."""
     op = {Sums: np.add, Min: np.minimum, Max: np.maximum}[type(stage)]
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(parts))
-    if traced:
+    if is_traced(parts):
         op = {Sums: jnp.add, Min: jnp.minimum, Max: jnp.maximum}[type(stage)]
         return {k: functools.reduce(op, [p[k] for p in parts]) for k in parts[0]}
     return {k: jnp.asarray(op.reduce([np.asarray(p[k], np.float64) for p in parts]), jnp.float32) for k in parts[0]}
@@ -159,7 +158,7 @@ def combine(stage: Sums, parts: Sequence[dict]) -> dict[str, jax.Array]:
 def _is_spread(leaf) -> bool:
     return (
         isinstance(leaf, jax.Array)
-        and not isinstance(leaf, jax.core.Tracer)
+        and not is_traced(leaf)
         and isinstance(leaf.sharding, NamedSharding)
         and leaf.sharding.mesh.size > 1
     )
@@ -168,7 +167,7 @@ def _is_spread(leaf) -> bool:
 def _site(steps, tensor: Tensor, tasks: int) -> _Site:
     stacked = tensor.base is None
     active = tuple(s.covers(tensor.path) and tensor.size > 0 for s in steps)
-    mesh = spec = None
+    mesh, spec = None, PartitionSpec()
     like = tensor.models[0] if stacked else tensor.base
     whole = any(a and s.piece != "any" for a, s in zip(active, steps, strict=True))
     if _is_spread(like) and not whole:
@@ -176,7 +175,7 @@ def _site(steps, tensor: Tensor, tasks: int) -> _Site:
         entries = (*like.sharding.spec, *(None,) * (like.ndim - len(like.sharding.spec)))
         spec = PartitionSpec(*(entries[1:] if stacked else entries))
     # Inside a user's jit shardings cannot be seen, and a variadic reduction of a sharded array would be gathered.
-    hidden = jax.device_count() > 1 and any(isinstance(a, jax.core.Tracer) for a in (like, *tensor.models))
+    hidden = jax.device_count() > 1 and is_traced((like, tensor.models))
     return _Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden)
 
 
@@ -203,14 +202,10 @@ def _global_ranks(stage, stop, at, sites, raws, keys, carries):
     names, ranks = from_the_top(stage.at(n, carry), n, probe.shape[0])
 
     def count(pivots):
-        total = None
-        for k in at:
-            part = _counted(sites[k], stop)(raws[k], keys[k], carries[k], pivots)
-            total = part if total is None else wide.add(total, part)
-        return total
+        parts = [_counted(sites[k], stop)(raws[k], keys[k], carries[k], pivots) for k in at]
+        return functools.reduce(wide.add, parts)
 
-    data = jax.tree.leaves([(raws[k], carries[k]) for k in at] + [ranks])
-    eager = not any(isinstance(leaf, jax.core.Tracer) for leaf in data)
+    eager = not is_traced([(raws[k], carries[k]) for k in at] + [ranks])
     found = selection.search(count, ranks, 32, jnp.uint32, eager=eager)
     found = selection.from_ordered_bits(found, probe.dtype)
     return dict(zip(names, found, strict=True))
@@ -313,7 +308,7 @@ def _times_plus(high, low, factor: int, addend):
 
 def _axis_names(site: _Site) -> tuple[str, ...]:
     names: list[str] = []
-    for entry in site.spec or ():
+    for entry in site.spec:
         names += [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
     return tuple(names)
 

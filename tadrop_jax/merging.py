@@ -28,7 +28,7 @@ from tadrop_jax.steps import (
     spec,
 )
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import check_patterns, is_mergeable, named_leaves, selected
+from tadrop_jax.trees import check_patterns, is_mergeable, is_traced, named_leaves, selected
 
 
 class Layout(NamedTuple):
@@ -87,7 +87,7 @@ def merge(
     check_patterns((*include, *exclude, *per_task), names)
     own = {n for n in floats if per_task and selected(n, per_task)}
     kept = {n for n in floats if n not in own and not selected(n, include, exclude)}
-    columns = match(names, leaves, models, skip=own | kept)
+    columns = match(names, leaves, models, skip=frozenset(own | kept))
     at = [i for i, n in enumerate(names) if n in set(floats) - own - kept]
     if not at:
         raise MergeError("there is no float tensor to merge")
@@ -337,7 +337,7 @@ def _laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str
     if given is None:
         return None, name
     torch_name, order = given if isinstance(given, Layout) else (name, given)
-    order = tuple(int(a) for a in order)
+    order = tuple(int(a) for a in order)  # pyright: ignore[reportGeneralTypeIssues]
     if sorted(order) != list(range(ndim)):
         raise MergeError(f"layout of {name!r} must be a permutation of its {ndim} axes, got {order}")
     return (None if order == tuple(range(ndim)) else order), torch_name
@@ -363,7 +363,7 @@ def _check_contents(rows) -> None:
       ContentError: naming the tensor and the model.
     """
     leaves = [leaf for _, base, column in rows for leaf in (base, *column) if leaf is not None]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if is_traced(leaves):
         return
     found = jax.device_get([_contents(base, column) for _, base, column in rows])
     for (name, base, column), (finite, _) in zip(rows, found, strict=True):

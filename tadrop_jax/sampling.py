@@ -86,9 +86,10 @@ class Selection:
         return found
 
     def _bins(self, row, r, t):
-        if self.prefix is None:
+        prefix = self.prefix
+        if prefix is None:
             return np.bincount(row >> 16, minlength=1 << 16)
-        mine = row[(row >> 16) == self.prefix[r, t]]
+        mine = row[(row >> 16) == prefix[r, t]]
         return np.bincount(mine & 0xFFFF, minlength=1 << 16)
 
     def update(self, parts: list[list]) -> None:
@@ -110,7 +111,7 @@ class Selection:
 
     def _narrow(self, wanted, parts):
         first = self.prefix is None
-        prefix = np.zeros(self.ranks.shape, np.uint32) if first else self.prefix
+        prefix = np.zeros(self.ranks.shape, np.uint32) if self.prefix is None else self.prefix
         for i, (r, t) in enumerate(wanted):
             ends = np.cumsum(sum(part[i] for part in parts))
             at = self.ranks[r, t] - self.below[r, t]

@@ -16,6 +16,7 @@ from jax import lax
 
 from tadrop_jax import wide
 from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.trees import is_traced
 from tadrop_jax.wide import Wide
 
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
@@ -205,7 +206,7 @@ def kth_largest_magnitude(x, k, axis=None) -> jax.Array:
     x = jnp.asarray(x)
     axes = _reduced_axes(x, axis)
     n = _entries(x, axes, "kth_largest_magnitude")
-    if not isinstance(k, jax.core.Tracer):
+    if not is_traced(k):
         k = int(k)
         if not 1 <= k <= n:
             raise ParameterError(f"k must lie in [1, {n}], got {k}")
@@ -239,7 +240,7 @@ def magnitude_quantile(x, q, method: str = "linear") -> jax.Array:
     n = _entries(x, axes, "magnitude_quantile")
     if method not in ("linear", "lower"):
         raise ParameterError(f"method must be 'linear' or 'lower', got {method!r}")
-    if not isinstance(q, jax.core.Tracer) and not 0 <= float(q) <= 1:
+    if not is_traced(q) and not 0 <= float(q) <= 1:
         raise ParameterError(f"q must lie in [0, 1], got {q}")
     low = wide.wide(wide.floor_times(q, n - 1))
     k_low = wide.subtract(wide.wide(n), low)
@@ -259,11 +260,10 @@ def magnitude_quantile(x, q, method: str = "linear") -> jax.Array:
 
 
 def _fraction(q, n: int):
-    """``q * n - floor(q * n)`` for float32 q to 24 bits, by the exact product with ``n * 2^24``'s floor."""
-    whole = wide.floor_times(q, n)
-    scaled = wide.floor_times(q, n << 22) if n << 22 <= wide.MAX else None
-    if scaled is None:
+    """``q * n - floor(q * n)`` for float32 q to 22 bits, from the exact floor of ``q * n * 2^22``."""
+    if n << 22 > wide.MAX:
         return (q * n) % 1
+    whole, scaled = wide.wide(wide.floor_times(q, n)), wide.wide(wide.floor_times(q, n << 22))
     # scaled mod 2^22, from its two limbs.
     rest = (((scaled.high << 16) | scaled.low) - ((whole.high << 16 | whole.low) << 22)) & jnp.uint32((1 << 22) - 1)
     return rest.astype(jnp.float32) / (1 << 22)

@@ -207,10 +207,10 @@ class _Run:
         rows = self.tasks + 1
         if kept is None:
             # One buffer a thread and size: a block is done with before the next one is read.
-            held = self.buffers.__dict__.setdefault((width, uint), None)
-            if held is None:
-                held = self.buffers.__dict__[(width, uint)] = _aligned((rows, width), uint)
-            raw = held
+            held = self.buffers.__dict__.setdefault("held", {})
+            if (width, uint) not in held:
+                held[width, uint] = _aligned((rows, width), uint)
+            raw = held[width, uint]
         else:
             raw = kept[block.start] = _aligned((rows, width), uint)
         for row in range(rows):
@@ -418,10 +418,14 @@ def _reach(site: _Site, raw, key, carries, start, valid):
     return x, advance(site.steps, site.active, x, carries, missing, site.stop)
 
 
+def _stage(site: _Site) -> Any:
+    i, j = site.stop or (-1, -1)
+    return site.steps[i].stages[j]
+
+
 def _block_values(site: _Site, raw, key, carries, start, valid, n):
     _, reached = _reach(site, raw, key, carries, start, valid)
-    i, j = site.stop
-    return site.steps[i].stages[j].of(reached.x, reached.carry)
+    return _stage(site).of(reached.x, reached.carry)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -431,11 +435,9 @@ def _compiled(site: _Site):
         # Not finite where an input is not: subtraction and sum carry it along.
         total = jnp.sum(jnp.sum(x.stack, axis=0)) if site.check else None
         if site.kind == "keys":
-            i, j = site.stop
-            return selection.ordered_bits(site.steps[i].stages[j].of(reached.x, reached.carry)), total
+            return selection.ordered_bits(_stage(site).of(reached.x, reached.carry)), total
         if site.kind == "sums":
-            i, j = site.stop
-            stage = site.steps[i].stages[j]
+            stage = _stage(site)
             neutral = {Sums: 0.0, Min: jnp.inf, Max: -jnp.inf}[type(stage)]
             real = lax.iota(jnp.int32, raw.shape[1]) < valid
             arrays = {k: jnp.where(real, a, neutral) for k, a in stage.of(reached.x, reached.carry, n).items()}

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from tadrop_jax.errors import MergeError, ParameterError
 
@@ -30,6 +31,11 @@ def named_leaves(tree) -> tuple[list[str], list[Any], Any]:
     """Names, leaves and tree definition; None is a leaf, so that stacks with holes keep their shape."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
     return [path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], treedef
+
+
+def is_traced(tree) -> bool:
+    """Whether a tree holds values that are being traced."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_mergeable(leaf) -> bool:

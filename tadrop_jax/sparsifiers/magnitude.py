@@ -6,13 +6,13 @@ import numpy as np
 from tadrop_jax import selection, wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, number
-from tadrop_jax.steps import Ranks, Step, floor_times, spec
+from tadrop_jax.steps import Ranks, Scope, Step, floor_times, spec
 
 KEEP = ("at_least_one", "floor", "floor_plus_one", "exact")
 _NEVER = np.uint32(2**32 - 1)
 
 
-def magnitude(density, granularity: str = "tensor", *, keep: str = "at_least_one") -> Step:
+def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_one") -> Step:
     """Keeps the k largest magnitudes of each tensor, or of each task's whole vector.
 
     Density 0 gives zeros and 1 the identity, whatever ``keep`` says.
