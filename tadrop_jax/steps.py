@@ -8,6 +8,7 @@ one merged vector, merged parameters, or the parts of a per-task bundle.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ __all__ = [
     "floor_times",
     "magnitude",
     "masked",
+    "over_tasks",
     "safe_ratio",
 ]
 
@@ -387,6 +389,14 @@ def spec(name: str, /, **parameters) -> tuple | None:
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves([v for _, v in items])):
         return None
     return (name, *items)
+
+
+def over_tasks(op, stack) -> jax.Array:
+    """Folds a binary operation over the leading axis, one task after another.
+
+    Every executor then rounds alike; and XLA on CPU is many times slower at reducing a leading axis.
+    """
+    return functools.reduce(op, [stack[t] for t in range(stack.shape[0])])
 
 
 def safe_ratio(a, b) -> jax.Array:

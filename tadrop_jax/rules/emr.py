@@ -3,9 +3,8 @@ r"""EMR-Merging: elect, mask, rescale (arXiv 2405.17461)."""
 import jax.numpy as jnp
 
 from tadrop_jax.parameters import choice
-from tadrop_jax.rules.task_arithmetic import sum_tasks
 from tadrop_jax.selection import magnitude
-from tadrop_jax.steps import Step, Sums, patterns, safe_ratio, spec
+from tadrop_jax.steps import Step, Sums, over_tasks, patterns, safe_ratio, spec
 
 
 def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
@@ -41,9 +40,9 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
     choice("emr", "rescaler", rescaler, ("tensor_mean", "global"))
 
     def parts(x):
-        positive = sum_tasks(x.stack) > 0
+        positive = over_tasks(jnp.add, x.stack) > 0
         masks = jnp.where(positive, x.stack > 0, x.stack < 0)
-        largest = jnp.max(jnp.where(masks, magnitude(x.stack), 0), axis=0)
+        largest = over_tasks(jnp.maximum, jnp.where(masks, magnitude(x.stack), 0))
         return jnp.where(positive, largest, -largest), masks
 
     def sums(x, carry, n):

@@ -1,11 +1,9 @@
 """Task Arithmetic (arXiv 2212.04089)."""
 
-import functools
-
 import jax.numpy as jnp
 
 from tadrop_jax.parameters import number
-from tadrop_jax.steps import Step, spec
+from tadrop_jax.steps import Step, over_tasks, spec
 
 
 def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) -> Step:
@@ -32,7 +30,7 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
     weights = number("task_arithmetic", "weights", weights)
 
     def apply(x, carry):
-        total = sum_tasks(x.stack * x.per_task(coefficient) * x.per_task(weights))
+        total = over_tasks(jnp.add, x.stack * x.per_task(coefficient) * x.per_task(weights))
         if not normalize:
             return total
         divisor = jnp.sum(jnp.broadcast_to(x.per_task(weights).ravel(), (x.stack.shape[0],)))
@@ -43,8 +41,3 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
         output="vector",
         spec=spec("task_arithmetic", coefficient=coefficient, weights=weights, normalize=normalize),
     )
-
-
-def sum_tasks(stack):
-    """The sum over the leading axis, one task after another, so that every executor adds in the same order."""
-    return functools.reduce(jnp.add, [stack[t] for t in range(stack.shape[0])])

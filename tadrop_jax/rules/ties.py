@@ -6,9 +6,8 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, number
-from tadrop_jax.rules.task_arithmetic import sum_tasks
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
-from tadrop_jax.steps import Chain, Step, Sums, chain, safe_ratio, spec
+from tadrop_jax.steps import Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {
@@ -130,7 +129,7 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
             "weighted": lambda: weighted(x),
             "frequency": lambda: jnp.sign(x.stack),
         }
-        return jnp.sign(sum_tasks(votes[elect]()))
+        return jnp.sign(over_tasks(jnp.add, votes[elect]()))
 
     def majority(x, carry, n):
         return {"majority": elected(x)[None]}
@@ -143,13 +142,13 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         agree = jnp.where(sign > 0, voters > 0, voters < 0)
         chosen = jnp.where(agree, x.stack * x.per_task(weights), 0)
         if combine == "max":
-            return coefficient * jnp.max(jnp.abs(chosen), axis=0) * sign
-        total = sum_tasks(chosen)
+            return coefficient * over_tasks(jnp.maximum, jnp.abs(chosen)) * sign
+        total = over_tasks(jnp.add, chosen)
         if combine == "sum":
             return coefficient * total
         if divisor == "count":
-            return coefficient * total / jnp.maximum(jnp.sum(agree, axis=0), 1)
-        share = sum_tasks(jnp.where(agree, x.per_task(weights), 0))
+            return coefficient * total / jnp.maximum(over_tasks(jnp.add, agree.astype(jnp.float32)), 1)
+        share = over_tasks(jnp.add, jnp.where(agree, x.per_task(weights), 0))
         return coefficient * jnp.where(share == 0, total, safe_ratio(total, share))
 
     return Step(
