@@ -365,7 +365,8 @@ def _check_contents(rows) -> None:
     leaves = [leaf for _, base, column in rows for leaf in (base, *column) if leaf is not None]
     if is_traced(leaves):
         return
-    found = jax.device_get([_contents(base, column) for _, base, column in rows])
+    with jax.ensure_compile_time_eval():  # concrete tensors inside a user's jit are checked all the same
+        found = jax.device_get([_contents(base, column) for _, base, column in rows])
     for (name, base, column), (finite, _) in zip(rows, found, strict=True):
         who = (["the base"] if base is not None else []) + [f"model {t}" for t in range(len(column))]
         if base is None:

@@ -21,6 +21,11 @@ def per_task(value: Any) -> Any:
     return value
 
 
+def lengths(**values: Any) -> tuple[tuple[str, int], ...]:
+    """Names and lengths of the parameters that were given one per task."""
+    return tuple((name, len(value)) for name, value in values.items() if isinstance(value, tuple))
+
+
 def number(method: str, name: str, value: Any, low: float = -float("inf"), high: float = float("inf")) -> Any:
     """A number in [low, high], or one per task.
 

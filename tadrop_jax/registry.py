@@ -78,7 +78,7 @@ class Method(NamedTuple):
 
 
 _P = Parameter
-_KEEP = ("at_least_one", "floor", "floor_plus_one", "exact")
+_KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")
 _NORM = _P("norm", "choice", 2, "norm to restore after pruning: 2, 1 or none", (1, 2), optional=True)
 _WEIGHTS = _P("weights", "numbers", 1.0, "weight of each task")
 _SMOOTH = frozenset({"symmetric", "scales", "zero", "gradients"})

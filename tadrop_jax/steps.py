@@ -72,8 +72,6 @@ class Piece(NamedTuple):
     def per_task(self, values) -> jax.Array:
         """Brings a number, or one number per task, into a shape that broadcasts against the stack."""
         if isinstance(values, tuple):
-            if len(values) <= max(self.tasks):
-                raise ParameterError(f"{len(values)} values were given for {max(self.tasks) + 1} tasks")
             values = jnp.stack([jnp.asarray(values[t], jnp.float32) for t in self.tasks])
         values = jnp.asarray(values, jnp.float32)
         return values if values.ndim == 0 else jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
@@ -172,6 +170,7 @@ class Step:
       exclude: regular expressions of the paths that it leaves alone.
       per_task: regular expressions of the tensors that stay each task's own (bundles).
       random: whether the step draws random numbers.
+      lengths: names and lengths of parameters that were given one per task.
       spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
     """
 
@@ -186,6 +185,7 @@ class Step:
     exclude: tuple[str, ...] = ()
     per_task: tuple[str, ...] = ()
     random: bool = False
+    lengths: tuple[tuple[str, int], ...] = ()
     spec: tuple | None = None
 
     def __post_init__(self):
@@ -312,8 +312,15 @@ def output_of(step: AnyStep) -> Output:
 
 
 def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:
-    """The plain steps of a chain for T tasks."""
+    """The plain steps of a chain for T tasks.
+
+    Raises:
+      ParameterError: if a parameter was given one per task, for another number of tasks.
+    """
     if isinstance(step, Step):
+        for name, length in step.lengths:
+            if length != tasks:
+                raise ParameterError(f"{name} has {length} values, one per task, but there are {tasks} tasks")
         return (step,)
     if isinstance(step, Chain):
         return tuple(s for part in step.parts for s in expand(part, tasks))

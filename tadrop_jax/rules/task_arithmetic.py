@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import lengths, number
 from tadrop_jax.steps import Step, over_tasks, spec
 
 
@@ -39,5 +39,6 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
     return Step(
         apply=apply,
         output="vector",
+        lengths=lengths(coefficient=coefficient, weights=weights),
         spec=spec("task_arithmetic", coefficient=coefficient, weights=weights, normalize=normalize),
     )

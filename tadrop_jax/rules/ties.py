@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import choice, number
+from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
 from tadrop_jax.steps import Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
 
@@ -20,7 +20,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     },
     "mergekit": {
         "granularity": "tensor",
-        "keep": "exact",
+        "keep": "exact_at_least_one",
         "combine": "mean",
         "elect": "weighted",
         "zero_sign": "positive",
@@ -76,7 +76,8 @@ def ties(
       zero_sign: the sign where the election ends in 0: ``"majority"`` of all elected signs over the whole vector, or
         ``"positive"``.
       divisor: of the mean: ``"count"`` of the agreeing tasks, or the sum of their ``"weights"``.
-      keep: how many entries the trim keeps, see :func:`tadrop_jax.magnitude`.
+      keep: how many entries the trim keeps, see :func:`tadrop_jax.magnitude`. An exact count of a flavour becomes a
+        count that keeps ties where ``granularity="global"`` overrides the flavour's.
 
     Returns:
       A merge rule.
@@ -97,10 +98,9 @@ def ties(
     choice("ties", "keep", chosen["keep"], KEEP)
     if density is not None:
         density = number("ties", "density", density, 0, 1)
-        if chosen["keep"] == "exact" and chosen["granularity"] == "global":
-            raise ParameterError(
-                "ties: keep='exact' breaks ties by position in a tensor: with granularity='global' pass keep='floor'"
-            )
+        if keep is None and granularity == "global" and chosen["keep"].startswith("exact"):
+            # Exact counts break ties by position in a tensor; over the tree ties are kept.
+            chosen["keep"] = "at_least_one" if chosen["keep"].endswith("at_least_one") else "floor"
     coefficient = number("ties", "coefficient", coefficient)
     if isinstance(coefficient, tuple):
         raise ParameterError("ties: coefficient is one number for the merged vector; weights are per task")
@@ -155,6 +155,7 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         stages=(Sums(majority, scope="global"),) if zero_sign == "majority" else (),
         apply=apply,
         output="vector",
+        lengths=lengths(weights=weights),
         spec=spec(
             "ties",
             coefficient=coefficient,

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import choice, number
+from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.steps import Step, Sums, magnitude, safe_ratio, spec
 
 
@@ -50,5 +50,6 @@ def dare(density, rescale: str | None = "inverse") -> Step:
         stages=(Sums(sums),) if rescale == "l1" else (),
         apply=apply,
         random=True,
+        lengths=lengths(density=density),
         spec=spec("dare", density=density, rescale=rescale),
     )

@@ -5,10 +5,10 @@ import numpy as np
 
 from tadrop_jax import selection, wide
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import choice, number
+from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.steps import Ranks, Scope, Step, floor_times, spec
 
-KEEP = ("at_least_one", "floor", "floor_plus_one", "exact")
+KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")
 _NEVER = np.uint32(2**32 - 1)
 
 
@@ -22,14 +22,15 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
       granularity: ``"tensor"`` or ``"global"``.
       keep: how many: ``"at_least_one"`` is ``max(1, floor(density * n))`` (ours); ``"floor"``; ``"floor_plus_one"``
         (ties-merging, ``merge_utils.topk_values_mask``). All three also keep the entries equal to the threshold.
-        ``"exact"`` is ``floor(density * n)`` and not one more, ties going to the lowest index (mergekit
-        ``sparsify.magnitude``, PEFT ``magnitude_based_pruning``); granularity "tensor" only.
+        ``"exact"`` is ``floor(density * n)`` and not one more, ties going to the lowest index (PEFT
+        ``magnitude_based_pruning``), and ``"exact_at_least_one"`` the same, but at least 1 (mergekit
+        ``sparsify.magnitude``); both for granularity "tensor" only.
 
     Returns:
       A sparsifier.
 
     Raises:
-      ParameterError: for values out of range, or ``keep="exact"`` with granularity "global".
+      ParameterError: for values out of range, or an exact ``keep`` with granularity "global".
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -39,8 +40,9 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
     density = number("magnitude", "density", density, 0, 1)
     choice("magnitude", "granularity", granularity, ("tensor", "global"))
     choice("magnitude", "keep", keep, KEEP)
-    if keep == "exact" and granularity == "global":
-        raise ParameterError("magnitude: keep='exact' breaks ties by position in a tensor: use granularity='tensor'")
+    exact = keep.startswith("exact")
+    if exact and granularity == "global":
+        raise ParameterError(f"magnitude: keep={keep!r} breaks ties by position in a tensor: use granularity='tensor'")
 
     def kept(n):
         counts = tuple(kept_count(d, n, keep) for d in (density if isinstance(density, tuple) else (density,)))
@@ -50,11 +52,11 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
         return {"cut": _map(lambda k: _from_top(n, k), kept(n))}
 
     stages = [Ranks(lambda x, carry: selection.magnitude(x.stack), at=cut_rank, scope=granularity)]
-    if keep == "exact":
+    if exact:
         stages.append(Ranks(_tie_order, at=lambda n, carry: {"last": _map(_last, kept(_addressable(n)))}))
 
     def apply(x, carry):
-        if keep == "exact":
+        if exact:
             order = _tie_order(x, carry)
             return jnp.where((order <= _column(x, carry["last"])) & (order != _NEVER), x.stack, 0)
         return jnp.where(selection.at_least(selection.magnitude(x.stack), _column(x, carry["cut"])), x.stack, 0)
@@ -63,6 +65,7 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
         stages=tuple(stages),
         apply=apply,
         report=lambda carry: {"threshold": carry["cut"]},
+        lengths=lengths(density=density),
         spec=spec("magnitude", density=density, granularity=granularity, keep=keep),
     )
 
@@ -71,12 +74,12 @@ def kept_count(density, n: int, keep: str):
     """How many of n entries a density keeps: an int for a Python number, else a Wide."""
     k = floor_times(density, n)
     if isinstance(k, int):
-        if keep == "at_least_one":
+        if keep.endswith("at_least_one"):
             k = max(k, 1)
         elif keep == "floor_plus_one":
             k = min(k + 1, n)
         return k if density > 0 else 0
-    if keep == "at_least_one":
+    if keep.endswith("at_least_one"):
         k = wide.maximum(k, wide.wide(1))
     elif keep == "floor_plus_one":
         k = wide.minimum(wide.add(k, wide.wide(1)), wide.wide(n))

@@ -2,7 +2,7 @@
 
 import functools
 
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import lengths, number
 from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
 from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, spec
 
@@ -40,5 +40,6 @@ def uniform(sparsity, norm: int | None = 2) -> Step:
         stages=(Ranks(lambda x, carry: magnitude(x.stack), at=cut_rank), *norm_stages(norm)),
         apply=functools.partial(prune, norm=norm),
         report=functools.partial(describe, norm=norm),
+        lengths=lengths(sparsity=sparsity),
         spec=spec("uniform", sparsity=sparsity, norm=norm),
     )
