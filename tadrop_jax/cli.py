@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tadrop_jax import __version__, registry
-from tadrop_jax.errors import MergeError
+from tadrop_jax.errors import ContentError, MergeError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except MergeError as error:
-        print(f"tadrop {options.command}: {error}", file=sys.stderr)
+        advice = " (--allow-nonfinite lets it pass)" if isinstance(error, ContentError) else ""
+        print(f"tadrop {options.command}: {error}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"tadrop {options.command}: interrupted", file=sys.stderr)
@@ -59,11 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="merge checkpoints on disk",
-        description="Merge fine-tunes of one base (safetensors files or Hugging Face directories) into a directory that "
-        "transformers opens. Models are read block by block: they need not fit in memory.",
+        description="Merge fine-tunes of one base (safetensors files or Hugging Face directories) into a directory "
+        "that transformers opens. Models are read block by block: they need not fit in memory.",
         epilog="Examples:\n"
         "  tadrop merge --base gpt2 --models cola sst2 mrpc --method ties --density 0.2 --out merged\n"
-        "  tadrop merge --base vit --models a b c --method emr --sparsify tadrop --set per_task=^classifier --out bundle\n"
+        "  tadrop merge --base vit --models a b --method emr --sparsify tadrop --set per_task=^classifier --out bundle\n"
         "  tadrop merge recipe.yaml --out merged",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -140,17 +141,17 @@ def _merge(options) -> int:
     size = _size(options.max_shard_size)
     if options.workers is not None and options.workers < 1:
         raise MergeError(f"--workers must be at least 1, got {options.workers}")
-    for line in told if not options.quiet else []:
-        print(line, file=sys.stderr)
-
     _start_jax()
     from tadrop_jax.directories import DTYPES, MergeFailed, Request, merge_directories
 
+    chain = recipes.chain_of(described)
+    for line in told if not options.quiet else []:
+        print(line, file=sys.stderr)
     request = Request(
         base=Path(described["base"]),
         models=tuple(Path(m) for m in described["models"]),
         out=out,
-        chain=recipes.chain_of(described),
+        chain=chain,
         recipe=described,
         include=tuple(described["include"]),
         exclude=tuple(described["exclude"]),
@@ -216,8 +217,6 @@ def _recipe(options) -> dict:
                 "dtype": options.dtype,
             }
         )
-    if described["dtype"] not in (None, "float32", "bfloat16", "float16"):
-        raise MergeError(f"dtype must be float32, bfloat16 or float16, got {described['dtype']!r}")
     return described
 
 
@@ -300,7 +299,7 @@ def _size(text: str) -> int:
             break
     try:
         size = int(float(number) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise MergeError(f"--max-shard-size must be a size such as 500MB or 5GB, got {text!r}")

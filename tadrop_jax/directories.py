@@ -104,8 +104,8 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         ``resume`` goes on from.
     """
     with contextlib.ExitStack() as stack:
-        _refuse_same_file(request.models)
-        sources = [stack.enter_context(open_source(p)) for p in (request.base, *request.models)]
+        sources = [stack.enter_context(_open(p)) for p in (request.base, *request.models)]
+        _refuse_same_file(sources[1:])
         steps = expand(request.chain, len(request.models))
         bundle = output_of(request.chain) == "bundle"
         tasks = _task_names(request.models)
@@ -124,7 +124,7 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         )
         try:
             return _merge(request, sources, steps, plan, tasks, sink, bundle, progress)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             raise MergeFailed(str(error)) from error
         except MergeError:
             sink.discard()  # the inputs are wrong: there is nothing to resume
@@ -344,7 +344,9 @@ def _copy(source: Source, name: str, sink: Sink, target: str, request: Request) 
     for start in range(0, info.size, _CHUNK):
         block = source.read(name, start, min(start + _CHUNK, info.size))
         if info.dtype.kind not in "iub" and request.check_finite and not np.isfinite(block).all():
-            raise ContentError(f"{info.file}: tensor {name!r} holds NaN or infinity")
+            at = int(np.flatnonzero(~np.isfinite(block))[0])
+            entry = [int(i) for i in np.unravel_index(start + at, info.shape)] if info.shape else []
+            raise ContentError(f"{info.file}: tensor {name!r} holds {float(block[at])} at {entry}")
         sink.write(target, start, block.astype(dtype, copy=False))
     sink.mark_done(target)
 
@@ -375,11 +377,22 @@ def _task_names(models: Sequence[Path]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _refuse_same_file(models: Sequence[Path]) -> None:
-    for i, a in enumerate(models):
-        for b in models[:i]:
-            if a.exists() and b.exists() and os.path.samefile(a, b):
-                raise MergeError(f"two of the models are the same file: {b} and {a}")
+def _open(path: Path) -> Source:
+    try:
+        return open_source(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _refuse_same_file(models: Sequence[Source]) -> None:
+    """By what the names lead to: links and other spellings are the same file."""
+    seen: dict[tuple[int, int], Path] = {}
+    for model in models:
+        for file in model.files:
+            stat = os.stat(file)
+            other = seen.setdefault((stat.st_dev, stat.st_ino), model.path)
+            if other is not model.path:
+                raise MergeError(f"two of the models are the same file: {other} and {model.path}")
 
 
 def _config(path: Path) -> dict[str, Any] | None:

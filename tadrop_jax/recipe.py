@@ -1,5 +1,6 @@
 """The full, serialisable description of a merge: what a recipe file holds, and what the report repeats."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def load(path: Path) -> dict[str, Any]:
     folder = Path(path).parent
     data["base"] = str(folder / str(data["base"]))
     data["models"] = [str(folder / str(m)) for m in data["models"]]
-    return normal(data)
+    try:
+        return normal(data)
+    except MergeError as error:
+        raise MergeError(f"{path}: {error}") from None
 
 
 def normal(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,17 +73,19 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
     A sparsifier without a density of the rule's own switches the rule's trimming off.
 
     Raises:
-      ParameterError: for unknown methods or parameters.
+      ParameterError: for unknown methods or parameters, or a field that is not what it should be.
     """
     rule = registry.method(str(data["method"]), "rule")
-    parameters = dict(data.get("parameters") or {})
+    parameters = _mapping("parameters", data.get("parameters"))
     for name in parameters:
         rule.parameter(name)
     sparsify = data.get("sparsify")
     sparsifier = None
     if sparsify is not None:
         if isinstance(sparsify, Mapping):
-            name, values = str(sparsify.get("name")), dict(sparsify.get("parameters") or {})
+            if sparsify.keys() - {"name", "parameters"} or "name" not in sparsify:
+                raise ParameterError(f"sparsify has a name and parameters, got {dict(sparsify)!r}")
+            name, values = str(sparsify["name"]), _mapping("parameters of sparsify", sparsify.get("parameters"))
         else:
             name, values = registry.parse_step(str(sparsify))
         found = registry.method(name, "sparsifier")
@@ -91,16 +97,19 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
     seed = data.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ParameterError(f"seed must be a whole number, got {seed!r}")
+    dtype = data.get("dtype")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ParameterError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     return {
         "base": str(data["base"]),
         "models": [str(m) for m in data["models"]],
         "method": rule.name,
         "parameters": {p.name: p.default for p in rule.parameters} | parameters,
         "sparsify": sparsifier,
-        "include": _listed(data.get("include")),
-        "exclude": _listed(data.get("exclude")),
+        "include": _regexes("include", data.get("include")),
+        "exclude": _regexes("exclude", data.get("exclude")),
         "seed": seed,
-        "dtype": data.get("dtype"),
+        "dtype": dtype,
     }
 
 
@@ -113,5 +122,19 @@ def chain_of(recipe: Mapping[str, Any]):
     return with_sparsifier(step, registry.build(recipe["method"], recipe["parameters"], "rule"))
 
 
-def _listed(value) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def _mapping(field: str, value) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ParameterError(f"{field} must be a mapping of names to values, got {value!r}")
+    return dict(value or {})
+
+
+def _regexes(field: str, value) -> list[str]:
+    listed = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(v, str) for v in listed):
+        raise ParameterError(f"{field} must be a regular expression, or a list of them, got {value!r}")
+    for pattern in listed:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ParameterError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
+    return list(listed)
