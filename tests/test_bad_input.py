@@ -1,0 +1,483 @@
+"""Bad input, each case on real files: exit code 2, one message that says what to do, and nothing written."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tadrop_jax.cli import main
+from tests.helpers import files_of, read_model, save_family, save_model
+
+SHAPES = {"layer/kernel": (12, 5), "layer/bias": (5,)}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Directories base, m0 and m1."""
+    save_family(tmp_path, 2, SHAPES)
+    return tmp_path
+
+
+def merge(root: Path, *more: str, method: str = "task_arithmetic") -> int:
+    models = [str(root / f"m{t}") for t in range(2)]
+    out = [] if "--out" in more else ["--out", str(root / "out")]
+    return main(["merge", "--base", str(root / "base"), "--models", *models, "--method", method, *out, *more])
+
+
+def refused(root: Path, capsys, code: int, *words: str) -> None:
+    """Exit code 2, one line on stderr that holds the words, and neither OUT nor OUT.partial."""
+    output = capsys.readouterr()
+    assert code == 2, output
+    assert output.out == ""
+    lines = output.err.strip().splitlines()
+    assert len(lines) == 1, output.err
+    assert lines[0].startswith("tadrop merge: ")
+    assert "Traceback" not in output.err
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+    assert not (root / "out").exists()
+    assert not (root / "out.partial").exists()
+
+
+def rewrite(model: Path, change) -> None:
+    """Saves the model anew, with its tensors changed in place by a function."""
+    tensors = {n: np.array(v) for n, v in read_model(model).items()}
+    changed = change(tensors)
+    save_file(changed if isinstance(changed, dict) else tensors, model / "model.safetensors")
+
+
+FILE = "m1/model.safetensors"
+
+# What is done to m1, and what the message has to name.
+STRUCTURE = {
+    "missing tensor": (lambda w: w.pop("layer/bias"), ["m1", "lacks", "layer/bias"]),
+    "extra tensor": (lambda w: w.update(head=np.ones(3, np.float32)), ["m1", "head", "base", "lacks"]),
+    "both": (lambda w: w.update(bias=w.pop("layer/bias")), ["m1", "lacks tensor 'layer/bias'", "has tensor 'bias'"]),
+    "shape": (
+        lambda w: w.update({"layer/bias": np.ones(7, np.float32)}),
+        [FILE, "base/model.safetensors", "layer/bias", "shape", "[7]", "[5]"],
+    ),
+    "transposed": (
+        lambda w: w.update({"layer/kernel": np.ascontiguousarray(w["layer/kernel"].T)}),
+        [FILE, "base/model.safetensors", "layer/kernel", "[5, 12]", "[12, 5]"],
+    ),
+    "dtype": (
+        lambda w: w.update({"layer/bias": w["layer/bias"].astype(ml_dtypes.bfloat16)}),
+        [FILE, "base/model.safetensors", "layer/bias", "dtype", "bfloat16", "float32"],
+    ),
+    "integer dtype": (
+        lambda w: w.update({"layer/bias": w["layer/bias"].astype(np.int32)}),
+        [FILE, "base/model.safetensors", "layer/bias", "int32", "float32"],
+    ),
+    "NaN": (
+        lambda w: w["layer/kernel"].__setitem__((7, 3), np.nan),
+        [FILE, "layer/kernel", "nan", "[7, 3]", "--allow-nonfinite"],
+    ),
+    "infinity": (
+        lambda w: w["layer/bias"].__setitem__(4, -np.inf),
+        [FILE, "layer/bias", "-inf", "[4]", "--allow-nonfinite"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_models_that_do_not_fit(name, root, capsys):
+    change, words = STRUCTURE[name]
+    rewrite(root / "m1", lambda w: (change(w), None)[1])
+    refused(root, capsys, merge(root), *words)
+
+
+@pytest.mark.parametrize("method", ["ties", "emr"])
+def test_what_is_not_finite_in_the_base(method, root, capsys):
+    rewrite(root / "base", lambda w: w["layer/kernel"].__setitem__((0, 1), np.inf))
+    refused(root, capsys, merge(root, method=method), "base/model.safetensors", "layer/kernel", "inf", "[0, 1]")
+
+
+def test_what_is_not_finite_in_a_tensor_that_is_only_copied(root, capsys):
+    rewrite(root / "base", lambda w: w["layer/bias"].__setitem__(2, np.nan))
+    code = merge(root, "--exclude", "bias")
+    refused(root, capsys, code, "base/model.safetensors", "layer/bias", "nan", "[2]", "--allow-nonfinite")
+
+
+def test_not_finite_passes_if_allowed(root):
+    rewrite(root / "m1", lambda w: w["layer/bias"].__setitem__(4, np.nan))
+    assert merge(root, "--allow-nonfinite") == 0
+    assert np.isnan(read_model(root / "out")["layer/bias"]).tolist() == [False] * 4 + [True]
+
+
+def test_float64_is_refused(root, capsys):
+    for name in ("base", "m0", "m1"):
+        rewrite(root / name, lambda w: w.update({"layer/bias": w["layer/bias"].astype(np.float64)}))
+    refused(root, capsys, merge(root), "base/model.safetensors", "layer/bias", "float64")
+
+
+def test_nothing_to_merge(root, capsys):
+    for name in ("base", "m0", "m1"):
+        rewrite(root / name, lambda w: {"steps": np.arange(3)})
+    refused(root, capsys, merge(root), "base", "no float tensor")
+
+
+def truncated(file: Path):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def corrupt(file: Path):
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F3\xff"'))
+
+
+def wrong_offsets(file: Path):
+    file.write_bytes(file.read_bytes().replace(b'"shape":[5]', b'"shape":[4]'))
+
+
+def empty(file: Path):
+    file.write_bytes(b"")
+
+
+def text(file: Path):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+
+
+def pickled(file: Path):
+    file.unlink()
+    (file.parent / "pytorch_model.bin").write_bytes(b"PK\x03\x04rest")
+
+
+def folder(file: Path):
+    file.unlink()
+    file.mkdir()
+
+
+def dangling(file: Path):
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+def nothing(file: Path):
+    shutil.rmtree(file.parent)
+
+
+def bare(file: Path):
+    file.unlink()
+
+
+def config(file: Path):
+    (file.parent / "config.json").write_text("{")
+
+
+DAMAGE = {
+    truncated: [FILE, "truncated"],
+    corrupt: [FILE, "header", "not valid JSON"],
+    wrong_offsets: [FILE, "layer/bias", "[4]", "20 bytes", "16"],
+    empty: [FILE, "not a safetensors file", "0 bytes"],
+    text: [FILE, "git lfs pull"],
+    pickled: ["m1", "pytorch_model.bin", "pickle", "convert"],
+    folder: ["m1", "Is a directory"],
+    dangling: [FILE, "No such file"],
+    nothing: ["m1", "no such file or directory"],
+    bare: ["m1", "no safetensors file"],
+    config: ["m1/config.json", "not valid JSON"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
+def test_damaged_files(damage, root, capsys):
+    damage(root / FILE)
+    refused(root, capsys, merge(root), *DAMAGE[damage])
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "model.pt"])
+def test_a_pickle_is_never_opened_as_one(name, root, capsys):
+    file = root / name
+    file.write_bytes(b"\x80\x02cos\nsystem\n(S'touch " + str(root / "executed").encode() + b"'\ntR.")
+    code = main(
+        ["merge", "--base", str(root / "base"), "--models", str(file), "--method", "ties", "--out", str(root / "out")]
+    )
+    refused(root, capsys, code, name, "pickle", "convert")
+    assert not (root / "executed").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read(root, capsys):
+    (root / FILE).chmod(0)
+    refused(root, capsys, merge(root), FILE, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("shard", "words"),
+    [
+        (
+            "model-00002-of-00002.safetensors",
+            ["model.safetensors.index.json", "model-00002-of-00002", "does not exist"],
+        ),
+        ("../m0/model.safetensors", ["model.safetensors.index.json", "../m0/model.safetensors", "outside"]),
+        ("/etc/passwd", ["model.safetensors.index.json", "/etc/passwd", "outside"]),
+    ],
+    ids=["absent", "escapes", "absolute"],
+)
+def test_an_index_that_leads_elsewhere(shard, words, root, capsys):
+    tensors = read_model(root / "m1")
+    shutil.rmtree(root / "m1")
+    save_model(root / "m1", tensors, shards=2)
+    index = root / "m1" / "model.safetensors.index.json"
+    described = json.loads(index.read_text())
+    described["weight_map"]["layer/bias"] = shard
+    index.write_text(json.dumps(described))
+    if not shard.startswith(("/", "..")):
+        (root / "m1" / shard).unlink()
+    refused(root, capsys, merge(root), "m1", *words)
+
+
+def spelled(root: Path, how: str) -> str:
+    """m0, once more."""
+    if how == "link to the directory":
+        (root / "again").symlink_to(root / "m0")
+    elif how == "link to the file":
+        (root / "again").mkdir()
+        (root / "again" / "model.safetensors").symlink_to(root / "m0" / "model.safetensors")
+    elif how == "hard link":
+        (root / "again").mkdir()
+        os.link(root / "m0" / "model.safetensors", root / "again" / "model.safetensors")
+    spellings = {"the same": "m0", "with dots": "base/../m0", "the file": "m0/model.safetensors"}
+    return f"{root}/{spellings.get(how, 'again')}"
+
+
+@pytest.mark.parametrize(
+    "how", ["the same", "with dots", "the file", "link to the directory", "link to the file", "hard link"]
+)
+def test_one_model_twice(how, root, capsys):
+    again = spelled(root, how)
+    code = main(
+        ["merge", "--base", f"{root}/base", "--models", f"{root}/m0", again, "--method", "ties", "--out", f"{root}/out"]
+    )
+    refused(root, capsys, code, "same file", f"{root}/m0", again)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "emr"])
+def test_a_model_that_equals_the_base_is_a_warning(method, root, capsys):
+    shutil.rmtree(root / "m1")
+    shutil.copytree(root / "base", root / "m1")
+    assert merge(root, method=method) == 0
+    assert f"warning: {root / 'm1'}: equals the base" in capsys.readouterr().err
+    report = json.loads((root / "out" / "merge_report.json").read_text())
+    assert len(report["warnings"]) == 1
+
+
+REQUESTS = {
+    "density above 1": (["--density", "1.5"], "ties", ["density", "[0, 1]", "1.5"]),
+    "density below 0": (["--density", "-0.1"], "ties", ["density", "[0, 1]", "-0.1"]),
+    "density no number": (["--density", "much"], "ties", ["density", "number", "much"]),
+    "density is NaN": (["--density", "nan"], "ties", ["density", "[0, 1]", "nan"]),
+    "density of a sparsifier": (["--sparsify", "dare:density=2"], "ties", ["dare", "density", "[0, 1]", "2"]),
+    "density of a rule without": (
+        ["--density", ".2"],
+        "task_arithmetic",
+        ["task_arithmetic", "density", "coefficient"],
+    ),
+    "unknown parameter": (["--set", "densty=.2"], "ties", ["ties", "densty", "density"]),
+    "unknown parameter of a sparsifier": (["--sparsify", "tadrop:q=.2"], "ties", ["tadrop", "'q'", "q_low"]),
+    "no value": (["--set", "density"], "ties", ["NAME=VALUE", "density"]),
+    "value of the wrong kind": (["--set", "n=many"], "cabs", ["n", "whole number", "many"]),
+    "value that is no option": (["--set", "combine=median"], "ties", ["combine", "mean, sum, max", "median"]),
+    "flag": (["--set", "normalize=maybe"], "task_arithmetic", ["normalize", "true or false", "maybe"]),
+    "n above m": (["--set", "n=5", "--set", "m=4"], "cabs", ["n", "[0, 4]", "5"]),
+    "too few weights": (["--set", "weights=1,"], "average", ["weights"]),
+    "too many weights": (["--set", "weights=1,2,3"], "average", ["weights", "3", "2"]),
+    "order is no permutation": (["--set", "order=[0,2]"], "cabs", ["order", "permutation", "[0, 2]"]),
+    "unknown method": ([], "tise", ["tise", "ties", "task_arithmetic"]),
+    "a sparsifier as the method": ([], "tadrop", ["tadrop", "merge rule"]),
+    "unknown sparsifier": (["--sparsify", "drop"], "ties", ["drop", "tadrop"]),
+    "a rule as the sparsifier": (["--sparsify", "ties"], "ties", ["ties", "sparsifier", "tadrop"]),
+    "include matches nothing": (["--include", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
+    "exclude matches nothing": (["--exclude", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
+    "per_task matches nothing": (["--set", "per_task=head"], "emr", ["head", "matches none", "layer/kernel"]),
+    "all is excluded": (["--exclude", "layer"], "ties", ["no float tensor"]),
+    "include is no regex": (["--include", "layer["], "ties", ["layer[", "regular expression"]),
+    "exclude is no regex": (["--exclude", "*bias"], "ties", ["*bias", "regular expression"]),
+    "per_task is no regex": (["--set", "per_task=("], "emr", ["(", "regular expression"]),
+    "shard size": (["--max-shard-size", "big"], "ties", ["--max-shard-size", "500MB", "big"]),
+    "shard size of nothing": (["--max-shard-size", "0"], "ties", ["--max-shard-size", "'0'"]),
+    "shard size without end": (["--max-shard-size", "infGB"], "ties", ["--max-shard-size", "infGB"]),
+    "workers": (["--workers", "0"], "ties", ["--workers", "at least 1", "0"]),
+    "nothing to resume": (["--resume"], "ties", ["out.partial", "nothing to resume"]),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_requests_that_cannot_be_done(name, root, capsys):
+    options, method, words = REQUESTS[name]
+    refused(root, capsys, merge(root, *options, method=method), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--dtype", "int8"], "int8"),
+        (["--workers", "some"], "some"),
+        (["--seed", "x"], "'x'"),
+        (["--densty", ".2"], "--densty"),
+    ],
+    ids=lambda v: str(v),
+)
+def test_options_that_do_not_parse(options, word, root, capsys):
+    assert merge(root, *options) == 2
+    assert word in capsys.readouterr().err.splitlines()[-1]
+    assert not (root / "out").exists()
+
+
+def test_missing_options_are_named(root, capsys):
+    assert main(["merge", "--base", str(root / "base"), "--out", str(root / "out")]) == 2
+    assert "--models, --method must be given" in capsys.readouterr().err
+
+
+def test_an_output_that_is_not_empty(root, capsys):
+    (root / "out").mkdir()
+    (root / "out" / "mine.txt").write_text("keep me")
+    assert merge(root) == 2
+    assert f"{root / 'out'}: exists already and is not empty" in capsys.readouterr().err
+    assert files_of(root / "out") == {"mine.txt": b"keep me"}
+    assert not (root / "out.partial").exists()
+
+
+def test_an_output_that_is_a_file(root, capsys):
+    (root / "out.safetensors").write_text("keep me")
+    assert merge(root, "--out", str(root / "out.safetensors")) == 2
+    assert f"{root / 'out.safetensors'}: exists already" in capsys.readouterr().err
+    assert (root / "out.safetensors").read_text() == "keep me"
+
+
+def test_an_output_without_a_parent(root, capsys):
+    assert merge(root, "--out", str(root / "no" / "out")) == 2
+    assert f"{root / 'no' / 'out'}: its parent directory does not exist" in capsys.readouterr().err
+    assert not (root / "no").exists()
+
+
+def test_an_output_that_is_an_input(root, capsys):
+    before = files_of(root / "m0")
+    assert merge(root, "--out", str(root / "m0")) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert files_of(root / "m0") == before
+
+
+def test_a_partial_directory_of_the_users(root, capsys):
+    (root / "out.partial").mkdir()
+    (root / "out.partial" / "mine.txt").write_text("keep me")
+    assert merge(root) == 2
+    assert "out.partial: exists and is not an unfinished merge" in capsys.readouterr().err
+    assert files_of(root / "out.partial") == {"mine.txt": b"keep me"}
+
+
+def no_space(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_too_small(root, capsys, monkeypatch):
+    """The files get their full size before the first tensor is read."""
+    monkeypatch.setattr(os, "posix_fallocate", no_space, raising=False)
+    refused(root, capsys, merge(root), "out.partial", "disk is full")
+
+
+def test_a_disk_that_fills_up_midway(root, capsys, monkeypatch):
+    assert merge(root, "--out", str(root / "whole")) == 0
+    capsys.readouterr()
+    real, calls = os.pwritev, []
+
+    def full(*args):
+        calls.append(args)
+        return real(*args) if len(calls) == 1 else no_space()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", full)
+        assert merge(root, "--workers", "1") == 1
+    said = capsys.readouterr().err
+    assert "disk is full" in said
+    assert f"{root / 'out'}.partial" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert not (root / "out").exists()
+    assert (root / "out.partial").is_dir()
+    assert merge(root, "--resume") == 0
+    assert files_of(root / "out") == files_of(root / "whole")
+    assert not (root / "out.partial").exists()
+
+
+def test_a_log_that_does_not_fit_on_the_disk(root, capsys, monkeypatch):
+    from tadrop_jax.report import TensorLog
+
+    monkeypatch.setattr(TensorLog, "add", no_space)
+    assert merge(root) == 1
+    assert re.search("disk is full|No space left", capsys.readouterr().err)
+    assert not (root / "out").exists()
+
+
+def test_a_file_that_shrinks_while_it_is_read(root, capsys, monkeypatch):
+    """Whatever the cause, it failed midway: what is done can be used again."""
+    from tadrop_jax import streaming
+
+    real = streaming.run
+
+    def run(*args, **kwargs):
+        os.truncate(root / FILE, (root / FILE).stat().st_size - 20)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("tadrop_jax.directories.run", run)
+    assert merge(root) == 1
+    said = capsys.readouterr().err
+    assert FILE in said
+    assert "ends at byte" in said
+    assert not (root / "out").exists()
+
+
+RECIPES = {
+    "not YAML": ("base: [", ["not valid YAML"]),
+    "not text": (b"\xff\xfe\x00", ["not valid YAML"]),
+    "no mapping": ("- base", ["mapping", "base", "models", "method"]),
+    "empty": ("", ["mapping", "base"]),
+    "unknown field": ("{base: base, models: [m0], method: ties, densty: 1}", ["unknown: densty", "parameters"]),
+    "missing field": ("{base: base}", ["missing: models, method"]),
+    "models is no list": ("{base: base, models: m0, method: ties}", ["models must be a list"]),
+    "no models": ("{base: base, models: [], method: ties}", ["models must be a list"]),
+    "a mergekit recipe": ("{merge_method: ties, models: []}", ["mergekit"]),
+    "unknown method": ("{base: base, models: [m0], method: tise}", ["tise", "ties"]),
+    "unknown parameter": ("{base: base, models: [m0], method: ties, parameters: {densty: 1}}", ["densty", "density"]),
+    "parameters are no mapping": ("{base: base, models: [m0], method: ties, parameters: [1]}", ["parameters", "[1]"]),
+    "density": ("{base: base, models: [m0], method: ties, parameters: {density: 7}}", ["density", "[0, 1]", "7"]),
+    "density is a word": ("{base: base, models: [m0], method: ties, parameters: {density: a}}", ["density", "'a'"]),
+    "sparsifier": ("{base: base, models: [m0], method: ties, sparsify: drop}", ["drop", "tadrop"]),
+    "sparsifier without a name": ("{base: base, models: [m0], method: ties, sparsify: {n: 1}}", ["sparsify", "name"]),
+    "sparsifier parameters": (
+        "{base: base, models: [m0], method: ties, sparsify: {name: tadrop, parameters: 3}}",
+        ["parameters", "3"],
+    ),
+    "include": ("{base: base, models: [m0], method: ties, include: 3}", ["include", "3"]),
+    "include is no regex": ("{base: base, models: [m0], method: ties, include: 'a['}", ["a[", "regular expression"]),
+    "seed": ("{base: base, models: [m0], method: ties, seed: x}", ["seed", "'x'"]),
+    "dtype": ("{base: base, models: [m0], method: ties, dtype: int8}", ["dtype", "'int8'"]),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_that_cannot_be_read(name, root, capsys):
+    body, words = RECIPES[name]
+    file = root / "recipe.yaml"
+    file.write_bytes(body if isinstance(body, bytes) else body.encode())
+    code = main(["merge", str(file), "--out", str(root / "out")])
+    # What is out of range shows only when the method is made, which no longer knows where its parameters came from.
+    refused(root, capsys, code, *(["recipe.yaml"] if not name.startswith("density") else []), *words)
+
+
+def test_a_recipe_that_is_not_there(root, capsys):
+    code = main(["merge", str(root / "none.yaml"), "--out", str(root / "out")])
+    refused(root, capsys, code, "none.yaml", "No such file")
+
+
+def test_a_recipe_and_options_that_contradict(root, capsys):
+    (root / "recipe.yaml").write_text("{base: base, models: [m0], method: ties}")
+    code = main(["merge", str(root / "recipe.yaml"), "--method", "average", "--set", "a=1", "--out", str(root / "out")])
+    refused(root, capsys, code, "--method", "--set")
