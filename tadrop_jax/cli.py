@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "that transformers opens. Models are read block by block: they need not fit in memory.",
         epilog="Examples:\n"
         "  tadrop merge --base gpt2 --models cola sst2 mrpc --method ties --density 0.2 --out merged\n"
-        "  tadrop merge --base vit --models a b --method emr --sparsify tadrop --set per_task=^classifier --out bundle\n"
+        "  tadrop merge --base vit --models a b --method emr --sparsify tadrop --set per_task=^classifier --out emr\n"
         "  tadrop merge recipe.yaml --out merged",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
