@@ -46,11 +46,12 @@ class Method(NamedTuple):
       output: ``"task vectors"``, ``"one model"`` or ``"one model per task"``.
       parameters: in the order of the function.
       random: whether it draws random numbers.
-      properties: what holds for it whatever its parameters; the property tests follow this. ``"symmetric"``: the order
-        of the tasks does not matter. ``"local"``: another tensor in the tree changes nothing. ``"scales"``: task vectors
-        times a power of two give the result times it. ``"zero"``: zero task vectors give zero. ``"copies"``: T copies
-        of one model give what one gives. ``"density"``: density 0 gives zeros, density 1 is the identity.
-        ``"gradients"``: gradients in coefficients, weights and task vectors are finite.
+      properties: what the property tests hold it to, at the defaults and at each option of its choices.
+        ``"symmetric"``: the order of the tasks does not matter. ``"scales"``: task vectors times a power of two give
+        the result times it. ``"zero"``: zero task vectors give zero. ``"density"``: density 0 gives zeros, density 1
+        is the identity (of a rule: the rule without its trim). ``"gradients"``: gradients in coefficients, weights and
+        task vectors are finite. At the defaults only: ``"local"``: another tensor in the tree changes nothing.
+        ``"copies"``: T copies of one model give what one gives.
     """
 
     name: str
@@ -177,7 +178,7 @@ _ALL = (
             _P("sparsifier", "text", "magnitude", "the inner sparsifier, NAME or NAME:PARAMETER=VALUE;..."),
             _P("order", "order", None, "order of the tasks, e.g. [1,0,2]", optional=True),
         ),
-        properties=frozenset({"scales", "zero", "gradients"}),
+        properties=frozenset({"local", "scales", "zero", "gradients"}),
     ),
     Method(
         "average",
@@ -256,7 +257,7 @@ _ALL = (
             _P("rescaler", "choice", "tensor_mean", "the authors' code, or the paper", ("tensor_mean", "global")),
             _P("per_task", "patterns", (), "regular expression(s) of tensors that stay each task's own"),
         ),
-        properties=frozenset({"symmetric", "zero", "copies", "scales"}),
+        properties=_SMOOTH | {"copies"},
     ),
 )
 

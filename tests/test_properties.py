@@ -1,0 +1,244 @@
+"""Properties that the registry declares for each method, tested for every method that declares them.
+
+Parametrised from the registry: a new entry is tested without a change here. Each property is tested at the defaults
+and at every option of every choice, unless it says otherwise.
+"""
+
+import collections
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+from tadrop_jax import registry
+
+TASKS = 3
+# One shape: every other one costs a compilation for each variant. A whole group of 32 entries, and a tail.
+SHAPE = (5, 8)
+NAMES = ("block/kernel", "block/other", "head")
+KEY = jax.random.key(7)
+settings = hypothesis.settings(max_examples=8)
+
+
+def variants(method: registry.Method) -> list[dict]:
+    """The defaults, and every option of every choice and flag, with another option where it cannot stand alone."""
+    options = [
+        {p.name: option}
+        for p in method.parameters
+        for option in ((True, False) if p.kind == "flag" else p.options + (None,) * p.optional)
+        if p.kind in ("choice", "flag")
+    ]
+    found, steps = [{}], [registry.build(method.name, {})]
+    for option in options:
+        for other in ({}, *options):
+            try:
+                step = registry.build(method.name, other | option)
+            except tj.ParameterError:
+                continue
+            break
+        else:
+            raise AssertionError(f"{method.name} cannot be built with {option}")
+        if step not in steps:  # the option is not the default spelt out
+            steps.append(step)
+            found.append(other | option)
+    return found
+
+
+def declaring(name: str, every_option: bool = True):
+    """Parametrises a test by the methods that declare a property."""
+    methods = [m for m in registry.METHODS.values() if name in m.properties]
+    cases = [(m.name, values) for m in methods for values in (variants(m) if every_option else [{}])]
+    ids = ["-".join([n, *(f"{k}={v}" for k, v in values.items())]) for n, values in cases]
+    return pytest.mark.parametrize(("name", "values"), cases, ids=ids)
+
+
+def every_method(function):
+    """Parametrises a test by all methods at their defaults."""
+    return pytest.mark.parametrize("name", registry.METHODS)(function)
+
+
+def run(name: str, values: dict, stack, key=KEY):
+    """What a method makes of task vectors: sparser ones, one merged vector, or one for each task (stacked)."""
+    return apply(registry.build(name, values), registry.METHODS[name], stack, key)
+
+
+def apply(step, method: registry.Method, stack, key=KEY):
+    if method.role == "sparsifier":
+        return tj.sparsify(stack, step, key=key)
+    merged = tj.merge_task_vectors(stack, step, key=key)
+    if method.output != "one model per task":
+        return merged
+    tasks = jax.tree.leaves(stack)[0].shape[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(merged.task_vector(t) for t in range(tasks)))
+
+
+def per_task(method: registry.Method) -> bool:
+    return method.output != "one model"
+
+
+def exact(rng: np.random.Generator) -> np.ndarray:
+    """Multiples of 1/4: many ties and zeros, and every sum is exact, so that no election hangs on rounding."""
+    return (rng.integers(-6, 7, (TASKS, *SHAPE)) / 4).astype(np.float32)
+
+
+def normal(rng: np.random.Generator) -> np.ndarray:
+    """No ties, some zeros, and of another size for each tensor; far from overflow and underflow, also when squared."""
+    values = rng.normal(size=(TASKS, *SHAPE)) * (rng.random((TASKS, *SHAPE)) < 0.9)
+    return (values * 2.0 ** rng.integers(-6, 7)).astype(np.float32)
+
+
+@st.composite
+def stacks(draw, values=exact, names=NAMES):
+    """Task vectors; some with a tensor, a task, or the tensor of a task that is all zero."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    stack = {name: values(rng) for name in names}
+    zero_tensor = draw(st.sampled_from((None, *names)))
+    zero_task = draw(st.sampled_from((None, *range(TASKS))))
+    if zero_tensor is not None:
+        stack[zero_tensor][slice(None) if zero_task is None else zero_task] = 0
+    elif zero_task is not None:
+        for name in names:
+            stack[name][zero_task] = 0
+    return stack
+
+
+def assert_same(actual: dict, expected: dict) -> None:
+    """Equal bits, but for the sign of zero."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+
+def assert_close(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_registry_declares_known_properties():
+    known = {"symmetric", "local", "scales", "zero", "copies", "density", "gradients"}
+    declared = set().union(*(m.properties for m in registry.METHODS.values()))
+    assert declared == known
+
+
+@declaring("symmetric")
+@settings
+@hypothesis.given(stack=stacks(), order=st.permutations(range(TASKS)))
+def test_symmetric(name, values, stack, order):
+    """The order of the tasks does not matter."""
+    there = run(name, values, {n: x[order] for n, x in stack.items()})
+    here = run(name, values, stack)
+    assert_close(there, {n: x[jnp.array(order)] for n, x in here.items()} if per_task(registry.METHODS[name]) else here)
+
+
+@declaring("local", every_option=False)
+@settings
+@hypothesis.given(stack=stacks(normal), extra=stacks(normal, names=("more/kernel",)))
+def test_local(name, values, stack, extra):
+    """Another tensor in the tree changes nothing, at the defaults."""
+    together = run(name, values, extra | stack)
+    assert_same({n: together[n] for n in stack}, run(name, values, stack))
+
+
+@declaring("scales")
+@settings
+@hypothesis.given(stack=stacks(normal), exponent=st.integers(-8, 8))
+def test_scales(name, values, stack, exponent):
+    """Task vectors times a power of two give the result times it, bit for bit."""
+    factor = np.float32(2.0**exponent)
+    scaled = run(name, values, {n: x * factor for n, x in stack.items()})
+    assert_same(scaled, {n: np.asarray(x) * factor for n, x in run(name, values, stack).items()})
+
+
+@declaring("zero")
+def test_zero(name, values):
+    """Zero task vectors give zero, and no NaN."""
+    found = run(name, values, {n: np.zeros((TASKS, *SHAPE), np.float32) for n in NAMES})
+    for leaf in found.values():
+        np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+
+
+@declaring("copies", every_option=False)
+@settings
+@hypothesis.given(stack=stacks())
+def test_copies(name, values, stack):
+    """T copies of one model give what one gives, at the defaults."""
+    copies = run(name, values, {n: np.stack([x[0]] * TASKS) for n, x in stack.items()})
+    alone = run(name, values, {n: x[:1] for n, x in stack.items()})
+    if per_task(registry.METHODS[name]):
+        alone = {n: np.concatenate([x] * TASKS) for n, x in alone.items()}
+    assert_close(copies, alone)
+
+
+@declaring("density")
+@settings
+@hypothesis.given(stack=stacks())
+def test_density(name, values, stack):
+    """Density 0 gives zeros; density 1 is the identity, of a rule: the rule without its trim."""
+    for leaf in run(name, values | {"density": 0.0}, stack).values():
+        np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+    kept = run(name, values | {"density": 1.0}, stack)
+    rule = registry.METHODS[name].role == "rule"
+    assert_same(kept, run(name, values | {"density": None}, stack) if rule else stack)
+
+
+@functools.cache
+def gradient_of(name: str, items: tuple):
+    """The gradient of a sum of squares in task vectors, coefficients and weights, compiled once a variant."""
+    method = registry.METHODS[name]
+    differentiable = [p for p in method.parameters if p.name in ("coefficient", "weights")]
+    where = {p.name: jnp.full((TASKS,) if p.kind == "numbers" else (), 0.75) for p in differentiable}
+
+    def loss(stack, where):
+        found = apply(registry.build(name, dict(items) | where), method, stack)
+        return sum(jnp.sum(x * x) for x in found.values())
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1))), where
+
+
+@declaring("gradients")
+@settings
+@hypothesis.given(stack=stacks(names=NAMES[:2]))
+def test_gradients(name, values, stack):
+    """Gradients are finite, with ties, zeros and zero tensors in the input."""
+    gradient, where = gradient_of(name, tuple(values.items()))
+    for leaf in jax.tree.leaves(gradient(stack, where)):
+        assert np.isfinite(leaf).all()
+
+
+@every_method
+@settings
+@hypothesis.given(stack=stacks(), order=st.permutations(NAMES))
+def test_order_of_paths(name, stack, order):
+    """The order in which a container gives its tensors does not matter."""
+    assert_close(dict(run(name, {}, collections.OrderedDict((n, stack[n]) for n in order))), run(name, {}, stack))
+
+
+@every_method
+@settings
+@hypothesis.given(stack=stacks())
+def test_names_of_containers(name, stack):
+    """What containers are called does not matter, but to random masks, which are drawn by name."""
+    if registry.METHODS[name].random:
+        pytest.skip("random masks are drawn by name")
+    kernel, other, head = (stack[n] for n in NAMES)
+    renamed = run(name, {}, {"z": [kernel, {"y": head}], "a": (other,)})
+    back = {NAMES[0]: renamed["z"][0], NAMES[1]: renamed["a"][0], NAMES[2]: renamed["z"][1]["y"]}
+    assert_close(back, run(name, {}, stack))
+
+
+@pytest.mark.parametrize("rule", [m.name for m in registry.METHODS.values() if m.role == "rule"])
+@pytest.mark.parametrize("sparsifier", [m.name for m in registry.METHODS.values() if m.role == "sparsifier"])
+def test_every_sparsifier_before_every_rule(sparsifier, rule, make_stacks):
+    """All pairs run, with ties, zeros and a zero task vector, and do what one after the other does."""
+    values = make_stacks("exact", TASKS)["conv/kernel"].reshape(TASKS, -1)[:, : SHAPE[0] * SHAPE[1]]
+    stack = {n: (values * f).reshape(TASKS, *SHAPE) for n, f in zip(NAMES, (1, -0.5, 0), strict=True)}
+    before, step = registry.build(sparsifier, {}), registry.build(rule, {})
+    together = apply(tj.chain(before, step), registry.METHODS[rule], stack)
+    assert all(np.isfinite(x).all() for x in together.values())
+    assert_close(together, run(rule, {}, tj.sparsify(stack, before, key=KEY)))

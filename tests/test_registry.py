@@ -1,0 +1,149 @@
+"""The registry says what is there: names, parameters, defaults; and reads what a user types."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import tadrop_jax as tj
+from tadrop_jax import registry, steps
+from tadrop_jax.registry import METHODS, parse, parse_step
+
+PARAMETERS = [(m, p) for m in METHODS.values() for p in m.parameters]
+SPARSIFIERS = [m for m in METHODS.values() if m.role == "sparsifier"]
+# What the parser makes of a text, by the parameter's kind.
+TEXTS = {
+    "number": [("0.25", 0.25), ("1e-3", 0.001), ("1", 1.0)],
+    "numbers": [("0.25", 0.25), ("0.1,0.2", [0.1, 0.2]), ("[0.1, 0.2]", [0.1, 0.2]), ("[0.5]", [0.5])],
+    "whole": [("4", 4)],
+    "flag": [("true", True), ("No", False), ("1", True)],
+    "order": [("[1,0,2]", [1, 0, 2]), ("2,1", [2, 1])],
+    "patterns": [("^head", ("^head",)), ('["a,b", "c"]', ("a,b", "c"))],
+    "text": [("affine:0.5,0.1", "affine:0.5,0.1")],
+}
+NONSENSE = {"number": "much", "numbers": "0.1,x", "whole": "1.5", "flag": "maybe", "order": "[a]", "choice": "no such"}
+
+
+def ids(value):
+    return value.name if hasattr(value, "name") else str(value)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=ids)
+def test_entry_agrees_with_the_function(method):
+    """Names in their order, and defaults; a parameter that Python must be given has a default of the registry's own."""
+    module, _, function = method.home.partition(":")
+    signature = inspect.signature(getattr(importlib.import_module(module), function))
+    assert [p.name for p in method.parameters] == list(signature.parameters)
+    for parameter in method.parameters:
+        default = signature.parameters[parameter.name].default
+        if default is not inspect.Parameter.empty:
+            assert (parameter.default, type(parameter.default)) == (default, type(default)), parameter.name
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=ids)
+def test_method_is_public_and_builds_at_its_defaults(method):
+    assert method.name in tj.__all__
+    step = registry.build(method.name, {}, method.role)
+    assert steps.output_of(step) == {"task vectors": "stack", "one model": "vector"}.get(method.output, "bundle")
+    assert method.random == any(s.random for s in steps.expand(step, 2))
+
+
+@pytest.mark.parametrize(("method", "parameter"), PARAMETERS, ids=ids)
+def test_parameter_is_read_from_its_text(method, parameter):
+    if parameter.kind == "choice":
+        texts = [(str(option), option) for option in parameter.options]
+        assert parameter.default in parameter.options or parameter.default is None
+    else:
+        texts = TEXTS[parameter.kind]
+    texts = texts + [("none", None)] * parameter.optional
+    if parameter.default not in (None, ()):
+        texts = [*texts, (str(parameter.default), parameter.default)]
+    for text, value in texts:
+        assert parse(method, [f"{parameter.name}={text}"]) == {parameter.name: value}
+
+
+@pytest.mark.parametrize(("method", "parameter"), [(m, p) for m, p in PARAMETERS if p.kind in NONSENSE], ids=ids)
+def test_nonsense_is_refused_by_name(method, parameter):
+    text = NONSENSE[parameter.kind]
+    with pytest.raises(
+        tj.ParameterError, match=rf"{method.name}: {parameter.name} must be .*'{text}'".replace("[", r"\[")
+    ):
+        parse(method, [f"{parameter.name}={text}"])
+
+
+def test_none_is_refused_where_it_is_no_value():
+    with pytest.raises(tj.ParameterError, match="coefficient must be a number, got 'none'"):
+        parse(METHODS["ties"], ["coefficient=none"])
+    with pytest.raises(tj.ParameterError, match="granularity must be one of tensor, global, got 'none'"):
+        parse(METHODS["magnitude"], ["granularity=none"])
+
+
+def test_broken_assignments_are_refused():
+    with pytest.raises(tj.ParameterError, match="write NAME=VALUE, got 'density'"):
+        parse(METHODS["ties"], ["density"])
+    with pytest.raises(tj.ParameterError, match="ties has no parameter 'densty'; it has density, coefficient"):
+        parse(METHODS["ties"], ["densty=0.2"])
+    with pytest.raises(tj.ParameterError, match="average has no parameter 'x'; it has weights"):
+        registry.build("average", {"x": 1})
+
+
+@pytest.mark.parametrize("method", SPARSIFIERS, ids=ids)
+def test_step_round_trip_at_the_defaults(method):
+    """A step written out in full is the step."""
+    texts = {p.name: "none" if p.default is None else str(p.default) for p in method.parameters}
+    name, values = parse_step(f"{method.name}:" + ",".join(f"{k}={v}" for k, v in texts.items()))
+    assert (name, values) == (method.name, {p.name: p.default for p in method.parameters})
+    assert parse_step(method.name) == (method.name, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "values"),
+    [
+        ("tadrop:q_low=.5,q_high=.9", "tadrop", {"q_low": 0.5, "q_high": 0.9}),
+        ("tadrop:mapping=affine:0.5,0.1,norm=1", "tadrop", {"mapping": "affine:0.5,0.1", "norm": 1}),
+        ("uniform:sparsity=.1,.2,norm=none", "uniform", {"sparsity": [0.1, 0.2], "norm": None}),
+        ("uniform:sparsity=[.1,.2];norm=none", "uniform", {"sparsity": [0.1, 0.2], "norm": None}),
+        ("conflict_aware:order=[1,0,2]", "conflict_aware", {"order": [1, 0, 2]}),
+        ("conflict_aware:sparsifier=uniform:sparsity=.4", "conflict_aware", {"sparsifier": "uniform:sparsity=.4"}),
+    ],
+)
+def test_commas_belong_to_values_or_part_them(text, name, values):
+    assert parse_step(text) == (name, values)
+    registry.build(name, values, "sparsifier")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prune", "no sparsifier 'prune'; there are tadrop, uniform, "),
+        ("ties", "no sparsifier 'ties'"),
+        ("magnitude:0.3", "magnitude: write NAME=VALUE, got '0.3'"),
+        ("magnitude:share=0.3", "magnitude has no parameter 'share'"),
+        ("magnitude:density=", "density must be a number, or a list of numbers, got ''"),
+    ],
+)
+def test_broken_steps_are_refused(text, said):
+    with pytest.raises(tj.ParameterError) as refusal:
+        parse_step(text)
+    assert said in str(refusal.value)
+
+
+def test_unknown_methods_are_refused_by_role():
+    with pytest.raises(tj.ParameterError, match="no merge rule 'tadrop'; there are average, task_arithmetic"):
+        registry.method("tadrop", "rule")
+    with pytest.raises(tj.ParameterError, match="no method 'x'"):
+        registry.build("x", {})
+
+
+def test_values_out_of_range_are_refused_when_built():
+    with pytest.raises(tj.ParameterError, match=r"density must lie in \[0, 1\], got 20.0"):
+        registry.build("ties", parse(METHODS["ties"], ["density=20"]))
+
+
+def test_registry_imports_no_jax():
+    """So that the command line answers at once."""
+    code = "import sys, tadrop_jax.registry; print([m for m in ('jax', 'flax', 'numpy', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
