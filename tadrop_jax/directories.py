@@ -140,7 +140,11 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     """
     base, models = sources[0], sources[1:]
     per_task = per_task_patterns(request.chain)
-    aliases = tied_aliases(base, _config(request.base))
+    config = _config(request.base)
+    ties = [tied_aliases(m, _config(p) or config) for p, m in zip(request.models, models, strict=True)]
+    # A copy that some model trained apart is a tensor of its own.
+    apart = {n for m, tied in zip(models, ties, strict=True) for n in m.tensors if n not in tied}
+    aliases = {n: target for n, target in tied_aliases(base, config).items() if n not in apart}
     names = [n for n in base.tensors if n not in aliases]
     include, exclude = patterns(request.include), patterns(request.exclude)
     everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
@@ -162,9 +166,9 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
             )
     # What is excluded, tied or a task's own need not be alike; neither do extra tensors that a pattern takes out.
     loose = {n for n in everywhere if n in own or n in aliases or not selected(n, include, exclude)}
-    for path, model in zip(request.models, models, strict=True):
-        tied = tied_aliases(model, _config(path))
-        check_names(names, [n for n in model.tensors if n not in tied], str(path), frozenset(loose), str(request.base))
+    for path, model, tied in zip(request.models, models, ties, strict=True):
+        stored = [n for n in model.tensors if n in base.tensors or n not in tied]
+        check_names(names, stored, str(path), frozenset(loose), str(request.base))
         for name in names:
             if name in loose:
                 continue
