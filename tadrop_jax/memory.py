@@ -206,7 +206,8 @@ def _global_ranks(stage, stop, at, sites, raws, keys, carries):
         return functools.reduce(wide.add, parts)
 
     eager = not is_traced([(raws[k], carries[k]) for k in at] + [ranks])
-    found = selection.search(count, ranks, 32, jnp.uint32, eager=eager)
+    group = selection.bits_per_round(sites[at[0]].one_pass)
+    found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager)
     found = selection.from_ordered_bits(found, probe.dtype)
     return dict(zip(names, found, strict=True))
 

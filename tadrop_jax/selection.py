@@ -98,7 +98,9 @@ def count_at_least(keys, pivots, axes: Sequence[int], *, one_pass: bool = True) 
     return jnp.stack([jnp.expand_dims(c, tuple(axes)) for c in counts])
 
 
-def search(count: Callable[[jax.Array], Wide], k: Wide, bits: int, uint, *, eager: bool = False) -> jax.Array:
+def search(
+    count: Callable[[jax.Array], Wide], k: Wide, bits: int, uint, *, group: int = BITS_PER_ROUND, eager: bool = False
+) -> jax.Array:
     """The largest key that at least ``k`` keys reach, bit group by bit group.
 
     Args:
@@ -106,12 +108,12 @@ def search(count: Callable[[jax.Array], Wide], k: Wide, bits: int, uint, *, eage
       k: how many, shape K. For k = 0 the result is the largest pattern there is, which no number reaches.
       bits: width of the keys.
       uint: dtype of the keys.
+      group: bits that a round settles, by ``2^group - 1`` pivots.
       eager: call ``count`` on concrete pivots, round by round, in place of tracing one loop.
 
     Returns:
       Keys of shape K.
     """
-    group = BITS_PER_ROUND
     rounds = -(-bits // group)
     steps = jnp.reshape(jnp.arange(1, 1 << group, dtype=uint), (-1,) + (1,) * k.low.ndim)
 
@@ -153,7 +155,12 @@ def order_statistic(x, k: Wide, axes: Sequence[int], *, axis_names=(), one_pass:
         return wide.psum(counts, axis_names) if axis_names else counts
 
     bits = 8 * keys.dtype.itemsize
-    return from_ordered_bits(search(count, k, bits, keys.dtype.type), x.dtype)
+    return from_ordered_bits(search(count, k, bits, keys.dtype.type, group=bits_per_round(one_pass)), x.dtype)
+
+
+def bits_per_round(one_pass: bool) -> int:
+    """Several pivots cost one pass only if they are counted in one; else one bit a round is fastest."""
+    return BITS_PER_ROUND if one_pass else 1
 
 
 def exact_count(keys, pivots, axes, one_pass: bool = True) -> Wide:
