@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tadrop_jax import __version__, registry
-from tadrop_jax.errors import ContentError, MergeError
+from tadrop_jax.errors import ContentError, MergeError, MismatchError
 
+_ADVICE = {
+    ContentError: " (--allow-nonfinite lets it pass)",
+    MismatchError: " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks)",
+}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -36,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except MergeError as error:
-        advice = " (--allow-nonfinite lets it pass)" if isinstance(error, ContentError) else ""
-        print(f"tadrop {options.command}: {error}{advice}", file=sys.stderr)
+        print(f"tadrop {options.command}: {error}{_ADVICE.get(type(error), '')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"tadrop {options.command}: interrupted", file=sys.stderr)

@@ -176,7 +176,8 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
             check_alike(name, (ours.shape, ours.dtype), (theirs.shape, theirs.dtype), str(theirs.file), str(ours.file))
     merged = tuple(n for n in names if n not in kept and n not in own)
     if not merged:
-        raise MergeError(f"{request.base}: there is no float tensor to merge")
+        why = ", ".join(sorted({*kept.values(), *(["each task's own"] if own else [])}))
+        raise MergeError(f"{request.base}: there is no float tensor to merge (all of its {len(names)}: {why})")
     return Plan(merged, kept, own, aliases)
 
 

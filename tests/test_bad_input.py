@@ -57,7 +57,7 @@ FILE = "m1/model.safetensors"
 
 # What is done to m1, and what the message has to name.
 STRUCTURE = {
-    "missing tensor": (lambda w: w.pop("layer/bias"), ["m1", "lacks", "layer/bias"]),
+    "missing tensor": (lambda w: w.pop("layer/bias"), ["m1", "lacks", "layer/bias", "--exclude"]),
     "extra tensor": (lambda w: w.update(head=np.ones(3, np.float32)), ["m1", "head", "base", "lacks"]),
     "both": (lambda w: w.update(bias=w.pop("layer/bias")), ["m1", "lacks tensor 'layer/bias'", "has tensor 'bias'"]),
     "shape": (
@@ -121,7 +121,7 @@ def test_float64_is_refused(root, capsys):
 def test_nothing_to_merge(root, capsys):
     for name in ("base", "m0", "m1"):
         rewrite(root / name, lambda w: {"steps": np.arange(3)})
-    refused(root, capsys, merge(root), "base", "no float tensor")
+    refused(root, capsys, merge(root), "base", "no float tensor", "int64")
 
 
 def truncated(file: Path):
@@ -297,7 +297,7 @@ REQUESTS = {
     "include matches nothing": (["--include", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
     "exclude matches nothing": (["--exclude", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
     "per_task matches nothing": (["--set", "per_task=head"], "emr", ["head", "matches none", "layer/kernel"]),
-    "all is excluded": (["--exclude", "layer"], "ties", ["no float tensor"]),
+    "all is excluded": (["--exclude", "layer"], "ties", ["no float tensor", "excluded"]),
     "include is no regex": (["--include", "layer["], "ties", ["layer[", "regular expression"]),
     "exclude is no regex": (["--exclude", "*bias"], "ties", ["*bias", "regular expression"]),
     "per_task is no regex": (["--set", "per_task=("], "emr", ["(", "regular expression"]),
