@@ -1,0 +1,76 @@
+"""What the documentation shows is run: code blocks, doctests, and the table of methods."""
+
+import contextlib
+import doctest
+import importlib
+import importlib.util
+import io
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import converters
+import tadrop_jax
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")] if p.exists())
+MODULES = sorted(
+    module.name
+    for package in (tadrop_jax, converters)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+)
+
+
+def code(page: Path) -> str:
+    """The Python code of a page, blank lines for the rest. Blocks go on from those before, as a reader does."""
+    lines, inside = [], False
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            inside, line = line == "```python", ""
+        lines.append(line if inside else "")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if code(p).strip()], ids=lambda p: p.name)
+def test_code_of_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code(page), str(page), "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("name", ["tadrop_jax", "converters", *MODULES])
+def test_doctests(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.failed == 0
+
+
+def test_every_public_function_has_an_example():
+    """Classes aside, and one-line helpers for steps of one's own."""
+    helpers = {"at_least", "floor_times", "safe_ratio"}
+    functions = {name: getattr(tadrop_jax, name) for name in set(tadrop_jax.__all__) - helpers}
+    bare = [n for n, f in functions.items() if not isinstance(f, type) and ">>>" not in (f.__doc__ or "")]
+    assert bare == []
+
+
+def test_table_of_methods_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("generate_methods", ROOT / "docs" / "generate_methods.py")
+    generate_methods = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate_methods)
+    assert (ROOT / "docs" / "methods.md").read_text() == generate_methods.page()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_files_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    absent = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert absent == []
+
+
+def test_pages_are_all_in_the_site():
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {p.name for p in ROOT.glob("docs/*.md")}
+    assert jax.device_count() > 1  # the sharded example of python.md runs on several devices
