@@ -30,9 +30,7 @@ CONFIG = {
     "bos_token_id": VOCABULARY - 1,
     "eos_token_id": VOCABULARY - 1,
 }
-DTYPES = {name: np.dtype(name) for name in ("float32", "float16")} | {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16)
-}
+DTYPES = {name: np.dtype(name) for name in ("float32", "float16")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 BASE_SCALE, TUNING_SCALE = 0.02, 0.002
 
 
@@ -60,9 +58,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return {
         "transformer.wte.weight": (VOCABULARY, WIDTH),
         "transformer.wpe.weight": (POSITIONS, WIDTH),
-        **{
-            f"transformer.h.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in block.items()
-        },
+        **{f"transformer.h.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in block.items()},
         "transformer.ln_f.weight": (WIDTH,),
         "transformer.ln_f.bias": (WIDTH,),
     }

@@ -43,9 +43,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Me
     peak, stop = 0, threading.Event()
     with log.open("wb") as stream:
         start = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **environment})
 
         def watch() -> None:
             nonlocal peak
@@ -70,9 +68,7 @@ def _anonymous_bytes(pid: int) -> int:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = [
-            int(child)
-            for file in Path(f"/proc/{pid}/task").glob("*/children")
-            for child in file.read_text().split()
+            int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
         ]
     except (OSError, ValueError):
         return 0

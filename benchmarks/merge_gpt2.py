@@ -152,19 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", type=int, default=7, help="number of fine-tunes (7)")
     parser.add_argument("--dtype", choices=gpt2_directories.DTYPES, default="float32")
-    parser.add_argument(
-        "--methods", default="ties", help="comma-separated; METHOD or METHOD+SPARSIFIER (ties)"
-    )
+    parser.add_argument("--methods", default="ties", help="comma-separated; METHOD or METHOD+SPARSIFIER (ties)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of the floor and of each method (3)")
-    parser.add_argument(
-        "--peer", action="store_true", help="measure mergekit as well, on methods that both have"
-    )
-    parser.add_argument(
-        "--peer-repeats", type=int, default=1, help="runs of mergekit; each takes minutes (1)"
-    )
-    parser.add_argument(
-        "--dir", type=Path, help="keep the models there for the next run (a temporary directory)"
-    )
+    parser.add_argument("--peer", action="store_true", help="measure mergekit as well, on methods that both have")
+    parser.add_argument("--peer-repeats", type=int, default=1, help="runs of mergekit; each takes minutes (1)")
+    parser.add_argument("--dir", type=Path, help="keep the models there for the next run (a temporary directory)")
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args(arguments)
     facts = machine()
@@ -179,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = {"floor": summarise([floor(inputs, scratch / "floor") for _ in range(options.repeats)])}
         _remove(scratch / "floor")
         for method in filter(None, options.methods.split(",")):
-            rows[f"tadrop {method}"] = summarise(
-                [ours(method, inputs, scratch) for _ in range(options.repeats)]
-            )
+            rows[f"tadrop {method}"] = summarise([ours(method, inputs, scratch) for _ in range(options.repeats)])
             if options.peer and method in PEER_PARAMETERS:
                 runs = [peer(method, inputs, scratch) for _ in range(options.peer_repeats)]
                 rows[f"mergekit {method}"] = summarise(runs)

@@ -70,9 +70,7 @@ def load(directory: str | os.PathLike) -> tuple[Any, Any]:
     try:
         tree = to_flax(tensors, package.TABLE, expect=params)
     except ConversionError as error:
-        raise ConversionError(
-            f"{directory}: cannot be loaded as {raw['architectures'][0]}:", error.problems
-        ) from error
+        raise ConversionError(f"{directory}: cannot be loaded as {raw['architectures'][0]}:", error.problems) from error
     nnx.replace_by_pure_dict(params, jax.tree.map(jax.numpy.asarray, tree))
     module = nnx.merge(graph, params)
     return module, nnx.state(module, nnx.Param)

@@ -162,9 +162,7 @@ def _compare(paths: Mapping[str, tuple[tuple[int, ...], str]], expect: Any, tabl
             shape, source = paths[path]
             problems.append(f"wrong shape: {source} gives {shape} at {path}, the model has {want.shape}")
     return problems + [
-        f"not in the model: {source} (Flax {path})"
-        for path, (_, source) in paths.items()
-        if path not in wanted
+        f"not in the model: {source} (Flax {path})" for path, (_, source) in paths.items() if path not in wanted
     ]
 
 

@@ -14,7 +14,7 @@ from tadrop_jax.trees import named_leaves
 
 
 def pack(masks: jax.Array) -> jax.Array:
-    """Bits of ``(T, *S)`` masks, as ``np.packbits`` of the row-major tensor, one row a task: uint8 ``(T, ceil(n/8))``."""
+    """``(T, *S)`` masks as uint8 ``(T, ceil(n/8))``: ``np.packbits`` of the row-major tensor, one row a task."""
     return jnp.packbits(jnp.reshape(masks, (masks.shape[0], -1)), axis=1)
 
 

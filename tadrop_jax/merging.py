@@ -61,8 +61,8 @@ def merge(
       include: regular expression(s) of the tensors to merge (``re.search`` on '/'-joined paths); None means all.
       exclude: regular expression(s) of tensors to take from the base; beats include. Such tensors leave global
         statistics, and need not be alike in the models.
-      layout: maps a path to the permutation into PyTorch order, or to a :class:`Layout`, so that groups, rows and random
-        positions follow the PyTorch tensor.
+      layout: maps a path to the permutation into PyTorch order, or to a :class:`Layout`, so that groups, rows and
+        random positions follow the PyTorch tensor.
       key: ``jax.random.key(seed)``, for methods that are random.
 
     Returns:
@@ -122,7 +122,8 @@ def merge_task_vectors(stack, rule: AnyStep, *, sparsifier: AnyStep | None = Non
       key: random key, for methods that are random.
 
     Returns:
-      Tree of float32 arrays of shape ``shape``, the coefficient applied; or a bundle without a base for a per-task rule.
+      Tree of float32 arrays of shape ``shape``, the coefficient applied; or a bundle without a base for a per-task
+      rule.
 
     Raises:
       TypeError: for rules on weights, which need :func:`merge`.
@@ -173,8 +174,8 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
       key: random key, for methods that are random.
 
     Returns:
-      For each float tensor, by path: ``quantile_ratio`` (T,), of the sparsifier's own quantiles if it is TADrop, else of
-      (.75, .95); ``sparsity`` (T,), the share of zeros after; ``norm`` and ``norm_after`` (T,), Euclidean; and
+      For each float tensor, by path: ``quantile_ratio`` (T,), of the sparsifier's own quantiles if it is TADrop, else
+      of (.75, .95); ``sparsity`` (T,), the share of zeros after; ``norm`` and ``norm_after`` (T,), Euclidean; and
       ``sign_conflict``, the share of entries whose non-zero task values differ in sign, before.
 
     Raises:

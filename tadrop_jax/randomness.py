@@ -1,9 +1,9 @@
 """Random numbers that depend on seed, tensor, task and position alone.
 
 A mask must be the same streamed, in memory and sharded, so nothing may depend on the shape of a block. The key of a
-tensor is the user's key folded with the crc32 of the tensor's path; the task is folded in next; the 64-bit position of an
-entry is the counter of one threefry-2x32 block. For a vector this equals ``jax.random.bits(key, (n,), "uint32")`` under
-``jax_threefry_partitionable``.
+tensor is the user's key folded with the crc32 of the tensor's path; the task is folded in next; the 64-bit position of
+an entry is the counter of one threefry-2x32 block. For a vector this equals ``jax.random.bits(key, (n,), "uint32")``
+under ``jax_threefry_partitionable``.
 """
 
 import zlib

@@ -1,6 +1,12 @@
 """Small checkpoints on disk, and what the streamed executor makes of arrays."""
 
+import atexit
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +16,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tadrop_jax import streaming
+from tadrop_jax.cli import main
 from tadrop_jax.steps import expand
+
+REPOSITORY = Path(__file__).parents[1]
+# The command line keeps compiled functions in the user's cache; tests keep theirs to themselves.
+CACHE = tempfile.mkdtemp(prefix="tadrop-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", CACHE)
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # A scalar, one entry, several blocks of 64 with a rest that is no multiple of 8.
@@ -129,3 +142,40 @@ def run_streamed(base, models, chain, seed: int = 0, skip=(), **settings):
         if not bundle:
             merged[s.name] = merged[s.name].reshape(s.shape)
     return merged, found, outcome
+
+
+def merge(root: Path, *more: str, out: str = "out", method: str = "task_arithmetic", models=("m0", "m1")) -> int:
+    """Runs ``tadrop merge`` on directories under root in this process, and gives its exit code."""
+    given = [str(root / m) for m in models]
+    base, out = str(root / "base"), str(root / out)
+    return main(["merge", "--base", base, "--models", *given, "--method", method, "--out", out, *more])
+
+
+def command(*argv: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """Runs ``tadrop`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tadrop_jax.cli", *argv],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_COMPILATION_CACHE_DIR": CACHE, **environment},
+    )
+
+
+def report_of(out: Path) -> dict:
+    return json.loads((out / "merge_report.json").read_text())
+
+
+def refused(root: Path, capsys, code: int, *words: str) -> None:
+    """Exit code 2, one line on stderr that holds the words, and neither OUT nor OUT.partial."""
+    output = capsys.readouterr()
+    assert code == 2, output
+    assert output.out == ""
+    lines = output.err.strip().splitlines()
+    assert len(lines) == 1, output.err
+    assert lines[0].startswith("tadrop merge: ")
+    assert "Traceback" not in output.err
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+    assert not (root / "out").exists()
+    assert not (root / "out.partial").exists()

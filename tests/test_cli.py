@@ -1,12 +1,8 @@
-"""The command line on real files: what it writes, what it says, and what an interruption leaves behind."""
+"""The command line on real files: what it writes and what it says."""
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -16,12 +12,22 @@ import pytest
 from safetensors.numpy import save_file
 
 import tadrop_jax as tj
-from tadrop_jax import registry, streaming
+from tadrop_jax import registry
 from tadrop_jax.cli import main
-from tests.helpers import DTYPES, family, files_of, read_model, save_family, save_model
+from tests.helpers import (
+    DTYPES,
+    REPOSITORY,
+    command,
+    family,
+    files_of,
+    merge,
+    read_model,
+    report_of,
+    save_family,
+    save_model,
+)
 
 SHAPES = {"layer/kernel": (24, 9), "layer/bias": (9,), "head.weight": (3, 9)}
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -29,23 +35,6 @@ def root(tmp_path) -> Path:
     """Directories base, m0 and m1."""
     save_family(tmp_path, 2, SHAPES, config={"model_type": "vit"})
     return tmp_path
-
-
-def merge(root: Path, *more: str, out: str = "out", method: str = "task_arithmetic", models=("m0", "m1")) -> int:
-    models = [str(root / m) for m in models]
-    base, out = str(root / "base"), str(root / out)
-    return main(["merge", "--base", base, "--models", *models, "--method", method, "--out", out, *more])
-
-
-def command(*argv: str, **how) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "tadrop_jax.cli", *argv], capture_output=True, text=True, env=environment, **how
-    )
-
-
-def report_of(out: Path) -> dict:
-    return json.loads((out / "merge_report.json").read_text())
 
 
 def arrays(root: Path, *names: str) -> list[dict]:
@@ -68,13 +57,13 @@ def test_help_does_not_start_jax(argv):
 
 
 def test_methods_lists_every_method_and_parameter():
-    done = command("methods")
+    done = command("methods", COLUMNS="200")
     assert done.returncode == 0
     for method in registry.METHODS.values():
         assert method.name in done.stdout
         for parameter in method.parameters:
             assert f"{parameter.name} = " in done.stdout
-    one = command("methods", "ties")
+    one = command("methods", "ties", COLUMNS="200")
     assert "preset (authors, mergekit, peft," in one.stdout
     assert "tadrop" not in one.stdout
 
@@ -146,11 +135,11 @@ def test_equals_the_merge_in_memory(name, root):
     assert not (root / "out.partial").exists()
 
 
-def test_in_a_process_of_its_own(root):
-    done = command(
-        *("merge", "--base", "base", "--models", "m0", "m1", "--method", "ties", "--density", "1", "--out", "out"),
-        cwd=root,
-    )
+def test_in_a_process_of_its_own(root, monkeypatch):
+    """Also keeps what it compiled for the next run, in the user's cache."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    argv = ["merge", "--base", "base", "--models", "m0", "m1", "--method", "ties", "--density", "1", "--out", "out"]
+    done = command(*argv, cwd=root, XDG_CACHE_HOME=str(root / "cache"), JAX_COMPILATION_CACHE_DIR="")
     assert (done.returncode, done.stderr) == (0, "")
     assert "out: 3 tensors merged, 0 from the base, in" in done.stdout
     base, *models = arrays(root, "base", "m0", "m1")
@@ -375,206 +364,3 @@ def test_the_report(root):
         np.testing.assert_allclose(row["sparsity"], zeros, atol=1e-6)
     assert merge(root, out="brief") == 0
     assert "sha256" not in report_of(root / "brief")["inputs"][0]
-
-
-# --- bundles ------------------------------------------------------------------------------------------------------
-
-
-def test_emr_and_a_tasks_model(root, capsys):
-    """The bundle on disk, one task's model out of it, and the bundle in memory are one."""
-    (root / "m1" / "config.json").write_text('{"task": "m1"}')
-    assert merge(root, "--sparsify", "tadrop", method="emr") == 0
-    said = capsys.readouterr().out
-    assert "times smaller" in said
-    assert "tasks: m0, m1" in said
-    base, *models = arrays(root, "base", "m0", "m1")
-    wanted = tj.merge(base, models, tj.emr(), sparsifier=tj.tadrop())
-    bundle = tj.EMRBundle.load(root / "out", like=base)
-    assert bundle.tasks == ("m0", "m1")
-    np.testing.assert_allclose(bundle.rescalers, wanted.rescalers, rtol=1e-6)
-    for t, task in enumerate(bundle.tasks):
-        assert main(["task", str(root / "out"), "--task", task, "--out", str(root / f"of {task}")]) == 0
-        written = read_model(root / f"of {task}")
-        for name, value in written.items():
-            np.testing.assert_array_equal(value, bundle.task_params(task)[name])
-            np.testing.assert_allclose(value, wanted.task_params(t)[name], rtol=2e-6, atol=1e-6)
-            np.testing.assert_array_equal(bundle.mask(task)[name], wanted.mask(t)[name])
-    assert (root / "of m1" / "config.json").read_text() == '{"task": "m1"}'
-    assert json.loads((root / "of m0" / "config.json").read_text()) == {"model_type": "vit"}
-    size = report_of(root / "out")["size"]
-    assert size["bundle_bytes"] == sum(size["parts_bytes"].values())
-    assert size["full_models_bytes"] == sum(f.stat().st_size for f in root.glob("m?/model.safetensors"))
-    assert size["parts_bytes"]["masks"] == 2 * sum(-(-v.size // 8) for v in base.values())
-    assert size["bundle_bytes"] == bundle.nbytes - bundle.rescalers.nbytes
-
-
-def test_heads_of_different_shapes(tmp_path):
-    base, models = family(3, SHAPES)
-    del base["head.weight"]
-    for t, model in enumerate(models):
-        model["classifier.weight"] = np.full((t + 2, 9), t, np.float32)
-        del model["head.weight"]
-    base["classifier.weight"] = np.zeros((7, 9), np.float32)
-    for name, tensors in zip(("base", "m0", "m1", "m2"), (base, *models), strict=True):
-        save_model(tmp_path / name, tensors)
-    options = ["--set", "per_task=^classifier", "--set", "rescaler=global"]
-    assert merge(tmp_path, *options, method="emr", models=("m0", "m1", "m2")) == 0
-    rows = report_of(tmp_path / "out")["tensors"]
-    assert rows["classifier.weight"] == {"from": "each task's own model"}
-    wanted = tj.merge(base, models, tj.emr("global", per_task="^classifier"))
-    for t in range(3):
-        task = f"m{t}"
-        assert main(["task", str(tmp_path / "out"), "--task", task, "--out", str(tmp_path / f"of {task}")]) == 0
-        written = read_model(tmp_path / f"of {task}")
-        assert written.keys() == models[t].keys()
-        np.testing.assert_array_equal(written["classifier.weight"], models[t]["classifier.weight"])
-        np.testing.assert_allclose(written["layer/kernel"], wanted.task_params(t)["layer/kernel"], rtol=2e-6, atol=1e-6)
-        np.testing.assert_array_equal(wanted.task_params(t)["classifier.weight"], models[t]["classifier.weight"])
-
-
-@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--max-shard-size", "300"], ["--exclude", "bias"]])
-def test_bundles_in_other_shapes(options, root):
-    assert merge(root, *options, method="emr") == 0
-    assert main(["task", str(root / "out"), "--task", "m1", "--out", str(root / "one")]) == 0
-    bundle = tj.EMRBundle.load(root / "out", like=read_model(root / "base"))
-    for name, value in read_model(root / "one").items():
-        assert value.dtype == (ml_dtypes.bfloat16 if "--dtype" in options else np.float32)
-        np.testing.assert_array_equal(value, bundle.task_params("m1")[name], err_msg=name)
-
-
-def test_a_task_that_cannot_be_taken_out(root, capsys):
-    assert merge(root, method="emr") == 0
-    capsys.readouterr()
-    assert main(["task", str(root / "out"), "--task", "m7", "--out", str(root / "one")]) == 2
-    assert f"{root / 'out'}: has no task 'm7'; it has m0, m1" in capsys.readouterr().err
-    assert main(["task", str(root / "m0"), "--task", "m0", "--out", str(root / "one")]) == 2
-    assert f"{root / 'm0'}: is no bundle" in capsys.readouterr().err
-    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "m1")]) == 2
-    assert "is not empty" in capsys.readouterr().err
-    (root / "out" / "bundle.json").write_text("{")
-    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
-    assert "bundle.json: is not valid JSON" in capsys.readouterr().err
-    assert not (root / "one").exists()
-    assert not (root / "one.partial").exists()
-
-
-# --- interruptions ------------------------------------------------------------------------------------------------
-
-
-class Interrupted(KeyboardInterrupt):
-    """As Ctrl-C, which may come at any block."""
-
-
-@pytest.mark.parametrize("method", ["ties", "emr"])
-@pytest.mark.parametrize("after", [1, 4])
-def test_resume_gives_the_same_bytes(after, method, root, capsys, monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK", 64)
-    monkeypatch.setattr(streaming, "SMALL", 64)
-    assert merge(root, "--sparsify", "tadrop", method=method, out="whole") == 0
-    real, calls = os.pwritev, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > after:
-            raise Interrupted
-        return real(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "pwritev", stop)
-        assert merge(root, "--sparsify", "tadrop", "--workers", "1", method=method) == 1
-    said = capsys.readouterr().err
-    assert "tadrop merge: interrupted\n" in said
-    assert "--resume" in said
-    assert not (root / "out").exists()
-    assert (root / "out.partial").is_dir()
-    assert merge(root, "--sparsify", "tadrop", "--resume", method=method) == 0
-    assert files_of(root / "out") == files_of(root / "whole")
-    assert report_of(root / "out") == report_of(root / "whole")
-    assert not (root / "out.partial").exists()
-
-
-@pytest.fixture
-def interrupted(root, monkeypatch):
-    """A merge that broke off after its first write."""
-    real, calls = os.pwritev, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > 2:
-            raise Interrupted
-        return real(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "pwritev", stop)
-        assert merge(root, "--workers", "1") == 1
-    return root
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        ["--coefficient", ".7"],
-        ["--sparsify", "tadrop"],
-        ["--dtype", "bfloat16"],
-        ["--exclude", "bias"],
-        ["--seed", "1"],
-    ],
-    ids=lambda o: o[0],
-)
-def test_another_merge_is_not_resumed(other, interrupted, capsys):
-    assert merge(interrupted, "--resume", *other) == 2
-    assert "out.partial: belongs to another merge" in capsys.readouterr().err
-    assert not (interrupted / "out").exists()
-    assert (interrupted / "out.partial").is_dir()
-    assert merge(interrupted, "--resume") == 0
-
-
-def test_an_input_that_has_changed_is_not_resumed(interrupted, capsys):
-    tensors = read_model(interrupted / "m1")
-    tensors["layer/bias"] = tensors["layer/bias"] + 1
-    save_file(tensors, interrupted / "m1" / "model.safetensors")
-    assert merge(interrupted, "--resume") == 2
-    assert "out.partial: belongs to another merge" in capsys.readouterr().err
-
-
-def test_without_resume_it_starts_afresh(interrupted):
-    assert merge(interrupted, "--coefficient", ".7") == 0
-    assert merge(interrupted, "--coefficient", ".7", out="whole") == 0
-    assert files_of(interrupted / "out") == files_of(interrupted / "whole")
-    assert not (interrupted / "out.partial").exists()
-
-
-def test_killed_and_resumed(tmp_path):
-    """A real kill of a real process, in the middle of writing."""
-    shapes = {f"block.{i}.weight": (500, 1000) for i in range(16)}
-    save_family(tmp_path, 2, shapes)
-    argv = ["merge", "--base", "base", "--models", "m0", "m1", "--method", "task_arithmetic", "--out", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tadrop_jax.cli", *argv, "--workers", "1"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    journal, deadline = tmp_path / "out.partial" / "journal.jsonl", time.monotonic() + 60
-    try:
-        while time.monotonic() < deadline and process.poll() is None:
-            if journal.exists() and b'"done"' in journal.read_bytes():
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, "it ended before it could be killed"
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "out").exists()
-    done = journal.read_bytes().count(b'"done"')
-    assert 1 <= done < len(shapes)
-    resumed = command(*argv, "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert not (tmp_path / "out.partial").exists()
-    first = files_of(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    assert merge(tmp_path) == 0
-    assert files_of(tmp_path / "out") == first
-    assert len(report_of(tmp_path / "out")["tensors"]) == len(shapes)

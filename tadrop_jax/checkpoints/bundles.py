@@ -1,8 +1,8 @@
 """Bundles on disk: one directory of safetensors with the base, the unified vector, packed masks and own tensors.
 
-Tensors are named ``base/NAME``, ``unified/NAME``, ``masks/NAME`` (``np.packbits`` of the row-major tensor, one row a task)
-and ``own/TASK/NAME``; ``bundle.json`` holds the tasks' names and rescalers; configurations and tokenizers are in ``base/``
-and ``tasks/TASK/``. What :meth:`EMRBundle.save` and ``tadrop merge --method emr`` write is the same.
+Tensors are named ``base/NAME``, ``unified/NAME``, ``masks/NAME`` (``np.packbits`` of the row-major tensor, one row a
+task) and ``own/TASK/NAME``; ``bundle.json`` holds the tasks' names and rescalers; configurations and tokenizers are in
+``base/`` and ``tasks/TASK/``. What :meth:`EMRBundle.save` and ``tadrop merge --method emr`` write is the same.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
 
 
 def _rebuilt(source: Source, name: str, t: int, rescaler, start: int, stop: int, base: np.ndarray) -> np.ndarray:
-    """``theta_0 + lambda_t * M_t * tau_uni`` for the entries from start to stop, as EMRBundle.task_params computes it."""
+    """``theta_0 + lambda_t * M_t * tau_uni`` for entries from start to stop, as EMRBundle.task_params computes it."""
     unified = source.read(f"unified/{name}", start, stop).astype(np.float32)
     row = source.tensors[f"masks/{name}"].shape[1]
     bits = source.read(f"masks/{name}", t * row + start // 8, t * row + -(-stop // 8))

@@ -16,8 +16,8 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
       \tau_{uni} = \gamma \max_{t: \tau_t \gamma > 0} |\tau_t|, \quad M_t = \tau_t \gamma > 0, \quad
       \theta_t = \theta_0 + \lambda_t M_t \tau_{uni}
 
-    Unified vector, masks and rescalers are all taken from the vectors as a sparsifier before this rule left them. A zero
-    task vector gets the rescaler 0.
+    Unified vector, masks and rescalers are all taken from the vectors as a sparsifier before this rule left them. A
+    zero task vector gets the rescaler 0.
 
     Args:
       rescaler: :math:`\lambda_t = \sum |\tau_t| / \sum |M_t \tau_{uni}|` with ``"global"`` sums over all entries (the
@@ -33,7 +33,8 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
-      >>> bundle = tj.merge({"w": jnp.zeros(2)}, [{"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 1.0])}], tj.emr())
+      >>> models = [{"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 1.0])}]
+      >>> bundle = tj.merge({"w": jnp.zeros(2)}, models, tj.emr())
       >>> bundle.unified["w"].tolist()
       [3.0, -2.0]
     """

@@ -58,8 +58,8 @@ def ties(
       \tau = \frac{\sum_{t: sign \tau_t = s} w_t \tau_t}{|\{t: sign \tau_t = s\}|}, \quad
       \theta = \theta_0 + coefficient \cdot \tau
 
-    Three parties implement this differently. ``flavour`` is a preset of the parameters below, any of which overrides it:
-    ``"authors"`` (ties-merging, ``src/utils/merge_utils.py``; the default), ``"mergekit"``
+    Three parties implement this differently. ``flavour`` is a preset of the parameters below, any of which overrides
+    it: ``"authors"`` (ties-merging, ``src/utils/merge_utils.py``; the default), ``"mergekit"``
     (``GTATask`` with ``ties``; through :func:`tadrop_jax.merge` equal to its output) and ``"peft"``
     (``peft.utils.merge_utils.ties``; through :func:`tadrop_jax.merge_task_vectors` equal to it).
 
