@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tadrop_jax.errors import MergeError
+from tadrop_jax.plots import draw_sparsity
 
 _LOOPS = np.array([1, 0, 0, 0, 0, 0, 1, 0, 2, 1])
 _PRIME = np.isin(np.arange(10), [2, 3, 5, 7]).astype(int)
@@ -358,79 +359,3 @@ def _picture(out: Path, tasks: tuple[str, ...], console) -> None:
     sparsity = {name: np.asarray(said["sparsity"]) for name, said in report["tensors"].items() if "sparsity" in said}
     draw_sparsity(sparsity, tasks, out / "sparsity.png")
     console.print(f"TADrop's sparsity by tensor: {out / 'sparsity.png'}")
-
-
-def draw_sparsity(sparsity: dict[str, np.ndarray], tasks: tuple[str, ...], file: Path) -> None:
-    """Draws one heat map a layer: kinds of tensor downwards, tasks across, sparsity as colour.
-
-    Args:
-        sparsity: by PyTorch name, one number a task.
-        tasks: names of the tasks.
-        file: PNG to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups: dict[str, dict[str, np.ndarray]] = {}
-    for name, values in sparsity.items():
-        group, kind = _place(name)
-        groups.setdefault(group, {})[kind] = values
-    names = sorted(groups, key=lambda group: (group == "outside layers", group))
-    low = min(values.min() for values in sparsity.values())
-    high = max(values.max() for values in sparsity.values())
-
-    figure = Figure(figsize=(1.6 + 2.3 * len(names), 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    image = None
-    for position, group in enumerate(names):
-        axes = figure.add_subplot(1, len(names), position + 1)
-        kinds = sorted(groups[group], key=_reading_order)
-        cells = np.stack([groups[group][kind] for kind in kinds])
-        image = axes.imshow(cells, vmin=low, vmax=high, cmap="viridis", aspect="auto")
-        axes.set_title(group, fontsize=10)
-        for row in range(1, len(kinds)):  # a line between matrices, norms and biases
-            if _reading_order(kinds[row])[0] != _reading_order(kinds[row - 1])[0]:
-                axes.axhline(row - 0.5, color="white", linewidth=2)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-        own_labels = position == 0 or group == "outside layers"
-        axes.set_yticks(range(len(kinds)), kinds if own_labels else [], fontsize=8)
-        axes.tick_params(length=0)
-    if image is not None:
-        figure.colorbar(image, ax=figure.axes, label="share of entries set to zero", shrink=0.8)
-    figure.suptitle("Sparsity that TADrop chose, by tensor and task", fontsize=11)
-    figure.savefig(file, dpi=150)
-
-
-_KINDS = {
-    "layernorm_before": "norm 1",
-    "attention.attention.query": "query",
-    "attention.attention.key": "key",
-    "attention.attention.value": "value",
-    "attention.output.dense": "attention out",
-    "layernorm_after": "norm 2",
-    "intermediate.dense": "mlp in",
-    "output.dense": "mlp out",
-    "embeddings.cls_token": "class token",
-    "embeddings.position_embeddings": "positions",
-    "embeddings.patch_embeddings.projection": "patches",
-    "layernorm": "last norm",
-}
-_ORDER = list(_KINDS.values())
-
-
-def _place(name: str) -> tuple[str, str]:
-    """Where in the picture a tensor goes: the panel, and the kind within it."""
-    parts = name.removeprefix("vit.").split(".")
-    group = "outside layers"
-    if parts[:2] == ["encoder", "layer"]:
-        group, parts = f"layer {parts[2]}", parts[3:]
-    if parts[-1] in ("weight", "bias"):
-        return group, f"{_KINDS['.'.join(parts[:-1])]} {parts[-1]}"
-    return group, _KINDS[".".join(parts)]
-
-
-def _reading_order(kind: str) -> tuple[int, int]:
-    """Matrices first, then scales of norms, then biases; each in the order of the forward pass."""
-    stem = kind.removesuffix(" weight").removesuffix(" bias")
-    group = 2 if kind.endswith(" bias") else 1 if "norm" in stem else 0
-    return group, _ORDER.index(stem)

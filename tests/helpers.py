@@ -152,13 +152,14 @@ def merge(root: Path, *more: str, out: str = "out", method: str = "task_arithmet
 
 
 def command(*argv: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """Runs ``tadrop`` in a process of its own."""
+    """Runs ``tadrop`` in a process of its own; what the environment says of a cache replaces ours."""
+    cache = {} if "XDG_CACHE_HOME" in environment else {"JAX_COMPILATION_CACHE_DIR": CACHE}
     return subprocess.run(
         [sys.executable, "-m", "tadrop_jax.cli", *argv],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_COMPILATION_CACHE_DIR": CACHE, **environment},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **cache, **environment},
     )
 
 

@@ -139,9 +139,10 @@ def test_in_a_process_of_its_own(root, monkeypatch):
     """Also keeps what it compiled for the next run, in the user's cache."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     argv = ["merge", "--base", "base", "--models", "m0", "m1", "--method", "ties", "--density", "1", "--out", "out"]
-    done = command(*argv, cwd=root, XDG_CACHE_HOME=str(root / "cache"), JAX_COMPILATION_CACHE_DIR="")
+    done = command(*argv, cwd=root, XDG_CACHE_HOME=str(root / "cache"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "out: 3 tensors merged, 0 from the base, in" in done.stdout
+    assert list((root / "cache" / "tadrop_jax" / "compiled").iterdir())
     base, *models = arrays(root, "base", "m0", "m1")
     np.testing.assert_allclose(
         read_model(root / "out")["layer/bias"], tj.merge(base, models, tj.ties(1.0))["layer/bias"], rtol=1e-6

@@ -92,7 +92,14 @@ def ties(
       [3.0, -3.0]
     """
     choice("ties", "flavour", flavour, (None, *FLAVOURS))
-    given = dict(granularity=granularity, combine=combine, elect=elect, zero_sign=zero_sign, divisor=divisor, keep=keep)
+    given = {
+        "granularity": granularity,
+        "combine": combine,
+        "elect": elect,
+        "zero_sign": zero_sign,
+        "divisor": divisor,
+        "keep": keep,
+    }
     chosen: dict[str, Any] = FLAVOURS[flavour or "authors"] | {k: v for k, v in given.items() if v is not None}
     choice("ties", "granularity", chosen["granularity"], ("tensor", "global"))
     choice("ties", "keep", chosen["keep"], KEEP)

@@ -69,9 +69,7 @@ def test_encoder_decoder_share_one_embedding(tmp_path):
 
 def test_nan_is_equal_to_itself_bit_for_bit(tmp_path):
     weights = dict.fromkeys(("wte.weight", "lm_head.weight"), np.full((2, 2), np.nan, np.float32))
-    safetensors.numpy.save_file(
-        {name: array.copy() for name, array in weights.items()}, tmp_path / "m.safetensors"
-    )
+    safetensors.numpy.save_file({name: array.copy() for name, array in weights.items()}, tmp_path / "m.safetensors")
     with open_source(tmp_path) as source:
         assert tied_aliases(source, TIED) == {"lm_head.weight": "wte.weight"}
 

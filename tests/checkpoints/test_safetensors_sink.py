@@ -82,9 +82,7 @@ def test_shards_and_index(tmp_path):
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * 90
     homes = ["1", "1", "2", "3", "3"]
-    assert index["weight_map"] == {
-        f"w{i}": f"model-0000{n}-of-00003.safetensors" for i, n in enumerate(homes)
-    }
+    assert index["weight_map"] == {f"w{i}": f"model-0000{n}-of-00003.safetensors" for i, n in enumerate(homes)}
     assert len(list((tmp_path / "m").iterdir())) == 4
     with open_source(tmp_path / "m") as source:
         assert list(source.tensors) == list(weights)

@@ -303,9 +303,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     safetensors.numpy.save_file({"w": np.ones(1000, np.float32)}, file)
     with open_source(file) as source:
         os.truncate(file, file.stat().st_size - 400)
-        with pytest.raises(
-            CheckpointError, match=r"model\.safetensors: tensor 'w': the file ends .* 400 bytes"
-        ):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor 'w': the file ends .* 400 bytes"):
             source.read("w", 500, 1000)
 
 

@@ -150,9 +150,7 @@ def test_logits_and_files_agree_with_transformers(fields, tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        num_hidden_layers=2, intermediate_size=20, initializer_range=0.5, **fields
-    )
+    config = transformers.ViTConfig(num_hidden_layers=2, intermediate_size=20, initializer_range=0.5, **fields)
     peer = transformers.ViTForImageClassification(config).eval()
     with torch.no_grad():  # biases and scales start at 0 and 1, where a mix-up would not show
         for parameter in peer.parameters():
