@@ -1,0 +1,170 @@
+"""Requests, recipes and outputs that are wrong: exit code 2, one message that says what to do, and nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+from tadrop_jax.cli import main
+from tests.helpers import files_of, merge, refused, save_family
+
+SHAPES = {"layer/kernel": (12, 5), "layer/bias": (5,)}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Directories base, m0 and m1."""
+    save_family(tmp_path, 2, SHAPES)
+    return tmp_path
+
+
+REQUESTS = {
+    "density above 1": (["--density", "1.5"], "ties", ["density", "[0, 1]", "1.5"]),
+    "density below 0": (["--density", "-0.1"], "ties", ["density", "[0, 1]", "-0.1"]),
+    "density no number": (["--density", "much"], "ties", ["density", "number", "much"]),
+    "density is NaN": (["--density", "nan"], "ties", ["density", "[0, 1]", "nan"]),
+    "density of a sparsifier": (["--sparsify", "dare:density=2"], "ties", ["dare", "density", "[0, 1]", "2"]),
+    "density of a rule without": (
+        ["--density", ".2"],
+        "task_arithmetic",
+        ["task_arithmetic", "density", "coefficient"],
+    ),
+    "unknown parameter": (["--set", "densty=.2"], "ties", ["ties", "densty", "density"]),
+    "unknown parameter of a sparsifier": (["--sparsify", "tadrop:q=.2"], "ties", ["tadrop", "'q'", "q_low"]),
+    "no value": (["--set", "density"], "ties", ["NAME=VALUE", "density"]),
+    "value of the wrong kind": (["--set", "n=many"], "cabs", ["n", "whole number", "many"]),
+    "value that is no option": (["--set", "combine=median"], "ties", ["combine", "mean, sum, max", "median"]),
+    "flag": (["--set", "normalize=maybe"], "task_arithmetic", ["normalize", "true or false", "maybe"]),
+    "n above m": (["--set", "n=5", "--set", "m=4"], "cabs", ["n", "[0, 4]", "5"]),
+    "too few weights": (["--set", "weights=1,"], "average", ["weights"]),
+    "too many weights": (["--set", "weights=1,2,3"], "average", ["weights", "3", "2"]),
+    "order is no permutation": (["--set", "order=[0,2]"], "cabs", ["order", "permutation", "[0, 2]"]),
+    "unknown method": ([], "tise", ["tise", "ties", "task_arithmetic"]),
+    "a sparsifier as the method": ([], "tadrop", ["tadrop", "merge rule"]),
+    "unknown sparsifier": (["--sparsify", "drop"], "ties", ["drop", "tadrop"]),
+    "a rule as the sparsifier": (["--sparsify", "ties"], "ties", ["ties", "sparsifier", "tadrop"]),
+    "include matches nothing": (["--include", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
+    "exclude matches nothing": (["--exclude", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
+    "per_task matches nothing": (["--set", "per_task=head"], "emr", ["head", "matches none", "layer/kernel"]),
+    "all is excluded": (["--exclude", "layer"], "ties", ["no float tensor", "excluded"]),
+    "include is no regex": (["--include", "layer["], "ties", ["layer[", "regular expression"]),
+    "exclude is no regex": (["--exclude", "*bias"], "ties", ["*bias", "regular expression"]),
+    "per_task is no regex": (["--set", "per_task=("], "emr", ["(", "regular expression"]),
+    "shard size": (["--max-shard-size", "big"], "ties", ["--max-shard-size", "500MB", "big"]),
+    "shard size of nothing": (["--max-shard-size", "0"], "ties", ["--max-shard-size", "'0'"]),
+    "shard size without end": (["--max-shard-size", "infGB"], "ties", ["--max-shard-size", "infGB"]),
+    "workers": (["--workers", "0"], "ties", ["--workers", "at least 1", "0"]),
+    "nothing to resume": (["--resume"], "ties", ["out.partial", "nothing to resume"]),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_requests_that_cannot_be_done(name, root, capsys):
+    options, method, words = REQUESTS[name]
+    refused(root, capsys, merge(root, *options, method=method), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--dtype", "int8"], "int8"),
+        (["--workers", "some"], "some"),
+        (["--seed", "x"], "'x'"),
+        (["--densty", ".2"], "--densty"),
+    ],
+    ids=lambda v: str(v),
+)
+def test_options_that_do_not_parse(options, word, root, capsys):
+    assert merge(root, *options) == 2
+    assert word in capsys.readouterr().err.splitlines()[-1]
+    assert not (root / "out").exists()
+
+
+def test_missing_options_are_named(root, capsys):
+    assert main(["merge", "--base", str(root / "base"), "--out", str(root / "out")]) == 2
+    assert "--models, --method must be given" in capsys.readouterr().err
+
+
+def test_an_output_that_is_not_empty(root, capsys):
+    (root / "out").mkdir()
+    (root / "out" / "mine.txt").write_text("keep me")
+    assert merge(root) == 2
+    assert f"{root / 'out'}: exists already and is not empty" in capsys.readouterr().err
+    assert files_of(root / "out") == {"mine.txt": b"keep me"}
+    assert not (root / "out.partial").exists()
+
+
+def test_an_output_that_is_a_file(root, capsys):
+    (root / "out.safetensors").write_text("keep me")
+    assert merge(root, "--out", str(root / "out.safetensors")) == 2
+    assert f"{root / 'out.safetensors'}: exists already" in capsys.readouterr().err
+    assert (root / "out.safetensors").read_text() == "keep me"
+
+
+def test_an_output_without_a_parent(root, capsys):
+    assert merge(root, "--out", str(root / "no" / "out")) == 2
+    assert f"{root / 'no' / 'out'}: its parent directory does not exist" in capsys.readouterr().err
+    assert not (root / "no").exists()
+
+
+def test_an_output_that_is_an_input(root, capsys):
+    before = files_of(root / "m0")
+    assert merge(root, "--out", str(root / "m0")) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert files_of(root / "m0") == before
+
+
+def test_a_partial_directory_of_the_users(root, capsys):
+    (root / "out.partial").mkdir()
+    (root / "out.partial" / "mine.txt").write_text("keep me")
+    assert merge(root) == 2
+    assert "out.partial: exists and is not an unfinished merge" in capsys.readouterr().err
+    assert files_of(root / "out.partial") == {"mine.txt": b"keep me"}
+
+
+RECIPES = {
+    "not YAML": ("base: [", ["not valid YAML"]),
+    "not text": (b"\xff\xfe\x00", ["not valid YAML"]),
+    "no mapping": ("- base", ["mapping", "base", "models", "method"]),
+    "empty": ("", ["mapping", "base"]),
+    "unknown field": ("{base: base, models: [m0], method: ties, densty: 1}", ["unknown: densty", "parameters"]),
+    "missing field": ("{base: base}", ["missing: models, method"]),
+    "models is no list": ("{base: base, models: m0, method: ties}", ["models must be a list"]),
+    "no models": ("{base: base, models: [], method: ties}", ["models must be a list"]),
+    "a mergekit recipe": ("{merge_method: ties, models: []}", ["mergekit"]),
+    "unknown method": ("{base: base, models: [m0], method: tise}", ["tise", "ties"]),
+    "unknown parameter": ("{base: base, models: [m0], method: ties, parameters: {densty: 1}}", ["densty", "density"]),
+    "parameters are no mapping": ("{base: base, models: [m0], method: ties, parameters: [1]}", ["parameters", "[1]"]),
+    "density": ("{base: base, models: [m0], method: ties, parameters: {density: 7}}", ["density", "[0, 1]", "7"]),
+    "density is a word": ("{base: base, models: [m0], method: ties, parameters: {density: a}}", ["density", "'a'"]),
+    "sparsifier": ("{base: base, models: [m0], method: ties, sparsify: drop}", ["drop", "tadrop"]),
+    "sparsifier without a name": ("{base: base, models: [m0], method: ties, sparsify: {n: 1}}", ["sparsify", "name"]),
+    "sparsifier parameters": (
+        "{base: base, models: [m0], method: ties, sparsify: {name: tadrop, parameters: 3}}",
+        ["parameters", "3"],
+    ),
+    "include": ("{base: base, models: [m0], method: ties, include: 3}", ["include", "3"]),
+    "include is no regex": ("{base: base, models: [m0], method: ties, include: 'a['}", ["a[", "regular expression"]),
+    "seed": ("{base: base, models: [m0], method: ties, seed: x}", ["seed", "'x'"]),
+    "dtype": ("{base: base, models: [m0], method: ties, dtype: int8}", ["dtype", "'int8'"]),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_that_cannot_be_read(name, root, capsys):
+    body, words = RECIPES[name]
+    file = root / "recipe.yaml"
+    file.write_bytes(body if isinstance(body, bytes) else body.encode())
+    code = main(["merge", str(file), "--out", str(root / "out")])
+    # What is out of range shows only when the method is made, which no longer knows where its parameters came from.
+    refused(root, capsys, code, *(["recipe.yaml"] if not name.startswith("density") else []), *words)
+
+
+def test_a_recipe_that_is_not_there(root, capsys):
+    code = main(["merge", str(root / "none.yaml"), "--out", str(root / "out")])
+    refused(root, capsys, code, "none.yaml", "No such file")
+
+
+def test_a_recipe_and_options_that_contradict(root, capsys):
+    (root / "recipe.yaml").write_text("{base: base, models: [m0], method: ties}")
+    code = main(["merge", str(root / "recipe.yaml"), "--method", "average", "--set", "a=1", "--out", str(root / "out")])
+    refused(root, capsys, code, "--method", "--set")

@@ -1,0 +1,99 @@
+"""EMR's bundle on disk: what the command line writes, and one task's model out of it."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+from tadrop_jax.cli import main
+from tests.helpers import family, merge, read_model, report_of, save_family, save_model
+
+SHAPES = {"layer/kernel": (24, 9), "layer/bias": (9,), "head.weight": (3, 9)}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Directories base, m0 and m1."""
+    save_family(tmp_path, 2, SHAPES, config={"model_type": "vit"})
+    return tmp_path
+
+
+def test_emr_and_a_tasks_model(root, capsys):
+    """The bundle on disk, one task's model out of it, and the bundle in memory are one."""
+    (root / "m1" / "config.json").write_text('{"task": "m1"}')
+    assert merge(root, "--sparsify", "tadrop", method="emr") == 0
+    said = capsys.readouterr().out
+    assert "times smaller" in said
+    assert "tasks: m0, m1" in said
+    base, *models = (read_model(root / n) for n in ("base", "m0", "m1"))
+    wanted = tj.merge(base, models, tj.emr(), sparsifier=tj.tadrop())
+    bundle = tj.EMRBundle.load(root / "out", like=base)
+    assert bundle.tasks == ("m0", "m1")
+    np.testing.assert_allclose(bundle.rescalers, wanted.rescalers, rtol=1e-6)
+    for t, task in enumerate(bundle.tasks):
+        assert main(["task", str(root / "out"), "--task", task, "--out", str(root / f"of {task}")]) == 0
+        written = read_model(root / f"of {task}")
+        for name, value in written.items():
+            np.testing.assert_array_equal(value, bundle.task_params(task)[name])
+            np.testing.assert_allclose(value, wanted.task_params(t)[name], rtol=2e-6, atol=1e-6)
+            np.testing.assert_array_equal(bundle.mask(task)[name], wanted.mask(t)[name])
+    assert (root / "of m1" / "config.json").read_text() == '{"task": "m1"}'
+    assert json.loads((root / "of m0" / "config.json").read_text()) == {"model_type": "vit"}
+    size = report_of(root / "out")["size"]
+    assert size["bundle_bytes"] == sum(size["parts_bytes"].values())
+    assert size["full_models_bytes"] == sum(f.stat().st_size for f in root.glob("m?/model.safetensors"))
+    assert size["parts_bytes"]["masks"] == 2 * sum(-(-v.size // 8) for v in base.values())
+    assert size["bundle_bytes"] == bundle.nbytes - bundle.rescalers.nbytes
+
+
+def test_heads_of_different_shapes(tmp_path):
+    base, models = family(3, SHAPES)
+    del base["head.weight"]
+    for t, model in enumerate(models):
+        model["classifier.weight"] = np.full((t + 2, 9), t, np.float32)
+        del model["head.weight"]
+    base["classifier.weight"] = np.zeros((7, 9), np.float32)
+    for name, tensors in zip(("base", "m0", "m1", "m2"), (base, *models), strict=True):
+        save_model(tmp_path / name, tensors)
+    options = ["--set", "per_task=^classifier", "--set", "rescaler=global"]
+    assert merge(tmp_path, *options, method="emr", models=("m0", "m1", "m2")) == 0
+    rows = report_of(tmp_path / "out")["tensors"]
+    assert rows["classifier.weight"] == {"from": "each task's own model"}
+    wanted = tj.merge(base, models, tj.emr("global", per_task="^classifier"))
+    for t in range(3):
+        task = f"m{t}"
+        assert main(["task", str(tmp_path / "out"), "--task", task, "--out", str(tmp_path / f"of {task}")]) == 0
+        written = read_model(tmp_path / f"of {task}")
+        assert written.keys() == models[t].keys()
+        np.testing.assert_array_equal(written["classifier.weight"], models[t]["classifier.weight"])
+        np.testing.assert_allclose(written["layer/kernel"], wanted.task_params(t)["layer/kernel"], rtol=2e-6, atol=1e-6)
+        np.testing.assert_array_equal(wanted.task_params(t)["classifier.weight"], models[t]["classifier.weight"])
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--max-shard-size", "300"], ["--exclude", "bias"]])
+def test_bundles_in_other_shapes(options, root):
+    assert merge(root, *options, method="emr") == 0
+    assert main(["task", str(root / "out"), "--task", "m1", "--out", str(root / "one")]) == 0
+    bundle = tj.EMRBundle.load(root / "out", like=read_model(root / "base"))
+    for name, value in read_model(root / "one").items():
+        assert value.dtype == (ml_dtypes.bfloat16 if "--dtype" in options else np.float32)
+        np.testing.assert_array_equal(value, bundle.task_params("m1")[name], err_msg=name)
+
+
+def test_a_task_that_cannot_be_taken_out(root, capsys):
+    assert merge(root, method="emr") == 0
+    capsys.readouterr()
+    assert main(["task", str(root / "out"), "--task", "m7", "--out", str(root / "one")]) == 2
+    assert f"{root / 'out'}: has no task 'm7'; it has m0, m1" in capsys.readouterr().err
+    assert main(["task", str(root / "m0"), "--task", "m0", "--out", str(root / "one")]) == 2
+    assert f"{root / 'm0'}: is no bundle" in capsys.readouterr().err
+    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "m1")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    (root / "out" / "bundle.json").write_text("{")
+    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
+    assert "bundle.json: is not valid JSON" in capsys.readouterr().err
+    assert not (root / "one").exists()
+    assert not (root / "one.partial").exists()
