@@ -1,0 +1,208 @@
+"""What the public functions do besides running a method: explain, layouts, tied weights, steps of a user's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+
+
+@pytest.fixture(scope="module")
+def base():
+    return {"a": np.arange(12, dtype=np.float32).reshape(3, 4) / 8, "b": np.ones(3, np.float32), "n": np.arange(2)}
+
+
+@pytest.fixture(scope="module")
+def models(base):
+    rng = np.random.default_rng(0)
+
+    def tuned():
+        return {k: v if k == "n" else v + rng.normal(size=v.shape).astype(np.float32) for k, v in base.items()}
+
+    return [tuned() for _ in range(3)]
+
+
+def test_explain_against_numpy(base, models):
+    said = tj.explain(base, models, tj.tadrop(0.5, 0.9))
+    assert sorted(said) == ["a", "b"]
+    for name in said:
+        stack = np.stack([m[name] - base[name] for m in models]).reshape(3, -1)
+        low, high = (np.quantile(np.abs(stack), q, axis=1, method="lower") for q in (0.5, 0.9))
+        np.testing.assert_allclose(said[name]["quantile_ratio"], low / high, rtol=1e-6)
+        np.testing.assert_allclose(said[name]["norm"], np.linalg.norm(stack, axis=1), rtol=1e-6)
+        np.testing.assert_allclose(said[name]["norm_after"], said[name]["norm"], rtol=1e-6)
+        conflict = np.mean((stack > 0).any(0) & (stack < 0).any(0))
+        np.testing.assert_allclose(said[name]["sign_conflict"], conflict, rtol=1e-6)
+        after = tj.sparsify({name: np.stack([m[name] - base[name] for m in models])}, tj.tadrop(0.5, 0.9))[name]
+        np.testing.assert_allclose(said[name]["sparsity"], np.mean(np.asarray(after).reshape(3, -1) == 0, axis=1))
+
+
+def test_explain_takes_any_sparsifier_and_no_rule(base, models):
+    said = tj.explain(base, models, tj.magnitude(0.5))["a"]
+    stack = np.stack([m["a"] - base["a"] for m in models]).reshape(3, -1)
+    low, high = (np.quantile(np.abs(stack), q, axis=1, method="lower") for q in (0.75, 0.95))
+    np.testing.assert_allclose(said["quantile_ratio"], low / high, rtol=1e-6)
+    assert said["sparsity"].tolist() == [0.5, 0.5, 0.5]
+    with pytest.raises(tj.MergeError, match="sparsifier"):
+        tj.explain(base, models, tj.average())
+
+
+def test_quantile_ratios_keep_the_tree(base, models):
+    stack = tj.task_vectors(base, models)
+    ratios = tj.quantile_ratios(stack, q_low=0.25, q_high=1.0)
+    assert ratios["n"] is None
+    values = np.abs(np.asarray(stack["a"]).reshape(3, -1))
+    low, high = np.quantile(values, 0.25, axis=1, method="lower"), values.max(axis=1)
+    np.testing.assert_allclose(ratios["a"], low / high, rtol=1e-6)
+    assert tj.quantile_ratios({"z": jnp.zeros((2, 5))})["z"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "sparsifier",
+    [tj.n_m(1, 3), tj.dare(0.5), tj.magnitude(0.5, keep="exact"), tj.conflict_aware(tj.n_m(1, 3))],
+    ids=["n_m", "dare", "exact", "conflict_aware"],
+)
+def test_a_layout_gives_the_same_weights_in_both_layouts(sparsifier):
+    rng = np.random.default_rng(1)
+    torch_base = {"conv": np.zeros((4, 2, 3, 5), np.float32), "linear": np.zeros((6, 4), np.float32)}
+    # Few distinct values: ties go by position, which must be PyTorch's.
+    torch_models = [
+        {k: rng.integers(-2, 3, v.shape).astype(np.float32) for k, v in torch_base.items()} for _ in range(2)
+    ]
+    to_flax = {"conv": (2, 3, 1, 0), "linear": (1, 0)}
+
+    def flax(tree):
+        return {"flax": {k: v.transpose(to_flax[k]) for k, v in tree.items()}}
+
+    def layout(path):
+        name = path.removeprefix("flax/")
+        return tj.Layout(name, tuple(np.argsort(to_flax[name])))
+
+    key = jax.random.key(3)
+    merged = tj.merge(torch_base, torch_models, tj.task_arithmetic(1.0), sparsifier=sparsifier, key=key)
+    ours = tj.merge(
+        flax(torch_base),
+        [flax(m) for m in torch_models],
+        tj.task_arithmetic(1.0),
+        sparsifier=sparsifier,
+        layout=layout,
+        key=key,
+    )
+    for name, value in flax({k: np.asarray(v) for k, v in merged.items()})["flax"].items():
+        np.testing.assert_array_equal(ours["flax"][name], value)
+    without = tj.merge(
+        flax(torch_base), [flax(m) for m in torch_models], tj.task_arithmetic(1.0), sparsifier=sparsifier, key=key
+    )
+    assert not all(np.array_equal(without["flax"][n], ours["flax"][n]) for n in to_flax)
+
+
+def test_a_layout_that_is_no_permutation_is_refused(base, models):
+    with pytest.raises(tj.MergeError, match="'a'.*permutation"):
+        tj.merge(base, models, tj.average(), layout={"a": (0, 0)})
+
+
+def test_tied_weights_count_once():
+    """The threshold over the tree is that of the tree with the weight in it once."""
+    rng = np.random.default_rng(2)
+    wte, other = (rng.normal(size=(2, 40)).astype(np.float32) for _ in range(2))
+    zeros = np.zeros(40, np.float32)
+    once = tj.merge({"o": zeros, "w": zeros * 1}, [{"o": o, "w": w} for o, w in zip(other, wte, strict=True)], tj.ties(0.3))
+    zero = zeros * 1
+    tied = tj.merge(
+        {"o": zeros, "w": zero, "head": zero},
+        [{"o": o, "w": w, "head": w} for o, w in zip(other, list(wte), strict=True)],
+        tj.ties(0.3),
+    )
+    np.testing.assert_array_equal(tied["w"], once["w"])
+    np.testing.assert_array_equal(tied["o"], once["o"])
+    np.testing.assert_array_equal(tied["head"], once["w"])
+
+
+def test_an_election_that_cancels_is_zero_after_weighting():
+    """XLA may fuse a product into a sum, whose rounding would leave a sign where +a and -a cancel."""
+    rng = np.random.default_rng(4)
+    a = rng.normal(size=(64, 48)).astype(np.float32)
+    stack = {"w": np.stack([a, -a])}
+    merged = tj.merge_task_vectors(stack, tj.ties(1.0, weights=0.3, flavour="mergekit"))["w"]
+    np.testing.assert_allclose(merged, np.abs(a), rtol=1e-6)  # undecided entries are positive
+
+
+def test_a_rule_of_a_users_own():
+    """Every kind of stage and scope, against NumPy."""
+
+    def stages(scope):
+        return (
+            tj.Sums(lambda x, carry, n: {"sum": x.stack, "share": jnp.ones_like(x.stack) / n}, scope),
+            tj.Min(lambda x, carry, n: {"min": x.stack}, scope),
+            tj.Max(lambda x, carry, n: {"max": x.stack}, scope),
+            # Signed order statistics, at ranks that an earlier stage decides.
+            tj.Ranks(lambda x, carry: x.stack, lambda n, carry: {"median": (n - 1) // 2}, scope),
+            tj.Ranks(
+                lambda x, carry: x.stack,
+                lambda n, carry: {"quarter": tj.floor_times(carry["share"].reshape(-1)[:2] / 4, n)},
+                scope,
+            ),
+        )
+
+    def spread(x, value):
+        return value if value.ndim == x.stack.ndim else value.reshape((-1,) + (1,) * (x.stack.ndim - 1))
+
+    rng = np.random.default_rng(5)
+    stack = {name: rng.normal(size=(2, *shape)).astype(np.float32) for name, shape in {"a": (6, 8), "b": (16,)}.items()}
+    for scope in ("tensor", "global"):
+        names = ("sum", "min", "max", "median", "quarter")
+        step = tj.Step(
+            stages=stages(scope),
+            apply=lambda x, carry: sum(spread(x, carry[n]) * 2.0**i for i, n in enumerate(names)) + 0 * x.stack,
+        )
+        out = tj.sparsify(stack, step)
+        for name, values in stack.items():
+            tree = np.concatenate([v.reshape(2, -1) for v in stack.values()], axis=1)
+            flat = values.reshape(2, -1) if scope == "tensor" else tree
+            size = flat.shape[1]
+            shares = np.float32(1.0 if scope == "tensor" else 2.0)  # each tensor's shares add up to 1
+            ordered = np.sort(flat, axis=1)
+            quarter = ordered[:, int(min(shares / 4, 1) * size)]
+            parts = (flat.sum(1), flat.min(1), flat.max(1), ordered[:, (size - 1) // 2], quarter)
+            expected = sum(p * 2.0**i for i, p in enumerate(parts))
+            np.testing.assert_allclose(out[name].reshape(2, -1)[:, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_rows():
+    step = tj.Step(
+        stages=(
+            tj.Sums(lambda x, carry, n: {"sum": x.stack}, "row"),
+            tj.Ranks(lambda x, carry: x.stack, lambda n, carry: {"top": n - 1}, "row"),
+        ),
+        apply=lambda x, carry: x.stack - carry["sum"] + carry["top"],
+        piece="row",
+    )
+    rng = np.random.default_rng(6)
+    stack = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    expected = stack - stack.sum(-1, keepdims=True) + stack.max(-1, keepdims=True)
+    np.testing.assert_allclose(tj.sparsify({"a": stack}, step)["a"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chains_and_masks(base, models):
+    stack = {"x/kernel": np.ones((1, 4), np.float32), "x/bias": np.ones((1, 4), np.float32)}
+    masked = tj.masked(tj.uniform(1.0, norm=None), include="kernel")
+    zeroed = tj.sparsify(stack, masked)
+    assert zeroed["x/bias"].tolist() == [[1.0] * 4]
+    # Entries equal to the threshold stay, but at sparsity 1 no entry reaches it.
+    assert zeroed["x/kernel"].tolist() == [[0.0] * 4]
+    both = tj.masked(tj.masked(tj.uniform(1.0, norm=None), include="x"), include="bias")
+    assert np.asarray(tj.sparsify(stack, both)["x/kernel"]).all()
+    with pytest.raises(tj.MergeError, match="last"):
+        tj.chain(tj.average(), tj.tadrop())
+    with pytest.raises(tj.MergeError, match="regular expression"):
+        tj.masked(tj.tadrop(), include="(")
+    with pytest.raises(tj.MergeError, match="matches none"):
+        tj.merge(base, models, tj.average(), sparsifier=tj.masked(tj.tadrop(), exclude="nothing"))
+
+
+def test_float64_trees_keep_their_dtype():
+    base = {"w": np.zeros(3, np.float64)}
+    merged = tj.merge(base, [{"w": np.ones(3, np.float64)}], tj.average())
+    assert merged["w"].dtype == np.float64
+    assert merged["w"].tolist() == [1.0, 1.0, 1.0]
