@@ -107,7 +107,9 @@ def test_tied_weights_count_once():
     rng = np.random.default_rng(2)
     wte, other = (rng.normal(size=(2, 40)).astype(np.float32) for _ in range(2))
     zeros = np.zeros(40, np.float32)
-    once = tj.merge({"o": zeros, "w": zeros * 1}, [{"o": o, "w": w} for o, w in zip(other, wte, strict=True)], tj.ties(0.3))
+    once = tj.merge(
+        {"o": zeros, "w": zeros * 1}, [{"o": o, "w": w} for o, w in zip(other, wte, strict=True)], tj.ties(0.3)
+    )
     zero = zeros * 1
     tied = tj.merge(
         {"o": zeros, "w": zero, "head": zero},
