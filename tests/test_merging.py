@@ -98,7 +98,7 @@ def test_a_layout_gives_the_same_weights_in_both_layouts(sparsifier):
 
 
 def test_a_layout_that_is_no_permutation_is_refused(base, models):
-    with pytest.raises(tj.MergeError, match="'a'.*permutation"):
+    with pytest.raises(tj.MergeError, match=r"'a'.*permutation"):
         tj.merge(base, models, tj.average(), layout={"a": (0, 0)})
 
 
@@ -152,12 +152,13 @@ def test_a_rule_of_a_users_own():
 
     rng = np.random.default_rng(5)
     stack = {name: rng.normal(size=(2, *shape)).astype(np.float32) for name, shape in {"a": (6, 8), "b": (16,)}.items()}
+    names = ("sum", "min", "max", "median", "quarter")
+
+    def mix(x, carry):
+        return sum(spread(x, carry[n]) * 2.0**i for i, n in enumerate(names)) + 0 * x.stack
+
     for scope in ("tensor", "global"):
-        names = ("sum", "min", "max", "median", "quarter")
-        step = tj.Step(
-            stages=stages(scope),
-            apply=lambda x, carry: sum(spread(x, carry[n]) * 2.0**i for i, n in enumerate(names)) + 0 * x.stack,
-        )
+        step = tj.Step(stages=stages(scope), apply=mix)
         out = tj.sparsify(stack, step)
         for name, values in stack.items():
             tree = np.concatenate([v.reshape(2, -1) for v in stack.values()], axis=1)
