@@ -7,6 +7,8 @@ import numpy as np
 
 from tadrop_jax.errors import ParameterError
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def _concrete(value) -> bool:
     return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
@@ -36,7 +38,9 @@ def number(method: str, name: str, value: Any, low: float = -float("inf"), high:
     for v in value if isinstance(value, tuple) else (value,):
         if isinstance(v, (bool, str)) or v is None:
             raise ParameterError(f"{method}: {name} must be a number, got {v!r}")
-        if _concrete(v) and not low <= v <= high:  # also refuses NaN
+        if _concrete(v) and not abs(v) <= _LARGEST:  # also refuses NaN
+            raise ParameterError(f"{method}: {name} must be a finite number of float32, got {v}")
+        if _concrete(v) and not low <= v <= high:
             raise ParameterError(f"{method}: {name} must lie in [{low:g}, {high:g}], got {v}")
     if isinstance(value, tuple) and not value:
         raise ParameterError(f"{method}: {name} is an empty list")

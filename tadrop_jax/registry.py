@@ -273,7 +273,8 @@ def method(name: str, role: str | None = None) -> Method:
     names = [m.name for m in _ALL if role in (None, m.role)]
     if name not in names:
         what = {"rule": "merge rule", "sparsifier": "sparsifier", None: "method"}[role]
-        raise ParameterError(f"there is no {what} {name!r}; there are {', '.join(names)}")
+        other = f" ({name} is a {METHODS[name].role})" if name in METHODS else ""
+        raise ParameterError(f"there is no {what} {name!r}{other}; there are {', '.join(names)}")
     return METHODS[name]
 
 
@@ -325,8 +326,10 @@ def parse_step(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = text.partition(":")
     found = method(name.strip(), "sparsifier")
+    if not any(p.name == "sparsifier" for p in found.parameters):
+        rest = rest.replace(";", ",")  # otherwise ';' parts the parameters of the inner sparsifier
     parts: list[str] = []
-    for part in rest.replace(";", ",").split(",") if rest else []:
+    for part in rest.split(",") if rest else []:
         if "=" in part.split(":")[0] and (not parts or parts[-1].count("[") == parts[-1].count("]")):
             parts.append(part)
         elif parts:
@@ -380,5 +383,5 @@ def _conflict_aware(sparsifier="magnitude", order=None):
     """conflict_aware with the inner sparsifier named, for command line and recipes."""
     from tadrop_jax.sparsifiers.conflict_aware import conflict_aware
 
-    name, values = parse_step(sparsifier)
+    name, values = parse_step(sparsifier.replace(";", ","))
     return conflict_aware(build(name, values, "sparsifier"), order)

@@ -10,7 +10,6 @@ one merged vector, merged parameters, or the parts of a per-task bundle.
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from tadrop_jax import randomness
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.selection import at_least, magnitude
-from tadrop_jax.trees import selected
+from tadrop_jax.trees import check_pattern, selected
 from tadrop_jax.wide import Wide, floor_times
 
 __all__ = [
@@ -193,10 +192,7 @@ class Step:
         if self.piece == "group" and self.group < 1:
             raise ParameterError(f"group must be at least 1, got {self.group}")
         for pattern in (*self.include, *self.exclude, *self.per_task):
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise ParameterError(f"{pattern!r} is not a regular expression: {e}") from e
+            check_pattern(pattern)
 
     def _identity(self):
         return None if self.spec is None else (self.spec, self.include, self.exclude, self.per_task)

@@ -62,6 +62,18 @@ def selected(name: str, include: Iterable[str] = (), exclude: Iterable[str] = ()
     return not include or any(re.search(p, name) for p in include)
 
 
+def check_pattern(pattern: str) -> None:
+    """Refuses what is no regular expression.
+
+    Raises:
+      ParameterError: with the pattern, and what is wrong with it.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ParameterError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
 def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
     """Refuses a regular expression that matches no tensor: most likely a misspelt name.
 
@@ -70,6 +82,7 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
     """
     names = list(names)
     for pattern in patterns:
+        check_pattern(pattern)
         if not any(re.search(pattern, name) for name in names):
             some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise ParameterError(f"the pattern {pattern!r} matches none of the {len(names)} tensors ({some})")

@@ -209,3 +209,12 @@ def test_float64_trees_keep_their_dtype():
     merged = tj.merge(base, [{"w": np.ones(3, np.float64)}], tj.average())
     assert merged["w"].dtype == np.float64
     assert merged["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_patterns_and_numbers_that_will_not_do(base, models):
+    for bad in ("[", 1):
+        with pytest.raises(tj.MergeError, match="regular expression"):
+            tj.merge(base, models, tj.average(), include=[bad])
+    for bad in (float("inf"), float("nan"), 1e39):
+        with pytest.raises(tj.MergeError, match="coefficient"):
+            tj.task_arithmetic(bad)

@@ -131,7 +131,9 @@ def test_broken_steps_are_refused(text, said):
 
 
 def test_unknown_methods_are_refused_by_role():
-    with pytest.raises(tj.ParameterError, match="no merge rule 'tadrop'; there are average, task_arithmetic"):
+    with pytest.raises(
+        tj.ParameterError, match=r"no merge rule 'tadrop' \(tadrop is a sparsifier\); there are average"
+    ):
         registry.method("tadrop", "rule")
     with pytest.raises(tj.ParameterError, match="no method 'x'"):
         registry.build("x", {})
@@ -147,3 +149,10 @@ def test_registry_imports_no_jax():
     code = "import sys, tadrop_jax.registry; print([m for m in ('jax', 'flax', 'numpy', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_inner_sparsifier_takes_several_parameters():
+    name, values = registry.parse_step("conflict_aware:sparsifier=n_m:n=1;m=3,order=[1,0]")
+    assert (name, values) == ("conflict_aware", {"sparsifier": "n_m:n=1;m=3", "order": [1, 0]})
+    inner = registry.build(name, values).build(2)
+    assert [step.group for step in inner] == [3, 3]
