@@ -1,16 +1,18 @@
-"""The command line: ``tadrop merge``, ``task``, ``methods`` and ``demo``.
+"""The command line: ``tadrop merge``, ``inspect``, ``task``, ``methods`` and ``demo``.
 
 jax, rich and yaml are imported inside the commands, so that ``tadrop --help`` answers at once.
 """
 
 import argparse
+import importlib.util
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tadrop_jax import __version__, registry
+from tadrop_jax import __version__, console, registry
 from tadrop_jax.errors import ContentError, MergeError, MismatchError
 
 _ADVICE = {
@@ -110,6 +112,23 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory, or a .safetensors file")
     merge.set_defaults(run=_merge)
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="tell what a sparsifier would do to each tensor",
+        description="Quantile ratio, sparsity, norm and sign conflict of every tensor, as means over the tasks. "
+        "Nothing is written but what --plot and --json ask for.",
+    )
+    inspect.add_argument("--base", required=True, metavar="DIR", help="the pretrained model")
+    inspect.add_argument("--models", required=True, nargs="+", metavar="DIR", help="the fine-tuned models")
+    inspect.add_argument("--sparsify", default="tadrop", metavar="NAME[:P=V,...]", help="sparsifier (default: tadrop)")
+    inspect.add_argument("--include", action="append", metavar="REGEX", help="these tensors only; may be repeated")
+    inspect.add_argument("--exclude", action="append", metavar="REGEX", help="not these tensors; may be repeated")
+    inspect.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random methods (default 0)")
+    inspect.add_argument("--plot", type=Path, metavar="FILE", help="draw ratios and sparsities (png, pdf or svg)")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, task by task")
+    inspect.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    inspect.set_defaults(run=_inspect)
+
     task = commands.add_parser(
         "task",
         help="take one task's full model out of a bundle",
@@ -168,7 +187,7 @@ def _merge(options) -> int:
     )
     began = time.perf_counter()
     try:
-        with _progress(options.quiet, "merging") as progress:
+        with console.Progress(options.quiet, "merging") as progress:
             report = merge_directories(request, progress)
     except (MergeFailed, KeyboardInterrupt) as error:
         said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -180,7 +199,44 @@ def _merge(options) -> int:
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
     if not options.quiet:
-        _summary(report, out, time.perf_counter() - began)
+        console.print_summary(report, out, time.perf_counter() - began)
+    return 0
+
+
+def _inspect(options) -> int:
+    name, values = registry.parse_step(options.sparsify)
+    for file in (options.plot, options.json):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise MergeError(f"{file}: its parent directory does not exist")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MergeError("--plot needs matplotlib: pip install 'tadrop-jax[plots]'")
+    _start_jax()
+    from tadrop_jax.directories import Request, inspect_directories
+    from tadrop_jax.planning import task_names
+
+    models = tuple(Path(m) for m in options.models)
+    request = Request(
+        base=Path(options.base),
+        models=models,
+        out=Path(),
+        chain=registry.build(name, values, "sparsifier"),
+        recipe={},
+        include=tuple(options.include or ()),
+        exclude=tuple(options.exclude or ()),
+        seed=options.seed,
+    )
+    with console.Progress(options.quiet, "reading") as progress:
+        rows = inspect_directories(request, progress)
+    tasks = task_names(models)
+    if options.json is not None:
+        told = {n: {k: list(v) if k == "shape" else v.tolist() for k, v in row.items()} for n, row in rows.items()}
+        options.json.write_text(json.dumps({"tasks": tasks, "tensors": told}, indent=1))
+    if options.plot is not None:
+        from tadrop_jax.plots import draw_inspection
+
+        draw_inspection(rows, tasks, options.plot)
+    if not options.quiet:
+        console.print_inspection(rows, tasks, options.sparsify)
     return 0
 
 
@@ -230,39 +286,13 @@ def _task(options) -> int:
 
     size = write_task(options.bundle, options.task, options.out, _size(options.max_shard_size))
     if not options.quiet:
-        print(f"{options.out}: the model of task {options.task!r}, {_bytes(size)}")
+        print(f"{options.out}: the model of task {options.task!r}, {console.size(size)}")
     return 0
 
 
 def _methods(options) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    chosen = [registry.method(options.name)] if options.name else registry.METHODS.values()
-    for role, title in (("sparsifier", "Sparsifiers"), ("rule", "Merge rules")):
-        rows = [m for m in chosen if m.role == role]
-        if not rows:
-            continue
-        table = Table(title=title, title_justify="left", show_lines=True)
-        for column in ("name", "what it does", "parameters", "granularity", "result", "source"):
-            table.add_column(column, overflow="fold")
-        for m in rows:
-            described = [_described(p, bool(options.name)) for p in m.parameters]
-            table.add_row(m.name, m.about, "\n".join(described) or "-", m.granularity, m.output, m.source)
-        console.print(table)
-    if options.name is None:
-        console.print("'tadrop methods NAME' tells what each parameter means.", highlight=False)
+    console.print_methods(options.name)
     return 0
-
-
-def _described(parameter: registry.Parameter, full: bool) -> str:
-    default = "none" if parameter.default in (None, ()) else parameter.default
-    text = f"{parameter.name} = {default}"
-    if not full:
-        return text
-    options = [str(o) for o in parameter.options] + ["none"] * (parameter.optional and bool(parameter.options))
-    return f"{text}: {parameter.about}" + (f" ({', '.join(options)})" if options else "")
 
 
 def _demo(options) -> int:
@@ -307,72 +337,6 @@ def _size(text: str) -> int:
     if size < 1:
         raise MergeError(f"--max-shard-size must be a size such as 500MB or 5GB, got {text!r}")
     return size
-
-
-class _progress:
-    """A progress bar over bytes, on a terminal only."""
-
-    def __init__(self, quiet: bool, what: str):
-        self.bar, self.what = None, what
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self.task = self.bar.add_task(what, total=None)
-
-    def __enter__(self):
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total)
-
-
-def _summary(report: dict, out: Path, seconds: float) -> None:
-    merged = sum("dtype" in row for row in report["tensors"].values())
-    kept = sum(row.get("from") == "base" for row in report["tensors"].values())
-    sparsity = [s for row in report["tensors"].values() for s in row.get("sparsity", ())]
-    line = f"{out}: {merged} tensors merged, {kept} from the base, in {seconds:.1f} s"
-    if sparsity:
-        line += f"; sparsity {min(sparsity):.2f} to {max(sparsity):.2f}, mean {sum(sparsity) / len(sparsity):.2f}"
-    print(line)
-    if "size" in report:
-        bundle, full = report["size"]["bundle_bytes"], report["size"]["full_models_bytes"]
-        parts = ", ".join(f"{k} {_bytes(v)}" for k, v in report["size"]["parts_bytes"].items() if v)
-        print(
-            f"bundle {_bytes(bundle)} ({parts}) against {_bytes(full)} for {len(report['tasks'])} full models: "
-            f"{full / bundle:.1f} times smaller"
-        )
-        print(f"tasks: {', '.join(report['tasks'])}; 'tadrop task {out} --task NAME --out DIR' writes one's model")
-
-
-def _bytes(n: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if n >= factor:
-            return f"{n / factor:.2f} {unit}"
-    return f"{n} bytes"
 
 
 if __name__ == "__main__":

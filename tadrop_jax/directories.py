@@ -8,18 +8,18 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from tadrop_jax.checkpoints.safetensors import Sink, Source, copy_sidecars, open_sink, open_source, tied_aliases
+from tadrop_jax.checkpoints.safetensors import Sink, Source, copy_sidecars, open_sink
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
+from tadrop_jax.explaining import explaining_steps, explanation
+from tadrop_jax.planning import Plan, Request, make_plan, open_model, refuse_same_file, task_names
 from tadrop_jax.report import REPORT, TensorLog, describe_input, versions
-from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
-from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, run
-from tadrop_jax.task_vector import check_alike, check_names
-from tadrop_jax.trees import check_patterns, selected
+from tadrop_jax.steps import expand, global_stages, output_of
+from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, measure, run
 
 BUNDLE = "bundle.json"
 DTYPES = {
@@ -34,58 +34,6 @@ _NOT_COPIED = {REPORT, BUNDLE}
 
 class MergeFailed(RuntimeError):
     """A merge broke off midway; what it did so far is in ``OUT.partial``."""
-
-
-class Request(NamedTuple):
-    """What to merge, and how.
-
-    Attributes:
-      base: safetensors file or Hugging Face directory of the base.
-      models: the same for each of T fine-tunes.
-      out: where the result is to appear: a directory, or a file that ends in ``.safetensors``.
-      chain: sparsifier and rule.
-      recipe: the serialisable description, for the report and to recognise a merge that is resumed.
-      include: regular expressions of tensors to merge; empty means all.
-      exclude: regular expressions of tensors to take from the base.
-      seed: of the random numbers.
-      dtype: of the output; None keeps the base's.
-      max_shard_size: bytes a file.
-      resume: go on from what an interrupted merge left.
-      check_finite: refuse NaN and infinity.
-      digests: put full SHA-256 digests of the inputs into the report.
-      workers: threads; None means one a core.
-    """
-
-    base: Path
-    models: tuple[Path, ...]
-    out: Path
-    chain: AnyStep
-    recipe: dict[str, Any]
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: np.dtype | None = None
-    max_shard_size: int = 5_000_000_000
-    resume: bool = False
-    check_finite: bool = True
-    digests: bool = False
-    workers: int | None = None
-
-
-class Plan(NamedTuple):
-    """What becomes of each tensor.
-
-    Attributes:
-      merged: names that the chain merges.
-      kept: names that come from the base, and why.
-      own: names that stay each task's own.
-      aliases: tied tensors, and the tensor that each is a copy of.
-    """
-
-    merged: tuple[str, ...]
-    kept: dict[str, str]
-    own: tuple[str, ...]
-    aliases: dict[str, str]
 
 
 def merge_directories(request: Request, progress: Callable[[int, int], None] = lambda done, total: None) -> dict:
@@ -104,11 +52,11 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         ``resume`` goes on from.
     """
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(_open(p)) for p in (request.base, *request.models)]
-        _refuse_same_file(sources[1:])
+        sources = [stack.enter_context(open_model(p)) for p in (request.base, *request.models)]
+        refuse_same_file(sources[1:])
         steps = expand(request.chain, len(request.models))
         bundle = output_of(request.chain) == "bundle"
-        tasks = _task_names(request.models)
+        tasks = task_names(request.models)
         plan = make_plan(sources, request)
         layout = (
             _bundle_layout(sources, plan, tasks, request.dtype) if bundle else _layout(sources[0], plan, request.dtype)
@@ -131,69 +79,41 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
             raise
 
 
-def make_plan(sources: Sequence[Source], request: Request) -> Plan:
-    """Checks base and models against each other, before a tensor is read.
+def inspect_directories(
+    request: Request, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, dict[str, Any]]:
+    """What a sparsifier does to each tensor of checkpoints on disk, as :func:`tadrop_jax.explain` says it.
+
+    Args:
+      request: base, models, include, exclude, seed and workers; the chain is a sparsifier, ``out`` is not written.
+      progress: called with the bytes read so far, and about how many there are to read.
+
+    Returns:
+      For each float tensor, by name, the numbers that :func:`tadrop_jax.explain` gives, and its shape.
 
     Raises:
-      MismatchError: naming file, tensor and both values.
-      ParameterError: if a pattern matches nothing.
+      MergeError: if the request or its inputs are wrong.
     """
-    base, models = sources[0], sources[1:]
-    per_task = per_task_patterns(request.chain)
-    config = _config(request.base)
-    ties = [tied_aliases(m, _config(p) or config) for p, m in zip(request.models, models, strict=True)]
-    # A copy that some model trained apart is a tensor of its own.
-    apart = {n for m, tied in zip(models, ties, strict=True) for n in m.tensors if n not in tied}
-    aliases = {n: target for n, target in tied_aliases(base, config).items() if n not in apart}
-    names = [n for n in base.tensors if n not in aliases]
-    include, exclude = patterns(request.include), patterns(request.exclude)
-    everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
-    check_patterns((*include, *exclude), names)
-    check_patterns(per_task, everywhere)
-    own = tuple(n for n in everywhere if per_task and selected(n, per_task))
-    kept: dict[str, str] = {}
-    for name in names:
-        dtype = base.tensors[name].dtype
-        if name in own:
-            continue
-        if not selected(name, include, exclude):
-            kept[name] = "excluded"
-        elif dtype.kind in "iub":
-            kept[name] = f"{dtype} tensor"
-        elif dtype.itemsize > 4 or dtype.kind == "c":
-            raise MergeError(
-                f"{base.tensors[name].file}: tensor {name!r} is {dtype}: only floats of up to 32 bits merge"
-            )
-    # What is excluded, tied or a task's own need not be alike; neither do extra tensors that a pattern takes out.
-    loose = {n for n in everywhere if n in own or n in aliases or not selected(n, include, exclude)}
-    for path, model, tied in zip(request.models, models, ties, strict=True):
-        stored = [n for n in model.tensors if n in base.tensors or n not in tied]
-        check_names(names, stored, str(path), frozenset(loose), str(request.base))
-        for name in names:
-            if name in loose:
-                continue
-            ours, theirs = base.tensors[name], model.tensors[name]
-            check_alike(name, (ours.shape, ours.dtype), (theirs.shape, theirs.dtype), str(theirs.file), str(ours.file))
-    merged = tuple(n for n in names if n not in kept and n not in own)
-    if not merged:
-        why = ", ".join(sorted({*kept.values(), *(["each task's own"] if own else [])}))
-        raise MergeError(f"{request.base}: there is no float tensor to merge (all of its {len(names)}: {why})")
-    return Plan(merged, kept, own, aliases)
+    with contextlib.ExitStack() as stack:
+        sources = [stack.enter_context(open_model(p)) for p in (request.base, *request.models)]
+        refuse_same_file(sources[1:])
+        steps = explaining_steps(request.chain, len(request.models))
+        plan = make_plan(sources, request)
+        streams = [s for s in (_stream(sources, name) for name in plan.merged) if s.size]
+        settings = _settings(request, _counter(progress, _bytes_to_read(steps, sources, plan)))
+        with _naming_files(sources):
+            carries = measure(steps, streams, len(request.models), settings)
+    said = (explanation(steps, found) for found in carries)
+    return {
+        stream.name: {"shape": stream.shape} | {k: np.asarray(v) for k, v in row.items()}
+        for stream, row in zip(streams, said, strict=True)
+    }
 
 
 def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool, progress) -> dict:
-    import jax
-
     base = sources[0]
     streams = [_stream(sources, name) for name in plan.merged]
     total = _bytes_to_read(steps, sources, plan)
-    counted, lock = [0], threading.Lock()
-
-    def advance(n: int) -> None:
-        with lock:
-            counted[0] += n
-            progress(min(counted[0], total), total)
-
     log = TensorLog(sink.partial, fresh=not sink.done)
     prefix = "base/" if bundle else ""
     for name in base.tensors:
@@ -232,13 +152,9 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
             sink.mark_done(name)
 
     skip = [k for k, s in enumerate(streams) if set(_outputs_of(s.name, bundle)) <= sink.done]
-    key = jax.random.key(request.seed, impl="threefry2x32")
-    settings = Settings(key, request.dtype, request.check_finite, request.workers, advance)
-    try:
+    settings = _settings(request, _counter(progress, total))
+    with _naming_files(sources):
         outcome = run(steps, streams, len(tasks), write, done, settings, skip)
-    except NonFinite as error:
-        file = sources[error.row].tensors[error.name].file
-        raise ContentError(f"{file}: tensor {error.name!r} holds {error.value} at {error.entry}") from None
     scalars = {
         k: np.asarray(v, np.float32) for k, v in (steps[-1].scalars(outcome.carry) if steps[-1].scalars else {}).items()
     }
@@ -256,6 +172,35 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
     progress(total, total)
     sink.finish()
     return report
+
+
+def _settings(request: Request, progress) -> Settings:
+    import jax
+
+    key = jax.random.key(request.seed, impl="threefry2x32")
+    return Settings(key, request.dtype, request.check_finite, request.workers, progress)
+
+
+def _counter(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """Adds up the bytes that threads read."""
+    counted, lock = [0], threading.Lock()
+
+    def advance(n: int) -> None:
+        with lock:
+            counted[0] += n
+            progress(min(counted[0], total), total)
+
+    return advance
+
+
+@contextlib.contextmanager
+def _naming_files(sources: Sequence[Source]):
+    """Says of NaN and infinity which file they are in."""
+    try:
+        yield
+    except NonFinite as error:
+        file = sources[error.row].tensors[error.name].file
+        raise ContentError(f"{file}: tensor {error.name!r} holds {error.value} at {error.entry}") from None
 
 
 def _outputs_of(name: str, bundle: bool) -> list[str]:
@@ -358,8 +303,6 @@ def _copy(source: Source, name: str, sink: Sink, target: str, request: Request) 
 
 def _bytes_to_read(steps, sources, plan: Plan) -> int:
     """About how much the passes read: one pass for each statistic of the tree, and one for the rest."""
-    from tadrop_jax.steps import global_stages
-
     size = sum(sources[0].tensors[n].nbytes for n in plan.merged) * len(sources)
     return size * (len(global_stages(steps)) + 1)
 
@@ -370,45 +313,6 @@ def _fingerprint(request: Request, sources: Sequence[Source]) -> str:
         stats = [os.stat(f) for f in source.files]
         parts.append(source.header_digest + json.dumps([(s.st_size, s.st_mtime_ns) for s in stats]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _task_names(models: Sequence[Path]) -> tuple[str, ...]:
-    """The models' directory names (file names without suffix), made unique by their parents if need be."""
-    names = [p.resolve().stem if p.is_file() else p.resolve().name for p in models]
-    if len(set(names)) < len(names):
-        names = [f"{p.resolve().parent.name}-{n}" for p, n in zip(models, names, strict=True)]
-    if len(set(names)) < len(names):
-        names = [f"{n}-{t}" for t, n in enumerate(names)]
-    return tuple(names)
-
-
-def _open(path: Path) -> Source:
-    try:
-        return open_source(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _refuse_same_file(models: Sequence[Source]) -> None:
-    """By what the names lead to: links and other spellings are the same file."""
-    seen: dict[tuple[int, int], Path] = {}
-    for model in models:
-        for file in model.files:
-            stat = os.stat(file)
-            other = seen.setdefault((stat.st_dev, stat.st_ino), model.path)
-            if other is not model.path:
-                raise MergeError(f"two of the models are the same file: {other} and {model.path}")
-
-
-def _config(path: Path) -> dict[str, Any] | None:
-    file = path / "config.json" if path.is_dir() else path.parent / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: is not valid JSON: {error}") from None
-    return config if isinstance(config, dict) else None
 
 
 def _config_with_dtype(file: Path, dtype: np.dtype) -> bytes:

@@ -11,21 +11,17 @@ import numpy as np
 from tadrop_jax import memory
 from tadrop_jax.bundles import EMRBundle, pack
 from tadrop_jax.errors import ContentError, MergeError, MergeWarning
+from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.parameters import number
-from tadrop_jax.selection import magnitude
 from tadrop_jax.steps import (
     AnyStep,
     Chain,
-    Ranks,
     Step,
     chain,
     expand,
-    floor_times,
     output_of,
     patterns,
     per_task_patterns,
-    safe_ratio,
-    spec,
 )
 from tadrop_jax.task_vector import match
 from tadrop_jax.trees import check_patterns, is_mergeable, is_traced, named_leaves, selected
@@ -187,36 +183,16 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
       >>> report["w"]["sparsity"].tolist()
       [0.5]
     """
-    if output_of(sparsifier) != "stack":
-        raise MergeError("explain takes a sparsifier, not a merge rule")
+    steps = explaining_steps(sparsifier, len(models))
     names, leaves, _ = named_leaves(base)
     columns = match(names, leaves, models)
     rows = [(n, b, c) for n, b, c in zip(names, leaves, columns, strict=True) if is_mergeable(b) and np.size(b)]
     _check_contents(rows)
     tensors = [memory.Tensor(n, tuple(jnp.asarray(m) for m in c), jnp.asarray(b)) for n, b, c in rows]
-    steps = (_ratio_step(0.75, 0.95), *expand(sparsifier, len(models)))
     results = memory.run(steps, tensors, len(models), key)
-    found = {}
-    for (name, leaf, column), result in zip(rows, results, strict=True):
-        said = _describe(jnp.asarray(leaf), column, result.value)
-        for step, carry in zip(steps, result.carries, strict=True):
-            if step.report and carry:
-                said |= {k: v for k, v in step.report(carry).items() if k == "quantile_ratio"}
-        found[name] = {k: np.asarray(v) for k, v in said.items()}
-    return found
-
-
-@jax.jit
-def _describe(base, models, after):
-    base = base.astype(jnp.float32)
-    before = jnp.stack([jnp.asarray(m).astype(jnp.float32) - base for m in models])
-    axes = tuple(range(1, before.ndim))
-    conflict = jnp.any(before > 0, axis=0) & jnp.any(before < 0, axis=0)
     return {
-        "sparsity": jnp.mean(after == 0, axis=axes),
-        "norm": jnp.sqrt(jnp.sum(before**2, axis=axes)),
-        "norm_after": jnp.sqrt(jnp.sum(after**2, axis=axes)),
-        "sign_conflict": jnp.mean(conflict),
+        tensor.path: {k: np.asarray(v) for k, v in explanation(steps, result.carries).items()}
+        for tensor, result in zip(tensors, results, strict=True)
     }
 
 
@@ -240,7 +216,7 @@ def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
       >>> tj.quantile_ratios({"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}, q_low=0.5, q_high=1.0)["w"].tolist()
       [0.25]
     """
-    step = _ratio_step(
+    step = ratio_step(
         number("quantile_ratios", "q_low", q_low, 0, 1), number("quantile_ratios", "q_high", q_high, 0, 1)
     )
     treedef, at, leaves, results, tasks = _run_tensors(stack, (step,), None)
@@ -248,20 +224,6 @@ def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
         (carry,) = result.carries
         leaves[i] = step.report(carry)["quantile_ratio"] if carry else jnp.zeros((tasks,), jnp.float32)  # type: ignore[misc]
     return jax.tree_util.tree_unflatten(treedef, leaves)
-
-
-def _ratio_step(q_low, q_high) -> Step:
-    return Step(
-        stages=(
-            Ranks(
-                lambda x, carry: magnitude(x.stack),
-                at=lambda n, carry: {"low": floor_times(q_low, n - 1), "high": floor_times(q_high, n - 1)},
-            ),
-        ),
-        apply=lambda x, carry: x.stack,
-        report=lambda carry: {"quantile_ratio": safe_ratio(carry["low"], carry["high"])},
-        spec=spec("quantile_ratios", q_low=q_low, q_high=q_high),
-    )
 
 
 def with_sparsifier(sparsifier: AnyStep | None, rule: AnyStep) -> Chain:

@@ -5,6 +5,34 @@ from pathlib import Path
 import numpy as np
 
 
+def draw_inspection(rows: dict[str, dict], tasks: tuple[str, ...], file: Path) -> None:
+    """Draws quantile ratio and sparsity of every tensor as two heat maps: tensors downwards, tasks across.
+
+    Args:
+        rows: by name, what `tadrop inspect` found (`quantile_ratio` and `sparsity`, one number a task).
+        tasks: names of the tasks.
+        file: picture to write; its suffix says in which format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(rows)
+    height = min(1.6 + 0.17 * len(names), 60)
+    longest = max(len(name) for name in names)
+    figure = Figure(figsize=(2.0 + 0.075 * longest + 2 * max(1.4, 0.28 * len(tasks)), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    titles = {"quantile_ratio": "quantile ratio", "sparsity": "sparsity"}
+    for position, (field, title) in enumerate(titles.items()):
+        axes = figure.add_subplot(1, 2, position + 1)
+        image = axes.imshow(np.stack([rows[n][field] for n in names]), cmap="viridis", aspect="auto")
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        axes.set_yticks(range(len(names)), names if position == 0 else [], fontsize=6)
+        axes.tick_params(length=0)
+        figure.colorbar(image, ax=axes, shrink=min(1.0, 4 / height), aspect=15)
+    figure.savefig(file, dpi=150)
+
+
 def draw_sparsity(sparsity: dict[str, np.ndarray], tasks: tuple[str, ...], file: Path) -> None:
     """Draws one heat map a layer: kinds of tensor downwards, tasks across, sparsity as colour.
 

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from tadrop_jax import memory, randomness, selection
+from tadrop_jax.blocks import Site, block_values, compiled
 from tadrop_jax.errors import ContentError, MergeError
 from tadrop_jax.sampling import Selection
-from tadrop_jax.steps import Max, Min, Piece, Ranks, Step, Sums, advance, global_stages, merge_stages, over_tasks
+from tadrop_jax.steps import Ranks, Step, Sums, global_stages, merge_stages
 from tadrop_jax.trees import check_patterns
 
 BLOCK = 1 << 18
@@ -131,6 +131,26 @@ def run(
     return _Run(steps, tuple(streams), tasks, key, settings).go(write, done, frozenset(skip))
 
 
+def measure(steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settings: Settings) -> list[Carries]:
+    """The statistics of a chain of sparsifiers over all streams; nothing is put out.
+
+    Args:
+      steps: expanded steps.
+      streams: the float tensors; all of the base and T models.
+      tasks: T.
+      settings: how to run.
+
+    Returns:
+      For each stream the statistics of each step, by name.
+
+    Raises:
+      As :func:`run`.
+    """
+    steps = tuple(steps)
+    check_patterns([p for s in steps for p in (*s.include, *s.exclude)], [s.name for s in streams])
+    return _Run(steps, tuple(streams), tasks, memory.check_random(steps, settings.key), settings).measure()
+
+
 class _Run:
     """One run: what the passes share. The statistics found so far are its only state."""
 
@@ -164,6 +184,13 @@ class _Run:
         self.parallel(lambda k: done(k, self.finish(k, write, _serial)), rest)
         lasts = (merge_stages(found[-1]) for found in self.carries if found and found[-1] and found[-1][0] is not None)
         return Outcome(next(lasts, {}), tuple(self.differs))
+
+    def measure(self) -> list[Carries]:
+        for stop in global_stages(self.steps):
+            self.global_stage(stop)
+        for k in range(len(self.streams)):
+            self.tensor_stages(k, None, self.parallel, self.keep(k))
+        return [self.found(k) for k in range(len(self.streams))]
 
     def parallel(self, fn, items) -> list:
         """Maps over items on all workers; the first error stops the rest."""
@@ -224,9 +251,9 @@ class _Run:
         k = block.at
         raw, valid = self.load(block, kept)
         stream, check = self.streams[k], not self.checked[k]
-        site = _Site(self.steps, self.active[k], self.tasks, kind, stop, stream.dtype.name, check, self.dtype_name(k))
+        site = Site(self.steps, self.active[k], self.tasks, kind, stop, stream.dtype.name, check, self.dtype_name(k))
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
-        value, total = _compiled(site)(
+        value, total = compiled(site)(
             jax.dlpack.from_dlpack(raw), self.keys[k], self.carries[k], start, np.int32(valid), np.float32(stream.size)
         )
         value = jax.tree.map(np.asarray, value)
@@ -327,12 +354,12 @@ class _Run:
         raise AssertionError("a sample lies inside the tree")
 
     def selected_like(self, k, stop):
-        site = _Site(
+        site = Site(
             self.steps, self.active[k], self.tasks, "keys", stop, self.streams[k].dtype.name, False, self.dtype_name(k)
         )
         raw = jax.ShapeDtypeStruct((self.tasks + 1, 8), _UINT[self.streams[k].dtype.itemsize])
         shape = jax.eval_shape(
-            functools.partial(_block_values, site),
+            functools.partial(block_values, site),
             raw,
             self.keys[k],
             self.carries[k],
@@ -343,10 +370,7 @@ class _Run:
         return shape.dtype, shape.shape[0]
 
     def finish(self, k: int, write, parallel) -> Carries:
-        stream = self.streams[k]
-        missing = any(f is None for i, c in enumerate(self.carries[k]) if self.active[k][i] for f in c)
-        small = stream.size * (self.tasks + 1) * stream.dtype.itemsize <= KEEP_BYTES
-        kept: dict | None = {} if missing and small else None
+        kept = self.keep(k)
         self.tensor_stages(k, None, parallel, kept)
 
         def last(block: Block) -> None:
@@ -360,6 +384,16 @@ class _Run:
             write(k, block.start, value)
 
         parallel(last, self.blocks(k))
+        return self.found(k)
+
+    def keep(self, k: int) -> dict | None:
+        """Where to keep the blocks of a tensor that is small enough while its own stages run, or None."""
+        stream = self.streams[k]
+        missing = any(f is None for i, c in enumerate(self.carries[k]) if self.active[k][i] for f in c)
+        small = stream.size * (self.tasks + 1) * stream.dtype.itemsize <= KEEP_BYTES
+        return {} if missing and small else None
+
+    def found(self, k: int) -> Carries:
         return tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])
 
 
@@ -387,72 +421,3 @@ def _aligned(shape, dtype) -> np.ndarray:
     raw = np.empty(count + 64, np.uint8)
     skip = -raw.ctypes.data % 64
     return raw[skip : skip + count].view(dtype).reshape(shape)
-
-
-class _Site(NamedTuple):
-    """What a compiled block function depends on besides the length of the block."""
-
-    steps: tuple[Step, ...]
-    active: tuple[bool, ...]
-    tasks: int
-    kind: str
-    stop: tuple[int, int] | None
-    dtype: str
-    check: bool
-    out_dtype: str
-
-
-def _reach(site: _Site, raw, key, carries, start, valid):
-    """The chain up to the site's stop, over one block."""
-    values = lax.bitcast_convert_type(raw, jnp.dtype(site.dtype)).astype(jnp.float32)
-
-    def position():
-        low = start[1] + lax.iota(jnp.uint32, raw.shape[1])
-        return start[0] + (low < start[1]).astype(jnp.uint32), low
-
-    stack = values[1:] - values[:1]
-    x = Piece(stack, values[0], tuple(range(site.tasks)), key, position, valid)
-
-    def missing(stage, x, carry):
-        raise AssertionError("statistics come before the pass that needs them")
-
-    return x, advance(site.steps, site.active, x, carries, missing, site.stop)
-
-
-def _stage(site: _Site) -> Any:
-    i, j = site.stop or (-1, -1)
-    return site.steps[i].stages[j]
-
-
-def _block_values(site: _Site, raw, key, carries, start, valid, n):
-    _, reached = _reach(site, raw, key, carries, start, valid)
-    return _stage(site).of(reached.x, reached.carry)
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(site: _Site):
-    def fn(raw, key, carries, start, valid, n):
-        x, reached = _reach(site, raw, key, carries, start, valid)
-        # Not finite where an input is not: subtraction and sum carry it along.
-        total = jnp.sum(over_tasks(jnp.add, x.stack)) if site.check else None
-        if site.kind == "keys":
-            return selection.ordered_bits(_stage(site).of(reached.x, reached.carry)), total
-        if site.kind == "sums":
-            stage = _stage(site)
-            neutral = {Sums: 0.0, Min: jnp.inf, Max: -jnp.inf}[type(stage)]
-            real = lax.iota(jnp.int32, raw.shape[1]) < valid
-            arrays = {k: jnp.where(real, a, neutral) for k, a in stage.of(reached.x, reached.carry, n).items()}
-            reduce = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
-            return {k: reduce(a.astype(jnp.float32), axis=1) for k, a in arrays.items()}, total
-        last = site.steps[-1]
-        value = memory.store(last, reached, x.base, jnp.dtype(site.out_dtype))
-        if isinstance(value, dict):
-            value = {
-                "unified": value["unified"].astype(jnp.dtype(site.out_dtype)),
-                "masks": value["masks"],
-            }
-        elif value is not None:
-            value = value.astype(jnp.dtype(site.out_dtype))
-        return value, total
-
-    return jax.jit(fn)

@@ -1,9 +1,19 @@
 """Settings for all tests, and the trees that they share."""
 
+import os
+import tempfile
+
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+# One cache of compiled functions for all workers of a session: the first one sets it, the others inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Before anything initialises a backend: several test files shard over these devices.
 jax.config.update("jax_platforms", "cpu")

@@ -1,12 +1,9 @@
 """Small checkpoints on disk, and what the streamed executor makes of arrays."""
 
-import atexit
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,9 +18,7 @@ from tadrop_jax.steps import expand
 
 REPOSITORY = Path(__file__).parents[1]
 # The command line keeps compiled functions in the user's cache; tests keep theirs to themselves.
-CACHE = tempfile.mkdtemp(prefix="tadrop-tests-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", CACHE)
+CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]  # conftest.py made it
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # A scalar, one entry, several blocks of 64 with a rest that is no multiple of 8.

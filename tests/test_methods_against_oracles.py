@@ -134,7 +134,23 @@ def test_zeros_take_the_majority_of_the_whole_vector(nest, flatten):
 def test_an_exact_count_over_the_whole_tree_is_refused():
     """It would break ties by a position that no tensor has."""
     with pytest.raises(tj.MergeError, match="exact"):
-        tj.ties(0.4, flavour="peft", granularity="global")
+        tj.ties(0.4, keep="exact", granularity="global")
+
+
+def test_a_flavour_may_be_made_global(make_stacks):
+    """Any parameter of a preset may be overridden: the exact count of PEFT then keeps its ties."""
+    stacks = make_stacks("normal", 3)
+    ours = tj.merge_task_vectors(stacks, tj.ties(0.4, flavour="peft", granularity="global"))
+    size = sum(v[0].size for v in stacks.values())
+    trimmed = {}
+    for name, stack in stacks.items():
+        every = np.concatenate([np.abs(v).reshape(3, -1) for v in stacks.values()], axis=1)
+        cuts = np.sort(every, axis=1)[:, size - int(0.4 * size)]
+        kept = np.abs(stack) >= cuts.reshape((3,) + (1,) * (stack.ndim - 1))
+        trimmed[name] = np.where(kept, stack, 0)
+    expected = tj.merge_task_vectors(trimmed, tj.ties(None, flavour="peft"))
+    for name in stacks:
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-6, atol=1e-7)
 
 
 # EMR

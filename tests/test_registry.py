@@ -131,9 +131,7 @@ def test_broken_steps_are_refused(text, said):
 
 
 def test_unknown_methods_are_refused_by_role():
-    with pytest.raises(
-        tj.ParameterError, match=r"no merge rule 'tadrop' \(tadrop is a sparsifier\)"
-    ):
+    with pytest.raises(tj.ParameterError, match=r"no merge rule 'tadrop' \(tadrop is a sparsifier\)"):
         registry.method("tadrop", "rule")
     with pytest.raises(tj.ParameterError, match="no method 'x'"):
         registry.build("x", {})

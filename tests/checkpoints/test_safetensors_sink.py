@@ -111,11 +111,13 @@ def test_sidecars_are_copied(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with open_sink(tmp_path / "m", {}) as sink:
         sink.add_file("config.json", tmp_path / "config.json")
-        for name in ("../x", "a/b", "", "..", "journal.jsonl", "model.safetensors"):
+        sink.add_file("tasks/one/config.json", tmp_path / "config.json")
+        for name in ("../x", "a/../../x", "/x", "", "..", "journal.jsonl", "model.safetensors"):
             with pytest.raises(CheckpointError, match="cannot be put there"):
                 sink.add_file(name, b"")
         sink.finish()
-    assert (tmp_path / "m" / "config.json").read_text() == '{"model_type": "gpt2"}'
+    for name in ("config.json", "tasks/one/config.json"):
+        assert (tmp_path / "m" / name).read_text() == '{"model_type": "gpt2"}'
 
 
 @pytest.mark.parametrize("name", ["m", "m.safetensors"])

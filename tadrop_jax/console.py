@@ -1,0 +1,123 @@
+"""What the command line shows: tables, a progress bar, a summary. rich is imported where it is used."""
+
+import sys
+from pathlib import Path
+
+from tadrop_jax import registry
+
+
+def print_methods(name: str | None) -> None:
+    """Prints the registry as tables: all methods, or all of one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    chosen = [registry.method(name)] if name else registry.METHODS.values()
+    for role, title in (("sparsifier", "Sparsifiers"), ("rule", "Merge rules")):
+        rows = [m for m in chosen if m.role == role]
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left", show_lines=True)
+        for column in ("name", "what it does", "parameters", "granularity", "result", "source"):
+            table.add_column(column, overflow="fold")
+        for m in rows:
+            described = [_described(p, bool(name)) for p in m.parameters]
+            table.add_row(m.name, m.about, "\n".join(described) or "-", m.granularity, m.output, m.source)
+        console.print(table)
+    if name is None:
+        console.print("'tadrop methods NAME' tells what each parameter means.", highlight=False)
+
+
+def _described(parameter: registry.Parameter, full: bool) -> str:
+    default = "none" if parameter.default in (None, ()) else parameter.default
+    text = f"{parameter.name} = {default}"
+    if not full:
+        return text
+    options = [str(o) for o in parameter.options] + ["none"] * (parameter.optional and bool(parameter.options))
+    return f"{text}: {parameter.about}" + (f" ({', '.join(options)})" if options else "")
+
+
+def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> None:
+    """Prints what `tadrop inspect` found, a line a tensor."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{sparsifier} on {len(tasks)} task vectors (means over tasks)"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape")
+    for column in ("ratio", "sparsity", "norm", "after", "conflict"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        means = (row[k].mean() for k in ("quantile_ratio", "sparsity", "norm", "norm_after", "sign_conflict"))
+        table.add_row(name, shape, *(f"{mean:.3g}" for mean in means))
+    console = Console()
+    console.print(table)
+    console.print(
+        "ratio: quantile ratio of the magnitudes; norm, after: before and after the sparsifier; conflict: share of "
+        "entries whose tasks differ in sign",
+        highlight=False,
+    )
+
+
+class Progress:
+    """A progress bar over bytes, on a terminal only."""
+
+    def __init__(self, quiet: bool, what: str):
+        self.bar, self.what = None, what
+        if not quiet and sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self.bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.task = self.bar.add_task(what, total=None)
+
+    def __enter__(self):
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total)
+
+
+def print_summary(report: dict, out: Path, seconds: float) -> None:
+    """Prints what a merge did, and for a bundle how large it is."""
+    merged = sum("dtype" in row for row in report["tensors"].values())
+    kept = sum(row.get("from") == "base" for row in report["tensors"].values())
+    sparsity = [s for row in report["tensors"].values() for s in row.get("sparsity", ())]
+    line = f"{out}: {merged} tensors merged, {kept} from the base, in {seconds:.1f} s"
+    if sparsity:
+        line += f"; sparsity {min(sparsity):.2f} to {max(sparsity):.2f}, mean {sum(sparsity) / len(sparsity):.2f}"
+    print(line)
+    if "size" in report:
+        bundle, full = report["size"]["bundle_bytes"], report["size"]["full_models_bytes"]
+        parts = ", ".join(f"{k} {size(v)}" for k, v in report["size"]["parts_bytes"].items() if v)
+        print(
+            f"bundle {size(bundle)} ({parts}) against {size(full)} for {len(report['tasks'])} full models: "
+            f"{full / bundle:.1f} times smaller"
+        )
+        print(f"tasks: {', '.join(report['tasks'])}; 'tadrop task {out} --task NAME --out DIR' writes one's model")
+
+
+def size(n: int) -> str:
+    """Bytes for people."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if n >= factor:
+            return f"{n / factor:.2f} {unit}"
+    return f"{n} bytes"

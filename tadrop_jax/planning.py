@@ -1,0 +1,170 @@
+"""What is to be merged, and the checks of base and models against each other before a tensor is read."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tadrop_jax.checkpoints.safetensors import Source, open_source, tied_aliases
+from tadrop_jax.errors import CheckpointError, MergeError
+from tadrop_jax.steps import AnyStep, patterns, per_task_patterns
+from tadrop_jax.task_vector import check_alike, check_names
+from tadrop_jax.trees import check_patterns, selected
+
+
+class Request(NamedTuple):
+    """What to merge, and how.
+
+    Attributes:
+      base: safetensors file or Hugging Face directory of the base.
+      models: the same for each of T fine-tunes.
+      out: where the result is to appear: a directory, or a file that ends in ``.safetensors``.
+      chain: sparsifier and rule.
+      recipe: the serialisable description, for the report and to recognise a merge that is resumed.
+      include: regular expressions of tensors to merge; empty means all.
+      exclude: regular expressions of tensors to take from the base.
+      seed: of the random numbers.
+      dtype: of the output; None keeps the base's.
+      max_shard_size: bytes a file.
+      resume: go on from what an interrupted merge left.
+      check_finite: refuse NaN and infinity.
+      digests: put full SHA-256 digests of the inputs into the report.
+      workers: threads; None means one a core.
+    """
+
+    base: Path
+    models: tuple[Path, ...]
+    out: Path
+    chain: AnyStep
+    recipe: dict[str, Any]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: np.dtype | None = None
+    max_shard_size: int = 5_000_000_000
+    resume: bool = False
+    check_finite: bool = True
+    digests: bool = False
+    workers: int | None = None
+
+
+class Plan(NamedTuple):
+    """What becomes of each tensor.
+
+    Attributes:
+      merged: names that the chain merges.
+      kept: names that come from the base, and why.
+      own: names that stay each task's own.
+      aliases: tied tensors, and the tensor that each is a copy of.
+    """
+
+    merged: tuple[str, ...]
+    kept: dict[str, str]
+    own: tuple[str, ...]
+    aliases: dict[str, str]
+
+
+def make_plan(sources: Sequence[Source], request: Request) -> Plan:
+    """Checks base and models against each other, before a tensor is read.
+
+    Raises:
+      MismatchError: naming file, tensor and both values.
+      ParameterError: if a pattern matches nothing.
+    """
+    base, models = sources[0], sources[1:]
+    per_task = per_task_patterns(request.chain)
+    config = _config(request.base)
+    ties = [tied_aliases(m, _config(p) or config) for p, m in zip(request.models, models, strict=True)]
+    # A copy that some model trained apart is a tensor of its own.
+    apart = {n for m, tied in zip(models, ties, strict=True) for n in m.tensors if n not in tied}
+    aliases = {n: target for n, target in tied_aliases(base, config).items() if n not in apart}
+    names = [n for n in base.tensors if n not in aliases]
+    include, exclude = patterns(request.include), patterns(request.exclude)
+    everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
+    check_patterns((*include, *exclude), names)
+    check_patterns(per_task, everywhere)
+    own = tuple(n for n in everywhere if per_task and selected(n, per_task))
+    kept: dict[str, str] = {}
+    for name in names:
+        dtype = base.tensors[name].dtype
+        if name in own:
+            continue
+        if not selected(name, include, exclude):
+            kept[name] = "excluded"
+        elif dtype.kind in "iub":
+            kept[name] = f"{dtype} tensor"
+        elif dtype.itemsize > 4 or dtype.kind == "c":
+            raise MergeError(
+                f"{base.tensors[name].file}: tensor {name!r} is {dtype}: only floats of up to 32 bits merge"
+            )
+    # What is excluded, tied or a task's own need not be alike; neither do extra tensors that a pattern takes out.
+    loose = {n for n in everywhere if n in own or n in aliases or not selected(n, include, exclude)}
+    for path, model, tied in zip(request.models, models, ties, strict=True):
+        stored = [n for n in model.tensors if n in base.tensors or n not in tied]
+        check_names(names, stored, str(path), frozenset(loose), str(request.base))
+        for name in names:
+            if name in loose:
+                continue
+            ours, theirs = base.tensors[name], model.tensors[name]
+            check_alike(name, (ours.shape, ours.dtype), (theirs.shape, theirs.dtype), str(theirs.file), str(ours.file))
+    merged = tuple(n for n in names if n not in kept and n not in own)
+    if not merged:
+        why = ", ".join(sorted({*kept.values(), *(["each task's own"] if own else [])}))
+        raise MergeError(f"{request.base}: there is no float tensor to merge (all of its {len(names)}: {why})")
+    return Plan(merged, kept, own, aliases)
+
+
+def task_names(models: Sequence[Path]) -> tuple[str, ...]:
+    """The models' directory names (file names without suffix), made unique by their parents if need be."""
+    names = [p.resolve().stem if p.is_file() else p.resolve().name for p in models]
+    if len(set(names)) < len(names):
+        names = [f"{p.resolve().parent.name}-{n}" for p, n in zip(models, names, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{n}-{t}" for t, n in enumerate(names)]
+    return tuple(names)
+
+
+def open_model(path: Path) -> Source:
+    """Opens a checkpoint.
+
+    Raises:
+      CheckpointError: if it cannot be read.
+    """
+    try:
+        return open_source(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def refuse_same_file(models: Sequence[Source]) -> None:
+    """Refuses a model that is given twice, by whatever path.
+
+    Raises:
+      MergeError: naming both paths.
+    """
+    """Refuses a model that is given twice, by whatever link or spelling.
+
+    Raises:
+      MergeError: naming both paths.
+    """
+    seen: dict[tuple[int, int], Path] = {}
+    for model in models:
+        for file in model.files:
+            stat = os.stat(file)
+            other = seen.setdefault((stat.st_dev, stat.st_ino), model.path)
+            if other is not model.path:
+                raise MergeError(f"two of the models are the same file: {other} and {model.path}")
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    file = path / "config.json" if path.is_dir() else path.parent / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: is not valid JSON: {error}") from None
+    return config if isinstance(config, dict) else None

@@ -1,0 +1,72 @@
+"""`tadrop inspect`: the numbers of tj.explain, from files."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import tadrop_jax as tj
+from tadrop_jax import cli, streaming
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inspect")
+    rng = np.random.default_rng(0)
+    base = {"a.weight": rng.normal(size=(40, 30)), "a.bias": rng.normal(size=(30,)), "scale": np.ones(())}
+    base = {k: np.asarray(v, np.float32) for k, v in base.items()}
+    trees = {"base": base}
+    for name in ("one", "two"):
+        trees[name] = {k: np.asarray(v + 0.1 * rng.normal(size=v.shape), np.float32) for k, v in base.items()}
+    for name, tree in trees.items():
+        (root / name).mkdir()
+        save_file({**tree, "steps": np.arange(3)}, root / name / "model.safetensors")
+    return root, trees
+
+
+def inspect(root, *options):
+    models = [str(root / n) for n in ("one", "two")]
+    return cli.main(["inspect", "--base", str(root / "base"), "--models", *models, *options])
+
+
+@pytest.mark.parametrize("sparsifier", ["tadrop:q_low=.5,q_high=.9", "magnitude:density=.3", "dare:density=.5"])
+def test_the_numbers_of_explain(folders, tmp_path, monkeypatch, sparsifier):
+    monkeypatch.setattr(streaming, "BLOCK", 512)
+    monkeypatch.setattr(streaming, "SMALL", 64)
+    root, trees = folders
+    assert inspect(root, "--sparsify", sparsifier, "--quiet", "--json", str(tmp_path / "said.json")) == 0
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert said["tasks"] == ["one", "two"]
+    steps = {"tadrop": tj.tadrop(0.5, 0.9), "magnitude": tj.magnitude(0.3), "dare": tj.dare(0.5)}
+    step = steps[sparsifier.partition(":")[0]]
+    expected = tj.explain(trees["base"], [trees["one"], trees["two"]], step, key=jax.random.key(0))
+    assert sorted(said["tensors"]) == sorted(expected)
+    for name, row in expected.items():
+        assert said["tensors"][name]["shape"] == list(trees["base"][name].shape)
+        for field, value in row.items():
+            np.testing.assert_allclose(said["tensors"][name][field], value, rtol=1e-5, err_msg=f"{name} {field}")
+
+
+def test_table_and_plot(folders, tmp_path, capsys):
+    root, _ = folders
+    assert inspect(root, "--exclude", "scale", "--plot", str(tmp_path / "p.png")) == 0
+    out = capsys.readouterr().out
+    assert "a.weight" in out
+    assert "40x30" in out
+    assert "scale" not in out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--sparsify", "ties"), "ties is a rule"),
+        (("--include", "nothing"), "matches none"),
+        (("--json", "/no/such/folder/x.json"), "parent directory"),
+    ],
+)
+def test_refusals(folders, capsys, options, said):
+    assert inspect(folders[0], *options) == 2
+    assert said in capsys.readouterr().err
