@@ -12,6 +12,8 @@ _COLLECT = 1 << 20
 # What all brackets together may collect (in entries, of 4 bytes) before they are given up for histograms.
 _MOST = 1 << 24
 _SAMPLES = 32
+# A sample is about this part of the data, within that number of runs.
+_SHARE = 64
 
 
 class Selection:
@@ -51,7 +53,7 @@ class Selection:
 
     def sample_starts(self, length: int) -> list[int]:
         """Where runs of ``length`` entries, spread over the data, should be sampled."""
-        count = min(_SAMPLES, self.n // length)
+        count = min(max(self.n // (_SHARE * length), 4), _SAMPLES, self.n // length)
         return [int(i) for i in np.linspace(0, self.n - length, count)]
 
     def bracket(self, samples: list[np.ndarray]) -> None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 _BASE = 16
 _MASK = (1 << _BASE) - 1
@@ -100,6 +101,8 @@ def floor_times(q, n: int) -> "int | Wide":
     """
     if isinstance(q, (float, int, np.floating, np.integer)):
         return math.floor(float(q) * n)
+    if not isinstance(q, Tracer):
+        return _floor_times_on_host(np.asarray(q, np.float32), n)
     q = jnp.clip(jnp.asarray(q, jnp.float32), 0, 1)
     bits = lax.bitcast_convert_type(q, jnp.uint32)
     exponent = bits >> 23
@@ -123,3 +126,12 @@ def floor_times(q, n: int) -> "int | Wide":
     found = Wide(limb(1) | (limb(2) << _BASE), limb(0))
     tiny = exponent == 0
     return Wide(jnp.where(tiny, 0, found.high), jnp.where(tiny, 0, found.low))
+
+
+def _floor_times_on_host(q: np.ndarray, n: int) -> Wide:
+    """The same for a concrete array, without the dozens of dispatches that the limbs would take."""
+    bits = np.ravel(np.clip(q, 0, 1)).view(np.uint32).astype(object)
+    exponents, mantissas = bits >> 23, (bits & 0x7FFFFF) | (1 << 23)
+    found = [0 if e == 0 else (m * n) >> (150 - e) for e, m in zip(exponents, mantissas, strict=True)]
+    limbs = ([f >> _BASE for f in found], [f & _MASK for f in found])
+    return Wide(*(jnp.asarray(np.array(limb, np.uint32).reshape(q.shape)) for limb in limbs))
