@@ -225,7 +225,7 @@ def test_emr_refuses_a_task_that_is_not_there(t, make_stacks, nest):
 
 # A sparsifier before a rule
 
-PAIRED_SPARSIFIERS = ["tadrop", "magnitude_global", "conflict_aware_tadrop"]
+PAIRED_SPARSIFIERS = ["tadrop", "magnitude_global", "conflict_aware_n_m"]
 PAIRED_RULES = {
     "task_arithmetic": RULES["task_arithmetic"],
     "ties": (lambda: tj.ties(density=None), lambda x: oracles.ties(x, None)),
