@@ -161,7 +161,7 @@ class _Run:
         self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in steps) for _ in streams]
         self.checked = [False] * len(streams)
         self.differs = [False] * tasks
-        self.workers = settings.workers or len(os.sched_getaffinity(0))
+        self.workers = settings.workers or _cores()
         self.buffers = threading.local()
         group = math.lcm(*(s.group for s in steps if s.piece == "group"))
         self.block = max(BLOCK // group, 1) * group
@@ -211,8 +211,12 @@ class _Run:
                     errors.append(e)
 
         with ThreadPoolExecutor(self.workers) as pool:
-            for future in [pool.submit(work) for _ in range(self.workers)]:
-                future.result()
+            try:
+                for future in [pool.submit(work) for _ in range(self.workers)]:
+                    future.result()
+            except BaseException as e:  # an interrupt: the workers must not go through all that is left
+                errors.append(e)
+                raise
         if errors:
             raise errors[0]
         return results
@@ -405,6 +409,11 @@ class NonFinite(ContentError):
             f"tensor {name!r} holds {value} at {entry} in {'the base' if row == 0 else f'model {row - 1}'}"
         )
         self.row, self.name, self.entry, self.value = row, name, entry, value
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wants_whole(step: Step) -> bool:

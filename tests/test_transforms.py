@@ -2,6 +2,7 @@
 
 import contextlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +38,7 @@ def models(base, stack):
 
 
 def assert_close(actual, expected, rtol=1e-6, atol=1e-6) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
 STEPS = {
