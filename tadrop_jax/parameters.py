@@ -38,10 +38,11 @@ def number(method: str, name: str, value: Any, low: float = -float("inf"), high:
     for v in value if isinstance(value, tuple) else (value,):
         if isinstance(v, (bool, str)) or v is None:
             raise ParameterError(f"{method}: {name} must be a number, got {v!r}")
-        if _concrete(v) and not abs(v) <= _LARGEST:  # also refuses NaN
-            raise ParameterError(f"{method}: {name} must be a finite number of float32, got {v}")
-        if _concrete(v) and not low <= v <= high:
+        bounded = low > -_LARGEST or high < _LARGEST
+        if _concrete(v) and bounded and not low <= v <= high:  # also refuses NaN
             raise ParameterError(f"{method}: {name} must lie in [{low:g}, {high:g}], got {v}")
+        if _concrete(v) and not abs(v) <= _LARGEST:
+            raise ParameterError(f"{method}: {name} must be a finite number of float32, got {v}")
     if isinstance(value, tuple) and not value:
         raise ParameterError(f"{method}: {name} is an empty list")
     return value
