@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/ruff check .
 
 types: setup
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
