@@ -73,7 +73,11 @@ class Piece(NamedTuple):
         if isinstance(values, tuple):
             values = jnp.stack([jnp.asarray(values[t], jnp.float32) for t in self.tasks])
         values = jnp.asarray(values, jnp.float32)
-        return values if values.ndim == 0 else jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
+        return values if values.ndim == 0 else self.column(values)
+
+    def column(self, values: jax.Array) -> jax.Array:
+        """Brings statistics ``(T,)`` of any dtype into a shape that broadcasts against the stack."""
+        return jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
 
     def uniform(self) -> jax.Array:
         """One uniform number in [0, 1) for each entry and task, a function of key, task and position alone."""

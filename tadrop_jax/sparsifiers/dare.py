@@ -43,7 +43,7 @@ def dare(density, rescale: str | None = "inverse") -> Step:
             return kept(x) * safe_ratio(1.0, x.per_task(density))
         if rescale == "l1":
             scale = safe_ratio(carry["all"], carry["kept"])
-            return kept(x) * jnp.reshape(scale, (-1,) + (1,) * (x.stack.ndim - 1))
+            return kept(x) * x.column(scale)
         return kept(x)
 
     return Step(

@@ -58,8 +58,8 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
     def apply(x, carry):
         if exact:
             order = _tie_order(x, carry)
-            return jnp.where((order <= _column(x, carry["last"])) & (order != _NEVER), x.stack, 0)
-        return jnp.where(selection.at_least(selection.magnitude(x.stack), _column(x, carry["cut"])), x.stack, 0)
+            return jnp.where((order <= x.column(carry["last"])) & (order != _NEVER), x.stack, 0)
+        return jnp.where(selection.at_least(selection.magnitude(x.stack), x.column(carry["cut"])), x.stack, 0)
 
     return Step(
         stages=tuple(stages),
@@ -99,7 +99,7 @@ def _last(k):
 
 def _tie_order(x, carry):
     """0 above the threshold, then the tied entries by position, then all that lies below."""
-    size, cut = selection.magnitude(x.stack), _column(x, carry["cut"])
+    size, cut = selection.magnitude(x.stack), x.column(carry["cut"])
     _, low = x.position()
     tied = jnp.where(selection.at_least(size, cut), low[None] + 1, _NEVER)
     above = selection.ordered_bits(size) > selection.ordered_bits(cut)
@@ -114,7 +114,3 @@ def _addressable(n: int) -> int:
 
 def _map(fn, value):
     return tuple(fn(v) for v in value) if type(value) is tuple else fn(value)
-
-
-def _column(x, values):
-    return jnp.reshape(values, (-1,) + (1,) * (x.stack.ndim - 1))

@@ -22,7 +22,7 @@ def norm_stages(norm) -> tuple[Sums, ...]:
 
     def of(x, carry, n):
         size = magnitude(x.stack)
-        kept = at_least(size, _column(x, carry["cut"]))
+        kept = at_least(size, x.column(carry["cut"]))
         count = {"count": jnp.where(kept & (size != 0), 1.0 / n, 0)}
         return count if norm is None else count | {"all": size**norm, "kept": jnp.where(kept, size**norm, 0)}
 
@@ -37,8 +37,8 @@ def describe(carry, norm) -> dict:
 
 def prune(x, carry, norm):
     """Zeros what lies below ``carry["cut"]``, then scales the rest so that the p-norm is what it was."""
-    kept = jnp.where(at_least(magnitude(x.stack), _column(x, carry["cut"])), x.stack, 0)
-    return kept if norm is None else kept * _column(x, scale(carry, norm))
+    kept = jnp.where(at_least(magnitude(x.stack), x.column(carry["cut"])), x.stack, 0)
+    return kept if norm is None else kept * x.column(scale(carry, norm))
 
 
 def scale(carry, norm):
@@ -48,7 +48,3 @@ def scale(carry, norm):
         return ratio
     empty = ratio == 0
     return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, ratio)))
-
-
-def _column(x, values):
-    return jnp.reshape(values, (-1,) + (1,) * (x.stack.ndim - 1))
