@@ -1,0 +1,242 @@
+r"""Spectral decompositions of batches of matrices, with gradients that are finite everywhere.
+
+Everything takes leading axes and traces inside ``jit``, ``vmap`` and ``grad``.
+
+**Gradients.** The derivative of a singular vector holds :math:`1 / (s_i^2 - s_j^2)`, which says how fast two
+directions turn into each other, and has no value where they are equally strong. Such inverse gaps are taken as 0 where
+the gap :math:`|s_i - s_j|`, or a singular value itself, is at most :data:`GAP` times the largest singular value: 100
+units in the last place, about what rounding leaves of a gap; and everywhere, if the largest is below 1e-30. Away from
+that the gradients are exact. A result that does not depend on the choice of basis inside a repeated singular value
+should be asked for as a whole (:func:`polar`, :func:`truncate`): it has a derivative of its own, which is exact there.
+
+**Rank.** Directions whose singular value is at most :func:`null_tolerance` times the largest are *null*: they are what
+rounding made of zero, and LAPACK picks them freely.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: Gaps below this share of the largest singular value (or eigenvalue) count as none: 100 float32 epsilons.
+GAP = 100 * float(np.finfo(np.float32).eps)
+
+_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def null_tolerance(shape: tuple[int, ...]) -> float:
+    """The share of the largest singular value up to which one counts as zero: 4 max(m, n) epsilons of float32."""
+    return 4 * max(shape[-2:]) * float(np.finfo(np.float32).eps)
+
+
+def matmul(*factors) -> jax.Array:
+    """The product of matrices (or batches of them) in full float32 precision, also where a fast product rounds more."""
+    return functools.reduce(_dot, factors)
+
+
+@jax.custom_jvp
+def svd(a) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Thin singular value decomposition.
+
+    Args:
+      a: float32 ``(..., m, n)``; k is the smaller of m and n.
+
+    Returns:
+      ``u (..., m, k)``, ``s (..., k)`` from the largest down, ``vt (..., k, n)``.
+
+    Example:
+      >>> u, s, vt = svd(jnp.diag(jnp.array([2.0, 0.0, 3.0])))
+      >>> s.tolist()
+      [3.0, 2.0, 0.0]
+    """
+    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+    return u, s, vt
+
+
+@svd.defjvp
+def _svd_jvp(primals, tangents):
+    (a,), (da,) = primals, tangents
+    u, s, vt = svd(a)
+    unit, scale = _unit(s)
+    da, ut, v = da * scale[..., None], _t(u), _t(vt)
+    dp = matmul(ut, da, v)
+    row, column = unit[..., :, None], unit[..., None, :]
+    turn = _inverse(column - row) * _inverse(row + column)
+    du = matmul(u, turn * (dp * column + row * _t(dp)))
+    dv = matmul(v, turn * (row * dp + _t(dp) * column))
+    inverse = _inverse(unit)[..., None, :]
+    dav, dau = matmul(da, v), matmul(_t(da), u)
+    if a.shape[-2] > a.shape[-1]:
+        du = du + (dav - matmul(u, ut, dav)) * inverse
+    if a.shape[-2] < a.shape[-1]:
+        dv = dv + (dau - matmul(v, vt, dau)) * inverse
+    ds = jnp.diagonal(matmul(ut, tangents[0], v), axis1=-2, axis2=-1)
+    return (u, s, vt), (du, ds, _t(dv))
+
+
+@jax.custom_jvp
+def eigh(a) -> tuple[jax.Array, jax.Array]:
+    """Eigen-decomposition of symmetric matrices.
+
+    Args:
+      a: float32 ``(..., n, n)``; the symmetric part counts.
+
+    Returns:
+      ``values (..., n)`` from the smallest up, and ``vectors (..., n, n)`` in columns.
+
+    Example:
+      >>> eigh(jnp.array([[2.0, 1.0], [1.0, 2.0]]))[0].round(5).tolist()
+      [1.0, 3.0]
+    """
+    values, vectors = jnp.linalg.eigh(a, symmetrize_input=True)
+    return values, vectors
+
+
+@eigh.defjvp
+def _eigh_jvp(primals, tangents):
+    (a,), (da,) = primals, tangents
+    values, vectors = eigh(a)
+    da = (da + _t(da)) / 2
+    dp = matmul(_t(vectors), da, vectors)
+    unit, scale = _unit(values)
+    turn = _inverse(unit[..., None, :] - unit[..., :, None])
+    return (values, vectors), (
+        jnp.diagonal(dp, axis1=-2, axis2=-1),
+        matmul(vectors, turn * (dp * scale[..., None])),
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def polar(a, keep_null: bool = False) -> jax.Array:
+    r"""The orthogonal factor of the polar decomposition, :math:`U V^T` of the thin SVD.
+
+    It is the nearest matrix with orthonormal columns (or rows). Where the matrix has null directions, that part of the
+    factor is arbitrary: it is left out, so that the result is a partial isometry, the same on every platform.
+
+    Args:
+      a: float32 ``(..., m, n)``.
+      keep_null: keep the null directions as the SVD happened to pick them. They are constants for gradients.
+
+    Returns:
+      float32 ``(..., m, n)``.
+
+    Example:
+      >>> polar(jnp.array([[3.0, 0.0], [0.0, 0.5], [0.0, 0.0]])).tolist()
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    """
+    u, s, vt = svd(a)
+    return matmul(u, vt) if keep_null else matmul(u * not_null(s, a.shape)[..., None, :], vt)
+
+
+@polar.defjvp
+def _polar_jvp(keep_null, primals, tangents):
+    (a,), (da,) = primals, tangents
+    u, s, vt = svd(a)
+    kept = jnp.full(s.shape, True) if keep_null else not_null(s, a.shape)
+    out = matmul(u * kept[..., None, :], vt)
+    # In the basis of the singular vectors the derivative is antisymmetric, over sums of singular values: no gaps.
+    unit, scale = _unit(s)
+    row, column = kept[..., :, None], kept[..., None, :]
+    da = da * scale[..., None]
+    dp = matmul(_t(u), da, _t(vt))
+    turned = jnp.where(row & column, dp - _t(dp), jnp.where(row | column, dp, 0))
+    turn = turned * _inverse(unit[..., :, None] + unit[..., None, :])
+    inverse = (kept * _inverse(unit))[..., None]
+    tangent = matmul(u, turn, vt)
+    if a.shape[-2] > a.shape[-1]:
+        dav = matmul(da, _t(vt))
+        tangent = tangent + matmul(dav - matmul(u, _t(u), dav), inverse * vt)
+    if a.shape[-2] < a.shape[-1]:
+        uda = matmul(_t(u), da)
+        tangent = tangent + matmul(u * _t(inverse), uda - matmul(uda, _t(vt), vt))
+    return out, tangent
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def truncate(a, rank: int) -> jax.Array:
+    """The nearest matrix of at most this rank: the leading triples of the SVD, multiplied.
+
+    Args:
+      a: float32 ``(..., m, n)``.
+      rank: how many triples to keep, from 0 on.
+
+    Returns:
+      float32 ``(..., m, n)``.
+
+    Example:
+      >>> truncate(jnp.diag(jnp.array([2.0, 1.0, 3.0])), 1).tolist()
+      [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 3.0]]
+    """
+    u, s, vt = svd(a)
+    return matmul(u[..., :rank] * s[..., None, :rank], vt[..., :rank, :])
+
+
+@truncate.defjvp
+def _truncate_jvp(rank, primals, tangents):
+    (a,), (da,) = primals, tangents
+    u, s, vt = svd(a)
+    kept = jnp.arange(s.shape[-1]) < rank
+    ur, vtr = u[..., :rank], vt[..., :rank, :]
+    out = matmul(ur * s[..., None, :rank], vtr)
+    # What lies in the kept rows or columns stays; kept and dropped directions turn into each other over their gap.
+    dp = matmul(_t(u), da, _t(vt))
+    unit, _ = _unit(s)
+    row, column = unit[..., :, None], unit[..., None, :]
+    strong, weak = jnp.maximum(row, column), jnp.minimum(row, column)
+    turned = strong * _inverse(strong - weak) * _inverse(strong + weak) * (strong * dp + weak * _t(dp))
+    both, one = kept[:, None] & kept[None, :], kept[:, None] != kept[None, :]
+    inside = jnp.where(both, dp, jnp.where(one, turned, 0))
+    tangent = matmul(u, inside, vt)
+    if a.shape[-2] > a.shape[-1]:
+        dav = matmul(da, _t(vtr))
+        tangent = tangent + matmul(dav - matmul(u, _t(u), dav), vtr)
+    if a.shape[-2] < a.shape[-1]:
+        uda = matmul(_t(ur), da)
+        tangent = tangent + matmul(ur, uda - matmul(uda, _t(vt), vt))
+    return out, tangent
+
+
+def not_null(s, shape: tuple[int, ...]) -> jax.Array:
+    """Which singular values ``s (..., k)`` of a matrix of this shape are more than rounding: bool ``(..., k)``."""
+    return (s > null_tolerance(shape) * s[..., :1]) & (s > 0)
+
+
+def solve_right(b, a, cutoff: float | None = None) -> jax.Array:
+    """``b`` times the pseudo-inverse of the positive semi-definite ``a``.
+
+    Args:
+      b: float32 ``(..., m, n)``.
+      a: float32 ``(..., n, n)``, symmetric, no negative eigenvalues but for rounding.
+      cutoff: eigenvalues up to this share of the largest count as zero; None means :func:`null_tolerance`.
+
+    Returns:
+      float32 ``(..., m, n)``: the x of least norm among those that make ``x a`` nearest to ``b``.
+
+    Example:
+      >>> solve_right(jnp.array([[2.0, 3.0]]), jnp.diag(jnp.array([4.0, 0.0]))).tolist()
+      [[0.5, 0.0]]
+    """
+    values, vectors = eigh(a)
+    share = null_tolerance(a.shape) if cutoff is None else cutoff
+    real = (values > share * values[..., -1:]) & (values > 0)
+    inverse = jnp.where(real, 1 / jnp.where(real, values, 1), 0)
+    return matmul(matmul(b, vectors) * inverse[..., None, :], _t(vectors))
+
+
+def _t(a):
+    return jnp.swapaxes(a, -1, -2)
+
+
+def _unit(s):
+    """Singular values (or eigenvalues) over the largest, and one over the largest; zeros if there is nothing."""
+    largest = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
+    nothing = largest < 1e-30
+    scale = jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, largest))
+    return s * scale, scale
+
+
+def _inverse(value):
+    """``1 / value``, and 0 where its size is at most GAP."""
+    small = jnp.abs(value) <= GAP
+    return jnp.where(small, 0, 1 / jnp.where(small, 1, value))
