@@ -1,11 +1,13 @@
-"""Writes docs/methods.md from the registry: python docs/generate_methods.py [--check]."""
+"""Writes docs/methods.md and tadrop_jax/__init__.pyi from the registry: python docs/generate_methods.py [--check]."""
 
 import sys
 from pathlib import Path
 
+import tadrop_jax
 from tadrop_jax.registry import METHODS, Method, Parameter
 
 PAGE = Path(__file__).with_name("methods.md")
+STUB = Path(tadrop_jax.__file__).with_suffix(".pyi")
 HEAD = """# Methods
 
 <!-- Written by docs/generate_methods.py from tadrop_jax/registry.py. Change the registry, then run it. -->
@@ -29,16 +31,30 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def stub() -> str:
+    """What type checkers read of the package: the lazy names, spelt out."""
+    homes = sorted((f"tadrop_jax.{module}", name) for name, module in tadrop_jax.HOMES.items())
+    lines = [f"from {module} import {name} as {name}" for module, name in homes]
+    return "\n".join(["# Written by docs/generate_methods.py.", *lines, "", "__version__: str", ""])
+
+
 def _section(method: Method) -> str:
     rows = [(f"`{p.name}`", f"`{_value(p, p.default)}`", _values(p), p.about) for p in method.parameters]
     told = f"### `{method.name}` {{ #{method.name} }}\n\n" + _table(("parameter", "default", "values", "meaning"), rows)
+    models = {(1, None): "", (1, 1): "Takes the base and one model.\n\n"}.get(method.models)
+    if models is None:
+        least, most = method.models
+        models = f"Takes {'exactly' if least == most else 'at least'} {least} models.\n\n"
     random = "Draws random numbers: `--seed`, or `key=jax.random.key(seed)`.\n\n" if method.random else ""
-    return f"{told}\n{random}Properties that hold and are tested: {', '.join(sorted(method.properties))}.\n"
+    data = "Needs data and the model's function: from Python only.\n\n" if method.needs_data else ""
+    held = ", ".join(sorted(method.properties)) or "none"
+    return f"{told}\n{models}{data}{random}Properties that hold and are tested: {held}.\n"
 
 
 def _values(parameter: Parameter) -> str:
     named = {"numbers": "a number, or one per task", "whole": "a whole number", "flag": "`true`, `false`"}
     named |= {"number": "a number", "order": "a list of tasks", "patterns": "regular expressions", "text": "text"}
+    named |= {role: f"a {role}: `NAME[:NAME=VALUE;...]`" for role in ("sparsifier", "rule")}
     said = ", ".join(f"`{o}`" for o in parameter.options) or named[parameter.kind]
     return said + ", `none`" * parameter.optional
 
@@ -53,8 +69,9 @@ def _table(columns, rows) -> str:
 
 
 if __name__ == "__main__":
+    written = {PAGE: page(), STUB: stub()}
     if "--check" in sys.argv:
-        sys.exit(
-            0 if PAGE.read_text() == page() else "docs/methods.md is not up to date: python docs/generate_methods.py"
-        )
-    PAGE.write_text(page())
+        old = [file.name for file, text in written.items() if file.read_text() != text]
+        sys.exit(f"not up to date: {', '.join(old)}; run python docs/generate_methods.py" if old else 0)
+    for file, text in written.items():
+        file.write_text(text)

@@ -56,11 +56,12 @@ def test_every_public_function_has_an_example():
     assert bare == []
 
 
-def test_table_of_methods_is_up_to_date():
+def test_table_and_stub_of_methods_are_up_to_date():
     spec = importlib.util.spec_from_file_location("generate_methods", ROOT / "docs" / "generate_methods.py")
     generate_methods = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate_methods)
     assert (ROOT / "docs" / "methods.md").read_text() == generate_methods.page()
+    assert (ROOT / "tadrop_jax" / "__init__.pyi").read_text() == generate_methods.stub()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

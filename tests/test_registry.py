@@ -22,6 +22,8 @@ TEXTS = {
     "order": [("[1,0,2]", [1, 0, 2]), ("2,1", [2, 1])],
     "patterns": [("^head", ("^head",)), ('["a,b", "c"]', ("a,b", "c"))],
     "text": [("affine:0.5,0.1", "affine:0.5,0.1")],
+    "sparsifier": [("magnitude:density=.3;keep=exact", "magnitude:density=.3;keep=exact")],
+    "rule": [("ties:density=.3", "ties:density=.3")],
 }
 NONSENSE = {"number": "much", "numbers": "0.1,x", "whole": "1.5", "flag": "maybe", "order": "[a]", "choice": "no such"}
 
@@ -45,9 +47,14 @@ def test_entry_agrees_with_the_function(method):
 @pytest.mark.parametrize("method", METHODS.values(), ids=ids)
 def test_method_is_public_and_builds_at_its_defaults(method):
     assert method.name in tj.__all__
+    if method.needs_data:
+        with pytest.raises(tj.ParameterError, match=f"call tadrop_jax.{method.name} from Python"):
+            registry.build(method.name, {}, method.role)
+        return
     step = registry.build(method.name, {}, method.role)
-    assert steps.output_of(step) == {"task vectors": "stack", "one model": "vector"}.get(method.output, "bundle")
-    assert method.random == any(s.random for s in steps.expand(step, 2))
+    one = "parameters" if method.on == "weights" else "vector"
+    assert steps.output_of(step) == {"task vectors": "stack", "one model": one}.get(method.output, "bundle")
+    assert method.random == any(s.random for s in steps.expand(step, method.models[1] or 3))
 
 
 @pytest.mark.parametrize(("method", "parameter"), PARAMETERS, ids=ids)

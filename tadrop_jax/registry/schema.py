@@ -1,0 +1,84 @@
+"""What an entry of the registry says, and the parameters that several methods share."""
+
+from typing import Any, NamedTuple
+
+from tadrop_jax.errors import ParameterError
+
+
+class Parameter(NamedTuple):
+    """A parameter of a method.
+
+    Attributes:
+      name: as in Python and in ``--set NAME=VALUE``.
+      kind: ``"number"``, ``"numbers"`` (one, or one per task), ``"whole"``, ``"flag"``, ``"choice"``, ``"patterns"``,
+        ``"order"`` (a list of task indices), ``"sparsifier"`` or ``"rule"`` (another method, in text as
+        ``NAME[:PARAMETER=VALUE;...]``) or ``"text"``.
+      default: what it is if nothing is said.
+      about: one line for the user.
+      options: of a choice.
+      optional: whether None is a value.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    about: str
+    options: tuple[Any, ...] = ()
+    optional: bool = False
+
+
+class Method(NamedTuple):
+    """A sparsifier or a merge rule.
+
+    Attributes:
+      name: its name everywhere.
+      role: ``"sparsifier"`` or ``"rule"``.
+      home: module and function.
+      about: one line for the user.
+      source: where it comes from.
+      granularity: ``"entry"``, ``"group"``, ``"tensor"``, ``"global"``, or several.
+      output: ``"task vectors"``, ``"one model"`` or ``"one model per task"``.
+      parameters: in the order of the function.
+      random: whether it draws random numbers.
+      on: what it works on, ``"task vectors"`` or ``"weights"``.
+      models: the least and the most fine-tuned models it takes; None means any number.
+      needs_data: whether it needs data and a model's function, so that it runs from Python only.
+      properties: what the property tests hold it to, at the defaults and at each option of its choices.
+        ``"symmetric"``: the order of the tasks does not matter. ``"scales"``: task vectors times a power of two give
+        the result times it. ``"zero"``: zero task vectors give zero. ``"density"``: density 0 gives zeros, density 1
+        is the identity (of a rule: the rule without its trim). ``"gradients"``: gradients in coefficients, weights and
+        task vectors are finite. At the defaults only: ``"local"``: another tensor in the tree changes nothing.
+        ``"copies"``: T copies of one model give what one gives.
+    """
+
+    name: str
+    role: str
+    home: str
+    about: str
+    source: str
+    granularity: str
+    output: str
+    parameters: tuple[Parameter, ...]
+    random: bool = False
+    on: str = "task vectors"
+    models: tuple[int, int | None] = (1, None)
+    needs_data: bool = False
+    properties: frozenset[str] = frozenset()
+
+    def parameter(self, name: str) -> Parameter:
+        """One parameter.
+
+        Raises:
+          ParameterError: naming the method and what parameters it has.
+        """
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        known = ", ".join(p.name for p in self.parameters) or "none"
+        raise ParameterError(f"{self.name} has no parameter {name!r}; it has {known}")
+
+
+KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")
+NORM = Parameter("norm", "choice", 2, "norm to restore after pruning: 2, 1 or none", (1, 2), optional=True)
+WEIGHTS = Parameter("weights", "numbers", 1.0, "weight of each task")
+SMOOTH = frozenset({"symmetric", "scales", "zero", "gradients"})

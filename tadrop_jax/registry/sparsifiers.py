@@ -1,0 +1,107 @@
+"""Sparsifiers: task vectors to task vectors with more zeros."""
+
+from tadrop_jax.registry.schema import KEEP, NORM, SMOOTH, Method, Parameter
+
+ENTRIES = (
+    Method(
+        "tadrop",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.tadrop:tadrop",
+        "gives each tensor its own sparsity, read off its quantile ratio, and restores its norm",
+        "arXiv 2508.06163; quantiles, mapping and norm are ours",
+        "tensor",
+        "task vectors",
+        (
+            Parameter("q_low", "number", 0.75, "lower quantile"),
+            Parameter("q_high", "number", 0.95, "upper quantile"),
+            NORM,
+            Parameter(
+                "mapping", "text", "identity", "ratio to sparsity: identity, affine:SLOPE,OFFSET or power:EXPONENT"
+            ),
+            Parameter("s_min", "number", 0.0, "least sparsity"),
+            Parameter("s_max", "number", 0.9, "largest sparsity"),
+        ),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "uniform",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.uniform:uniform",
+        "prunes every tensor to one sparsity and restores its norm: TADrop's control",
+        "ours, as a control",
+        "tensor",
+        "task vectors",
+        (Parameter("sparsity", "numbers", 0.5, "share to prune"), NORM),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "magnitude",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.magnitude:magnitude",
+        "keeps the largest magnitudes",
+        "arXiv 2306.01708 (the trim of TIES)",
+        "tensor or global",
+        "task vectors",
+        (
+            Parameter("density", "numbers", 0.2, "share to keep"),
+            Parameter(
+                "granularity", "choice", "tensor", "one threshold a tensor, or one for all", ("tensor", "global")
+            ),
+            Parameter("keep", "choice", "at_least_one", "how the number to keep is rounded", KEEP),
+        ),
+        properties=SMOOTH | {"local", "density"},
+    ),
+    Method(
+        "dare",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.dare:dare",
+        "drops entries at random and rescales the rest",
+        "arXiv 2311.03099",
+        "entry",
+        "task vectors",
+        (
+            Parameter("density", "numbers", 0.5, "probability to keep an entry"),
+            Parameter(
+                "rescale",
+                "choice",
+                "inverse",
+                "by 1/density, to the L1 norm, or none",
+                ("inverse", "l1"),
+                optional=True,
+            ),
+        ),
+        random=True,
+        properties=frozenset({"scales", "zero", "local", "density", "gradients"}),
+    ),
+    Method(
+        "n_m",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.n_m:n_m",
+        "keeps n of every m consecutive weights",
+        "arXiv 2503.01874 (balanced sparsification)",
+        "group",
+        "task vectors",
+        (
+            Parameter("n", "whole", 3, "kept in each group"),
+            Parameter("m", "whole", 32, "length of a group"),
+            Parameter("tail", "choice", "ceil", "what to do with a shorter last group", ("ceil", "drop")),
+        ),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "conflict_aware",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.conflict_aware:conflict_aware",
+        "sparsifies one task after another on the entries that are still free: disjoint masks",
+        "arXiv 2503.01874",
+        "that of the inner sparsifier",
+        "task vectors",
+        (
+            Parameter(
+                "sparsifier", "sparsifier", "magnitude", "the inner sparsifier, NAME or NAME:PARAMETER=VALUE;..."
+            ),
+            Parameter("order", "order", None, "order of the tasks, e.g. [1,0,2]", optional=True),
+        ),
+        properties=frozenset({"local", "scales", "zero", "gradients"}),
+    ),
+)
