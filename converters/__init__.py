@@ -7,7 +7,8 @@ Importing this package imports neither jax nor flax nor torch.
 """
 
 from converters.errors import ConversionError
-from converters.huggingface import load, read_tensors, save
+from converters.files import read_tensors
+from converters.loading import load, save
 from converters.mapping import Row, Transform, layout, to_flax, to_torch
 
 __all__ = [

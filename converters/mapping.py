@@ -3,6 +3,8 @@
 A table is a sequence of rows `Row(torch, flax, transform)`. Both names are templates: `{i}` stands for a
 number (a layer's index) and `{part:query|key|value}` for one of the listed words. What a placeholder matches
 on one side is filled in on the other, so that the same rows read `to_flax` and, turned round, `to_torch`.
+Where one tensor holds several (fused query, key and value), `flax` is a tuple: the tensor's first axis in PyTorch's
+order is cut into that many equal parts, and put together again on the way back.
 
 Importing this needs only numpy. Arrays keep their dtype, and a tensor that goes to Flax and back has the same
 bytes.
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from converters import leaves
 from converters.errors import ConversionError
 
 
@@ -32,10 +35,16 @@ class Transform(enum.Enum):
 
 
 class Row(NamedTuple):
-    """One line of a table: the tensor's two names and how its axes move between them."""
+    """One line of a table: the tensor's two names and how its axes move between them.
+
+    Attributes:
+        torch: the name in the file.
+        flax: the path in the module; several for the equal parts of a fused tensor.
+        transform: how the axes move.
+    """
 
     torch: str
-    flax: str
+    flax: str | tuple[str, ...]
     transform: Transform = Transform.IDENTITY
 
 
@@ -94,13 +103,7 @@ def to_flax(state_dict: Mapping[str, np.ndarray], table: Table, *, expect: Any =
         >>> to_flax({"fc.weight": np.zeros((3, 2))}, linear("fc", "fc"))["fc"]["kernel"].shape
         (2, 3)
     """
-    flat, problems = _translate(state_dict, table, forward=True)
-    if expect is not None:
-        paths = {path: (array.shape, source) for path, (array, source) in flat.items()}
-        problems += _compare(paths, expect, table)
-    if problems:
-        raise ConversionError("cannot convert PyTorch tensors to Flax:", problems)
-    return _nest({path: array for path, (array, _) in flat.items()})
+    return _nest(translate(state_dict, table, forward=True, expect=expect))
 
 
 def to_torch(tree: Any, table: Table, *, expect: Any = None) -> dict[str, np.ndarray]:
@@ -122,42 +125,72 @@ def to_torch(tree: Any, table: Table, *, expect: Any = None) -> dict[str, np.nda
         (3, 2)
     """
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
-    flat, problems = _translate(arrays, table, forward=False)
+    flat = translate(arrays, table, forward=False, expect=expect)
+    return {name: np.ascontiguousarray(array) for name, array in flat.items()}
+
+
+def translate(tensors: Mapping[str, Any], table: Table, *, forward: bool, expect: Any = None) -> dict[str, Any]:
+    """Renames and reorders flat tensors; nothing is read or copied until a result is asked for.
+
+    Args:
+        tensors: arrays or `converters.leaves.Leaf` by PyTorch name (forward) or by Flax path.
+        table: the family's rows.
+        forward: from PyTorch to Flax.
+        expect: as in `to_flax`.
+
+    Returns:
+        Views and leaves by Flax path (forward) or by PyTorch name.
+
+    Raises:
+        ConversionError: as `to_flax` and `to_torch`.
+    """
+    found, problems, paths = _translate(tensors, table, forward=forward)
     if expect is not None:
-        mapped = {source for _, source in flat.values()}
-        paths = {path: (array.shape, path) for path, array in arrays.items() if path in mapped}
         problems += _compare(paths, expect, table)
     if problems:
-        raise ConversionError("cannot convert Flax parameters to PyTorch:", problems)
-    return {name: np.ascontiguousarray(array) for name, (array, _) in flat.items()}
+        what = "PyTorch tensors to Flax" if forward else "Flax parameters to PyTorch"
+        raise ConversionError(f"cannot convert {what}:", problems)
+    return found
 
 
-def layout(table: Table) -> Callable[[str], tuple[int, ...] | None]:
-    """Gives, for a Flax path, the permutation of its axes into PyTorch order, or None where nothing moves.
+def layout(table: Table) -> Callable[[str], tuple[str, tuple[int, ...] | None] | None]:
+    """Gives, for a Flax path, the tensor's PyTorch name and the permutation of its axes into PyTorch order.
+
+    That is what `tadrop_jax.merge(layout=)` takes, so that groups, rows and random numbers follow the PyTorch tensor.
+
+    Args:
+        table: a family's rows.
+
+    Returns:
+        A function of a path: (name, order), where order is None if nothing moves; None for a path that no row maps. The
+        parts of a fused tensor have no tensor of their own in PyTorch: theirs is (path, order), and a merge by rows,
+        groups or random numbers differs from one of the fused tensor.
 
     Example:
         >>> layout(linear("fc", "fc"))("fc/kernel")
-        (1, 0)
+        ('fc.weight', (1, 0))
     """
     rules = _compile(table, forward=False)
 
-    def permutation(path: str) -> tuple[int, ...] | None:
-        for pattern, _, transform in rules:
-            if pattern.fullmatch(path):
-                return transform.axes(forward=False) or None
+    def place(path: str) -> tuple[str, tuple[int, ...] | None] | None:
+        for rule in rules:
+            if match := rule.pattern.fullmatch(path):
+                name = rule.targets[0].format(**match.groupdict()) if rule.parts == 1 else path
+                return name, rule.transform.axes(forward=False) or None
         return None
 
-    return permutation
+    return place
 
 
 def _compare(paths: Mapping[str, tuple[tuple[int, ...], str]], expect: Any, table: Table) -> list[str]:
     """Lines for what differs between the Flax paths found, each (shape, source name), and the model's own."""
     wanted = flatten(expect)
-    names = {path: name for name, (_, path) in _translate(wanted, table, forward=False)[0].items()}
+    rules = _compile(table, forward=False)
     problems = []
     for path, want in wanted.items():
         if path not in paths:
-            problems.append(f"missing: {names.get(path, '(no row of the table)')} (Flax {path})")
+            names = (r.targets[0].format(**m.groupdict()) for r in rules if (m := r.pattern.fullmatch(path)))
+            problems.append(f"missing: {next(names, '(no row of the table)')} (Flax {path})")
         elif paths[path][0] != want.shape:
             shape, source = paths[path]
             problems.append(f"wrong shape: {source} gives {shape} at {path}, the model has {want.shape}")
@@ -166,46 +199,84 @@ def _compare(paths: Mapping[str, tuple[tuple[int, ...], str]], expect: Any, tabl
     ]
 
 
+class _Rule(NamedTuple):
+    """A row in one direction: a source name's pattern, and the formats of what it gives.
+
+    Backwards, a fused tensor has a rule for each of its parts.
+    """
+
+    pattern: re.Pattern[str]
+    targets: tuple[str, ...]
+    transform: Transform
+    part: int = 0
+    parts: int = 1
+
+
 def _translate(
     tensors: Mapping[str, Any], table: Table, *, forward: bool
-) -> tuple[dict[str, tuple[Any, str]], list[str]]:
-    """Renames and reorders; returns target name -> (array, source name), and a line for each failure."""
+) -> tuple[dict[str, Any], list[str], dict[str, tuple[tuple[int, ...], str]]]:
+    """Target name -> array; a line for each failure; Flax path -> (shape there, source name) of what was mapped."""
     rules = _compile(table, forward=forward)
-    found: dict[str, tuple[Any, str]] = {}
+    parts: dict[str, list[tuple[Any, str] | None]] = {}
+    paths: dict[str, tuple[tuple[int, ...], str]] = {}
     problems = []
     for source, array in tensors.items():
-        match, fill, transform = next(
-            ((m, fill, t) for pattern, fill, t in rules if (m := pattern.fullmatch(source))), (None, "", None)
-        )
-        if match is None or transform is None:
+        match, rule = next(((m, rule) for rule in rules if (m := rule.pattern.fullmatch(source))), (None, None))
+        if match is None or rule is None:
             problems.append(f"unmapped: {source} {tuple(array.shape)}")
             continue
-        target = fill.format(**match.groupdict())
-        if target in found:
-            problems.append(f"mapped twice: {source} and {found[target][1]} both give {target}")
-        elif transform.value and len(array.shape) != len(transform.value):
-            needs = f"{transform.name} needs {len(transform.value)} axes"
-            problems.append(f"wrong shape: {source} {tuple(array.shape)}, {needs}")
+        if told := _misfit(source, array, rule):
+            problems.append(told)
+            continue
+        pieces = leaves.split(array, len(rule.targets)) if len(rule.targets) > 1 else [array]
+        for template, piece in zip(rule.targets, pieces, strict=True):
+            target = template.format(**match.groupdict())
+            moved = _permute(piece, rule.transform.axes(forward=forward))
+            held = parts.setdefault(target, [None] * rule.parts)
+            other = held[rule.part]
+            if other is not None:
+                problems.append(f"mapped twice: {source} and {other[1]} both give {target}")
+                continue
+            held[rule.part] = (moved, source)
+            paths[target if forward else source] = (tuple(moved.shape if forward else array.shape), source)
+    found = {}
+    for target, held in parts.items():
+        there = [part for part in held if part is not None]
+        alike = len({(tuple(array.shape), str(array.dtype)) for array, _ in there}) == 1
+        if len(there) < len(held):
+            problems.append(f"missing: {len(held) - len(there)} of the {len(held)} parts of {target}")
+        elif not alike:
+            shapes = ", ".join(f"{source} {tuple(array.shape)} {array.dtype}" for array, source in there)
+            problems.append(f"wrong shape: the parts of {target} are not alike: {shapes}")
         else:
-            found[target] = (_permute(array, transform.axes(forward=forward)), source)
-    return found, problems
+            found[target] = there[0][0] if len(there) == 1 else leaves.join([array for array, _ in there])
+    return found, problems, paths
+
+
+def _misfit(source: str, array: Any, rule: _Rule) -> str | None:
+    """A line that tells why a rule cannot take an array."""
+    axes, shape, count = len(rule.transform.value), tuple(array.shape), len(rule.targets)
+    if axes and len(shape) != axes:
+        return f"wrong shape: {source} {shape}, {rule.transform.name} needs {axes} axes"
+    if count > 1 and (not shape or shape[0] % count):
+        return f"wrong shape: {source} {shape}, its first axis must hold {count} equal parts"
+    return None
 
 
 def _permute(array: Any, axes: Sequence[int]) -> Any:
-    # Abstract arrays (a model's expected shapes) have no transpose; only their names matter here.
-    return array.transpose(axes) if len(axes) and hasattr(array, "transpose") else array
+    return array.transpose(axes) if len(axes) else array
 
 
-def _compile(table: Table, *, forward: bool) -> list[tuple[re.Pattern[str], str, Transform]]:
-    """Turns each row into (pattern of the source name, format of the target name, transform)."""
-    return [
-        (
-            _pattern(row.torch if forward else row.flax),
-            _format(row.flax if forward else row.torch),
-            row.transform,
-        )
-        for row in table
-    ]
+def _compile(table: Table, *, forward: bool) -> list[_Rule]:
+    rules = []
+    for row in table:
+        paths = (row.flax,) if isinstance(row.flax, str) else row.flax
+        if forward:
+            rules.append(_Rule(_pattern(row.torch), tuple(_format(path) for path in paths), row.transform))
+        else:
+            back = (_format(row.torch),)
+            rules += [_Rule(_pattern(path), back, row.transform, part, len(paths)) for part, path in enumerate(paths)]
+    return rules
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -28,10 +28,13 @@ from tadrop_jax.trees import check_patterns, is_mergeable, is_traced, named_leav
 
 
 class Layout(NamedTuple):
-    """How a Flax tensor lies in PyTorch: its name there, and the permutation of its axes into PyTorch order."""
+    """How a Flax tensor lies in PyTorch: its name there, and the permutation of its axes into PyTorch order.
+
+    An order of None leaves the axes as they are.
+    """
 
     name: str
-    order: tuple[int, ...]
+    order: tuple[int, ...] | None
 
 
 def merge(
@@ -57,8 +60,9 @@ def merge(
       include: regular expression(s) of the tensors to merge (``re.search`` on '/'-joined paths); None means all.
       exclude: regular expression(s) of tensors to take from the base; beats include. Such tensors leave global
         statistics, and need not be alike in the models.
-      layout: maps a path to the permutation into PyTorch order, or to a :class:`Layout`, so that groups, rows and
-        random positions follow the PyTorch tensor.
+      layout: maps a path to the permutation into PyTorch order, or to a :class:`Layout` (any pair of name and
+        permutation, as ``converters.layout`` gives them), so that groups, rows and random positions follow the
+        PyTorch tensor.
       key: ``jax.random.key(seed)``, for methods that are random.
 
     Returns:
@@ -296,11 +300,12 @@ def _by_name(tree) -> dict[str, Any]:
 
 def _laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]:
     """The permutation into PyTorch order (None: as it is), and the name that random numbers are drawn by."""
-    given = None if layout is None else layout(name) if callable(layout) else layout.get(name)
+    given: Any = None if layout is None else layout(name) if callable(layout) else layout.get(name)
     if given is None:
         return None, name
-    torch_name, order = given if isinstance(given, Layout) else (name, given)
-    order = tuple(int(a) for a in order)  # pyright: ignore[reportGeneralTypeIssues]
+    named = len(given) == 2 and isinstance(given[0], str)
+    torch_name, order = given if named else (name, given)
+    order = tuple(range(ndim)) if order is None else tuple(int(a) for a in order)
     if sorted(order) != list(range(ndim)):
         raise MergeError(f"layout of {name!r} must be a permutation of its {ndim} axes, got {order}")
     return (None if order == tuple(range(ndim)) else order), torch_name

@@ -56,12 +56,22 @@ def test_every_public_function_has_an_example():
     assert bare == []
 
 
-def test_table_and_stub_of_methods_are_up_to_date():
-    spec = importlib.util.spec_from_file_location("generate_methods", ROOT / "docs" / "generate_methods.py")
-    generate_methods = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate_methods)
-    assert (ROOT / "docs" / "methods.md").read_text() == generate_methods.page()
-    assert (ROOT / "tadrop_jax" / "__init__.pyi").read_text() == generate_methods.stub()
+def generator(subject: str):
+    """The script that writes a page."""
+    script = ROOT / "docs" / f"generate_{subject}.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("subject", ["methods", "converters"])
+def test_generated_pages_are_up_to_date(subject):
+    assert (ROOT / "docs" / f"{subject}.md").read_text() == generator(subject).page()
+
+
+def test_stub_is_up_to_date():
+    assert (ROOT / "tadrop_jax" / "__init__.pyi").read_text() == generator("methods").stub()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -1,7 +1,9 @@
 """Vision Transformer image classifiers (`ViTForImageClassification` of Hugging Face)."""
 
 from converters.vit.model import ViTConfig as Config
-from converters.vit.model import ViTForImageClassification as Model
-from converters.vit.table import TABLE
+from converters.vit.model import ViTForImageClassification
+from converters.vit.table import table
 
-__all__ = ["TABLE", "Config", "Model"]
+MODELS = {"ViTForImageClassification": ViTForImageClassification}
+
+__all__ = ["MODELS", "Config", "table"]

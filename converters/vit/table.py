@@ -12,7 +12,7 @@ def _in_layer(rows, torch: str, flax: str) -> list[Row]:
     return rows(_LAYER[0] + torch, _LAYER[1] + flax)
 
 
-TABLE: tuple[Row, ...] = (
+_ROWS: tuple[Row, ...] = (
     Row("vit.embeddings.cls_token", "vit/embeddings/cls_token"),
     Row("vit.embeddings.position_embeddings", "vit/embeddings/position_embeddings"),
     *conv("vit.embeddings.patch_embeddings.projection", "vit/embeddings/patch_embeddings/projection"),
@@ -24,3 +24,8 @@ TABLE: tuple[Row, ...] = (
     *norm("vit.layernorm", "vit/layernorm"),
     *linear("classifier", "classifier"),
 )
+
+
+def table(config, architecture: str) -> tuple[Row, ...]:
+    """The rows of an architecture; they hold for any configuration."""
+    return _ROWS

@@ -88,13 +88,13 @@ def test_two_rows_for_one_target_are_refused():
 
 
 def test_layout_is_the_way_back_to_pytorch():
-    permutation = layout(TABLE)
+    place = layout(TABLE)
     source = tensors()
     for path, leaf in flatten(to_flax(source, TABLE)).items():
-        axes = permutation(path)
+        name, axes = place(path)
         torch = leaf if axes is None else leaf.transpose(axes)
-        assert any(torch.shape == t.shape and np.array_equal(torch, t) for t in source.values()), path
-    assert permutation("no/such/path") is None
+        np.testing.assert_array_equal(torch, source[name], err_msg=path)
+    assert place("no/such/path") is None
 
 
 def test_modules_states_and_dictionaries_have_the_same_names():
@@ -117,3 +117,28 @@ def test_transforms_undo_themselves():
         forward, back = transform.axes(forward=True), transform.axes(forward=False)
         x = np.arange(np.prod(range(1, len(forward) + 1), dtype=int)).reshape(range(1, len(forward) + 1))
         np.testing.assert_array_equal(x.transpose(forward or None).transpose(back or None), x)
+
+
+FUSED = (Row("attn.in_proj_weight", ("q/kernel", "k/kernel", "v/kernel"), Transform.LINEAR),)
+
+
+def test_fused_tensors_are_cut_and_joined():
+    fused = np.arange(24, dtype=np.float32).reshape(6, 4)
+    tree = to_flax({"attn.in_proj_weight": fused}, FUSED)
+    np.testing.assert_array_equal(tree["k"]["kernel"], fused[2:4].T)
+    np.testing.assert_array_equal(to_torch(tree, FUSED)["attn.in_proj_weight"], fused)
+    assert layout(FUSED)("k/kernel") == ("k/kernel", (1, 0))
+
+
+def test_what_is_wrong_with_a_fused_tensor_is_named():
+    with pytest.raises(ConversionError, match=r"in_proj_weight \(7, 4\).*3 equal parts"):
+        to_flax({"attn.in_proj_weight": np.zeros((7, 4))}, FUSED)
+    kernels = {name: {"kernel": np.zeros((4, 2), np.float32)} for name in "qkv"}
+    expect = {name: dict(kernel) for name, kernel in kernels.items()}
+    del kernels["k"]
+    with pytest.raises(ConversionError, match=r"1 of the 3 parts of attn.in_proj_weight") as caught:
+        to_torch(kernels, FUSED, expect=expect)
+    assert any("missing: attn.in_proj_weight (Flax k/kernel)" in line for line in caught.value.problems)
+    kernels["k"] = {"kernel": np.zeros((4, 3), np.float32)}
+    with pytest.raises(ConversionError, match="are not alike"):
+        to_torch(kernels, FUSED)

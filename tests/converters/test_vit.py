@@ -13,7 +13,9 @@ from flax import nnx
 
 import converters
 from converters import ConversionError
-from converters.vit import TABLE, Config, Model
+from converters.vit import MODELS, Config, table
+
+Model = MODELS["ViTForImageClassification"]
 
 TINY = Config(
     hidden_size=8,
@@ -117,7 +119,7 @@ def test_unsupported_configurations_say_why():
 
 
 def test_the_table_covers_the_model_and_nothing_moves_twice(tiny):
-    names = converters.to_torch(tiny, TABLE)
+    names = converters.to_torch(tiny, table(TINY, "ViTForImageClassification"))
     assert len(names) == 4 + 2 * 16 + 2 + 2
     assert names["vit.encoder.layer.1.attention.attention.query.weight"].shape == (8, 8)
 

@@ -1,0 +1,66 @@
+"""Arrays that are read when they are asked for, so that a conversion holds one tensor at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Leaf:
+    """An array in a file: its shape and dtype are known, its contents come with `np.asarray(leaf)`.
+
+    Args:
+        shape: the shape.
+        dtype: the dtype.
+        read: gives the contents; called anew each time.
+
+    Example:
+        >>> leaf = Leaf((2, 3), np.dtype(np.float32), lambda: np.ones((2, 3), np.float32))
+        >>> leaf.transpose((1, 0)).shape, np.asarray(leaf.transpose((1, 0))).sum()
+        ((3, 2), np.float32(6.0))
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contents."""
+        return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = self.read()
+        return array if dtype is None else array.astype(dtype)
+
+    def transpose(self, axes: Sequence[int]) -> "Leaf":
+        """The same with its axes in another order."""
+        return Leaf([self.shape[a] for a in axes], self.dtype, lambda: self.read().transpose(axes))
+
+    def reshape(self, shape: Sequence[int]) -> "Leaf":
+        """The same in another shape."""
+        return Leaf(shape, self.dtype, lambda: self.read().reshape(shape))
+
+
+def split(array: Any, parts: int) -> list[Any]:
+    """Cuts an array, or a leaf, into equal parts along its first axis."""
+    rows = array.shape[0] // parts
+    if not isinstance(array, Leaf):
+        return [array[k * rows : (k + 1) * rows] for k in range(parts)]
+    shape = (rows, *array.shape[1:])
+    return [Leaf(shape, array.dtype, lambda k=k: array.read()[k * rows : (k + 1) * rows]) for k in range(parts)]
+
+
+def join(arrays: Sequence[Any]) -> Leaf:
+    """Puts arrays of one dtype one after another along their first axis."""
+    shape = (sum(a.shape[0] for a in arrays), *arrays[0].shape[1:])
+    return Leaf(shape, arrays[0].dtype, lambda: np.concatenate([np.asarray(a) for a in arrays]))

@@ -1,0 +1,124 @@
+"""Between the names in a file and those of a family's table: other spellings, tied copies, computed buffers."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from converters.errors import ConversionError
+from converters.families import Architecture, offered
+
+_ALONE = "alone"
+
+
+class Origin(NamedTuple):
+    """What a loaded module remembers of its file.
+
+    Attributes:
+        architecture: its name in `converters.families.ARCHITECTURES`.
+        stored: (name, dtype) of each tied copy and buffer that the file stored besides the parameters; in place of the
+            dtype "alone" for a copy that was stored without the tensor it is a copy of.
+    """
+
+    architecture: str
+    stored: tuple[tuple[str, str], ...] = ()
+
+
+def spelled(tensors: Mapping[str, Any], package: Any, entry: Architecture) -> dict[str, Any]:
+    """Renames tensors to the spelling that the family's table has.
+
+    Raises:
+        ConversionError: two names give the same.
+    """
+    rules = [(re.compile(pattern), new) for pattern, new in offered(package, "aliases", (), entry.name)]
+    found: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    problems = []
+    for source, array in tensors.items():
+        name = source
+        for pattern, new in rules:
+            name = pattern.sub(new, name)
+        if name in found:
+            problems.append(f"mapped twice: {source} and {origin[name]} are both {name}")
+        found[name], origin[name] = array, source
+    if problems:
+        raise ConversionError("cannot tell the tensors apart:", problems)
+    return found
+
+
+def learned(
+    tensors: Mapping[str, Any], package: Any, entry: Architecture, config: Any
+) -> tuple[dict[str, Any], Origin, list[str]]:
+    """Separates the learned parameters from tied copies and buffers, which are checked.
+
+    Args:
+        tensors: arrays or leaves, as `spelled` gives them.
+        package: the family's.
+        entry: the architecture.
+        config: the family's Config.
+
+    Returns:
+        The parameters, what has to be remembered, and a line for each copy or buffer that is not what it must be.
+    """
+    copies = offered(package, "tied", {}, config, entry.name)
+    buffers = _buffers(package, entry, config)
+    kept, stored, problems = {}, [], []
+    for name, array in tensors.items():
+        make, match = _buffer(buffers, name)
+        if name in copies and copies[name] not in tensors:
+            kept[copies[name]] = array
+            stored.append((name, _ALONE))
+        elif name in copies:
+            if not _same_bytes(array, tensors[copies[name]]):
+                problems.append(f"tied to {copies[name]} by the configuration, but differs from it: {name}")
+            stored.append((name, str(array.dtype)))
+        elif match is not None:
+            want = np.asarray(make(match))
+            if tuple(array.shape) != want.shape or not np.array_equal(np.asarray(array), want.astype(array.dtype)):
+                problems.append(f"not the buffer that the model computes: {name} {tuple(array.shape)}")
+            stored.append((name, str(array.dtype)))
+        else:
+            kept[name] = array
+    return kept, Origin(entry.name, tuple(sorted(stored))), problems
+
+
+def restored(tensors: Mapping[str, Any], package: Any, entry: Architecture, config: Any, stored: Any) -> dict[str, Any]:
+    """Puts the copies and buffers back that the file had: what `learned` took out."""
+    copies = offered(package, "tied", {}, config, entry.name)
+    buffers = _buffers(package, entry, config)
+    result = dict(tensors)
+    for name, dtype in stored:
+        make, match = _buffer(buffers, name)
+        if dtype == _ALONE:
+            result[name] = result.pop(copies[name])
+        elif name in copies:
+            result[name] = tensors[copies[name]]
+        elif match is not None:
+            result[name] = np.ascontiguousarray(np.asarray(make(match)).astype(_dtype(dtype)))
+    return result
+
+
+def _buffers(package: Any, entry: Architecture, config: Any) -> list[tuple[re.Pattern[str], Any]]:
+    given = offered(package, "buffers", {}, config, entry.name)
+    return [(re.compile(pattern), make) for pattern, make in given.items()]
+
+
+def _buffer(buffers: list[tuple[re.Pattern[str], Any]], name: str) -> tuple[Any, re.Match[str] | None]:
+    for pattern, make in buffers:
+        if match := pattern.fullmatch(name):
+            return make, match
+    return None, None
+
+
+def _same_bytes(a: Any, b: Any) -> bool:
+    if (tuple(a.shape), a.dtype) != (tuple(b.shape), b.dtype):
+        return False
+    one, other = (np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8) for x in (a, b))
+    return np.array_equal(one, other)
+
+
+def _dtype(name: str) -> np.dtype:
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+
+    return np.dtype(name)
