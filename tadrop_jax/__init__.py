@@ -35,7 +35,8 @@ _HOME = {
         "floor_times",
         "safe_ratio",
     ],
-    "bundles": ["EMRBundle"],
+    "bundles": ["Bundle", "EMRBundle"],
+    "kinds": ["Kind", "Part"],
 }
 # The module below this package that each public name lives in.
 HOMES = {name: module for module, names in _HOME.items() for name in names} | {

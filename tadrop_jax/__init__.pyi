@@ -1,4 +1,5 @@
 # Written by docs/generate_methods.py.
+from tadrop_jax.bundles import Bundle as Bundle
 from tadrop_jax.bundles import EMRBundle as EMRBundle
 from tadrop_jax.errors import CheckpointError as CheckpointError
 from tadrop_jax.errors import ContentError as ContentError
@@ -6,6 +7,8 @@ from tadrop_jax.errors import MergeError as MergeError
 from tadrop_jax.errors import MergeWarning as MergeWarning
 from tadrop_jax.errors import MismatchError as MismatchError
 from tadrop_jax.errors import ParameterError as ParameterError
+from tadrop_jax.kinds import Kind as Kind
+from tadrop_jax.kinds import Part as Part
 from tadrop_jax.merging import Layout as Layout
 from tadrop_jax.merging import explain as explain
 from tadrop_jax.merging import merge as merge

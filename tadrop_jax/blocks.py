@@ -82,19 +82,15 @@ def compiled(site: Site):
             return selection.ordered_bits(stage_of(site).of(reached.x, reached.carry)), total
         if site.kind == "sums":
             stage = stage_of(site)
-            neutral = {Sums: 0.0, Min: jnp.inf, Max: -jnp.inf}[type(stage)]
+            neutral = {Sums: 0, Min: jnp.inf, Max: -jnp.inf}[type(stage)]
             real = lax.iota(jnp.int32, raw.shape[1]) < valid
-            arrays = {k: jnp.where(real, a, neutral) for k, a in stage.of(reached.x, reached.carry, n).items()}
+            found = stage.of(reached.x, reached.carry, n)
+            arrays = {k: jnp.where(real, memory.statistic(stage, a), neutral) for k, a in found.items()}
             reduce = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
-            return {k: reduce(a.astype(jnp.float32), axis=1) for k, a in arrays.items()}, total
+            return {k: reduce(a, axis=1) for k, a in arrays.items()}, total
         last = site.steps[-1]
         value = memory.store(last, reached, x.base, jnp.dtype(site.out_dtype))
-        if isinstance(value, dict):
-            value = {
-                "unified": value["unified"].astype(jnp.dtype(site.out_dtype)),
-                "masks": value["masks"],
-            }
-        elif value is not None:
+        if value is not None and last.output != "bundle":  # a bundle's parts have dtypes of their own
             value = value.astype(jnp.dtype(site.out_dtype))
         return value, total
 

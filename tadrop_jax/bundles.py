@@ -1,4 +1,4 @@
-"""Per-task bundles: one unified vector, and for each task a mask of one bit an entry and one number."""
+"""Per-task bundles: what a per-task rule leaves, from which each task's parameters are rebuilt."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax.errors import MergeError
+from tadrop_jax.kinds import Kind
 from tadrop_jax.trees import named_leaves
 
 
@@ -25,61 +26,78 @@ def unpack(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["base", "unified", "packed", "rescalers", "own"],
-    meta_fields=["shapes", "tasks"],
+    data_fields=["base", "parts", "scalars", "own"],
+    meta_fields=["kind", "treedef", "shapes", "tasks"],
 )
 @dataclasses.dataclass(frozen=True)
-class EMRBundle:
-    """What EMR-Merging leaves: enough to rebuild each task's model.
+class Bundle:
+    """What a per-task rule leaves: enough to rebuild each task's model. A pytree.
 
     Attributes:
       base: the pretrained parameters, or None if only task vectors were merged.
-      unified: the unified vector, float32; None for tensors that come from the base or stay each task's own.
-      packed: for each leaf the masks, uint8 ``(T, ceil(n/8))``, or None.
-      rescalers: float32 ``(T,)``.
+      parts: for each leaf its parts by name, as its kind says (bits packed), or None for tensors that come from the
+        base or stay each task's own.
+      scalars: by name the float32 ``(T,)`` that hold for the whole tree.
       own: for each task the tensors that stay its own, by name.
+      kind: what the parts are, and how a task vector is rebuilt from them.
+      treedef: of the base (with None as a leaf).
       shapes: for each leaf its shape, or None.
       tasks: names of the tasks.
     """
 
     base: Any
-    unified: Any
-    packed: tuple[Any, ...]
-    rescalers: jax.Array
-    own: tuple[dict[str, Any], ...] = ()
-    shapes: tuple[Any, ...] = ()
-    tasks: tuple[str, ...] = ()
+    parts: tuple[dict[str, Any] | None, ...]
+    scalars: dict[str, jax.Array]
+    own: tuple[dict[str, Any], ...]
+    kind: Kind
+    treedef: Any
+    shapes: tuple[tuple[int, ...] | None, ...]
+    tasks: tuple[str, ...]
 
-    def _task(self, t) -> int:
-        if isinstance(t, str):
-            if t not in self.tasks:
-                raise MergeError(f"the bundle has no task {t!r}; it has {', '.join(self.tasks) or 'no names'}")
-            return self.tasks.index(t)
-        count = self.rescalers.shape[0]
-        if not -count <= t < count:
-            raise MergeError(f"the bundle has {count} tasks, there is no task {t}")
-        return t % count
+    @property
+    def unified(self):
+        """EMR and TALL: the vector that all tasks share, a tree of float32, None where nothing was merged."""
+        return self._tree(self._column("unified"))
+
+    @property
+    def rescalers(self) -> jax.Array:
+        """EMR and TALL: float32 ``(T,)``, what multiplies the unified vector for each task."""
+        if "rescalers" not in self.scalars:
+            raise AttributeError(f"a bundle of {self.kind.name} has no rescalers")
+        return self.scalars["rescalers"]
+
+    @property
+    def packed(self) -> tuple[Any, ...]:
+        """For each leaf the masks, uint8 ``(T, ceil(n/8))``, or None."""
+        return tuple(self._column("masks"))
 
     def mask(self, t):
-        """The mask of task t (an index, or a name): a tree of bool; False where nothing was merged."""
+        """The mask of task t (an index, or a name): a tree of bool; False where nothing was merged.
+
+        Raises:
+          AttributeError: if this kind of bundle has no masks.
+          MergeError: if there is no such task.
+        """
         t = self._task(t)
-        _, unified, treedef = named_leaves(self.unified)
-        like = unified if self.base is None else named_leaves(self.base)[1]
+        base = [None] * len(self.shapes) if self.base is None else named_leaves(self.base)[1]
         masks = [
             unpack(bits[t], shape) if bits is not None else (None if leaf is None else jnp.zeros(np.shape(leaf), bool))
-            for bits, shape, leaf in zip(self.packed, self.shapes, like, strict=True)
+            for bits, shape, leaf in zip(self._column("masks"), self.shapes, base, strict=True)
         ]
-        return jax.tree_util.tree_unflatten(treedef, masks)
+        return self._tree(masks)
 
     def task_vector(self, t):
-        """``lambda_t * M_t * tau_uni``: float32; None where nothing was merged."""
+        """What is added to the base for task t (an index, or a name): float32; None where nothing was merged.
+
+        Raises:
+          MergeError: if there is no such task.
+        """
         t = self._task(t)
-        _, unified, treedef = named_leaves(self.unified)
-        vectors = [
-            None if leaf is None else jnp.where(unpack(bits[t], shape), leaf * self.rescalers[t], 0)
-            for leaf, bits, shape in zip(unified, self.packed, self.shapes, strict=True)
-        ]
-        return jax.tree_util.tree_unflatten(treedef, vectors)
+        scalars = {name: values[t] for name, values in self.scalars.items()}
+        return self._tree(
+            None if parts is None else self.kind.rebuild(jnp, self._of_task(parts, shape, t), scalars)
+            for parts, shape in zip(self.parts, self.shapes, strict=True)
+        )
 
     def task_params(self, t):
         """The parameters of task t (an index, or a name): type and dtypes of the base.
@@ -104,7 +122,28 @@ class EMRBundle:
     @property
     def nbytes(self) -> int:
         """Bytes of all that it holds, the base included."""
-        return sum(np.asarray(leaf).nbytes if np.isscalar(leaf) else leaf.nbytes for leaf in jax.tree.leaves(self))
+        return _nbytes(self)
+
+    def size_report(self) -> dict[str, Any]:
+        """How large the bundle is, part by part, against T full models.
+
+        Returns:
+          ``bundle_bytes`` (:attr:`nbytes`), ``full_models_bytes`` (T models in the base's dtypes, or T float32 task
+          vectors if there is no base), and ``parts_bytes``: what base, each part, scalars and own tensors take.
+        """
+        names = [] if self.base is None else named_leaves(self.base)[0]
+        leaves = [] if self.base is None else named_leaves(self.base)[1]
+        own = set().union(*self.own) if self.own else set()
+        shared = sum(_nbytes(leaf) for name, leaf in zip(names, leaves, strict=True) if name not in own)
+        if self.base is None:
+            shared = sum(4 * math.prod(shape) for shape in self.shapes if shape is not None)
+        sizes = {"base": _nbytes(self.base)}
+        for parts in self.parts:
+            for name, value in (parts or {}).items():
+                sizes[name] = sizes.get(name, 0) + _nbytes(value)
+        sizes |= {"scalars": _nbytes(self.scalars), "own": _nbytes(self.own)}
+        full = len(self.tasks) * shared + _nbytes(self.own)
+        return {"bundle_bytes": self.nbytes, "full_models_bytes": full, "parts_bytes": sizes}
 
     def save(self, path, format: str = "safetensors") -> None:
         """Writes the bundle to a new directory; see :func:`tadrop_jax.checkpoints.bundles.save`."""
@@ -113,8 +152,41 @@ class EMRBundle:
         bundles.save(self, path, format)
 
     @classmethod
-    def load(cls, path, like=None) -> "EMRBundle":
+    def load(cls, path, like=None, kind: Kind | None = None) -> "Bundle":
         """Reads a bundle; see :func:`tadrop_jax.checkpoints.bundles.load`."""
         from tadrop_jax.checkpoints import bundles
 
-        return bundles.load(path, like)
+        return bundles.load(path, like, kind)
+
+    def _task(self, t) -> int:
+        if isinstance(t, str):
+            if t not in self.tasks:
+                raise MergeError(f"the bundle has no task {t!r}; it has {', '.join(self.tasks)}")
+            return self.tasks.index(t)
+        count = len(self.tasks)
+        if not -count <= t < count:
+            raise MergeError(f"the bundle has {count} tasks, there is no task {t}")
+        return t % count
+
+    def _of_task(self, parts, shape, t: int) -> dict[str, Any]:
+        found = {}
+        for name, part in self.kind.parts(shape, len(self.tasks)).items():
+            row = parts[name] if part.over == "entries" else parts[name][t]
+            found[name] = unpack(row, shape) if part.dtype == "bits" else row.astype(jnp.float32)
+        return found
+
+    def _column(self, part: str) -> list[Any]:
+        if not any(part in parts for parts in self.parts if parts is not None):
+            raise AttributeError(f"a bundle of {self.kind.name} has no {part}")
+        return [None if parts is None else parts.get(part) for parts in self.parts]
+
+    def _tree(self, leaves):
+        return jax.tree_util.tree_unflatten(self.treedef, list(leaves))
+
+
+# The name that the class had when EMR was the only per-task rule.
+EMRBundle = Bundle
+
+
+def _nbytes(tree) -> int:
+    return sum(np.asarray(leaf).nbytes if np.isscalar(leaf) else leaf.nbytes for leaf in jax.tree.leaves(tree))

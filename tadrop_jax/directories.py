@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.safetensors import Sink, Source, copy_sidecars, open_sink
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
@@ -21,7 +22,6 @@ from tadrop_jax.report import REPORT, TensorLog, describe_input, versions
 from tadrop_jax.steps import expand, global_stages, output_of
 from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, measure, run
 
-BUNDLE = "bundle.json"
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -29,7 +29,7 @@ DTYPES = {
 }
 _CHUNK = 1 << 22
 # What an earlier merge left beside its result says nothing of this one.
-_NOT_COPIED = {REPORT, BUNDLE}
+_NOT_COPIED = {REPORT, bundles.DESCRIPTION}
 
 
 class MergeFailed(RuntimeError):
@@ -59,7 +59,7 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         tasks = task_names(request.models)
         plan = make_plan(sources, request)
         layout = (
-            _bundle_layout(sources, plan, tasks, request.dtype) if bundle else _layout(sources[0], plan, request.dtype)
+            _bundle_layout(sources, plan, tasks, steps[-1].kind, request.dtype) if bundle else _layout(sources[0], plan, request.dtype)
         )
         sink = stack.enter_context(
             open_sink(
@@ -133,6 +133,10 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
         for name in plan.own:
             log.add(name, {"from": "each task's own model"})
 
+    def outputs_of(stream: Stream) -> list[str]:
+        parts = steps[-1].kind.parts(stream.shape, len(tasks)) if bundle else {}
+        return [f"{part}/{stream.name}" for part in parts] if bundle else [stream.name]
+
     def write(k: int, start: int, value: Any) -> None:
         name = streams[k].name
         if value is None:
@@ -140,24 +144,28 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
         if not bundle:
             sink.write(name, start, value)
             return
-        sink.write(f"unified/{name}", start, value["unified"])
-        row = -(-streams[k].size // 8)
-        for t, bits in enumerate(value["masks"]):
-            sink.write(f"masks/{name}", t * row + start // 8, bits)
+        parts = steps[-1].kind.parts(streams[k].shape, len(tasks))
+        for part, array in value.items():
+            if parts[part].over != "tasks and entries":
+                sink.write(f"{part}/{name}", start, array)
+                continue
+            row = math.prod(parts[part].stored[1:])
+            at = start // 8 if parts[part].dtype == "bits" else start
+            for t in range(len(tasks)):
+                sink.write(f"{part}/{name}", t * row + at, array[t])
 
     def done(k: int, carries: Carries) -> None:
         stream = streams[k]
         log.add(stream.name, log.describe(stream, carries, steps))
-        for name in _outputs_of(stream.name, bundle):
+        for name in outputs_of(stream):
             sink.mark_done(name)
 
-    skip = [k for k, s in enumerate(streams) if set(_outputs_of(s.name, bundle)) <= sink.done]
+    skip = [k for k, s in enumerate(streams) if set(outputs_of(s)) <= sink.done]
     settings = _settings(request, _counter(progress, total))
     with _naming_files(sources):
         outcome = run(steps, streams, len(tasks), write, done, settings, skip)
-    scalars = {
-        k: np.asarray(v, np.float32) for k, v in (steps[-1].scalars(outcome.carry) if steps[-1].scalars else {}).items()
-    }
+    found = steps[-1].scalars(outcome.carry, len(tasks)) if steps[-1].scalars else {}
+    scalars = {k: np.asarray(v, np.float32) for k, v in found.items()}
     report = {
         "recipe": request.recipe,
         "inputs": [describe_input(s, request.digests) for s in sources],
@@ -168,7 +176,7 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
     }
     same = [p for p, differs in zip(request.models, outcome.differs, strict=True) if not differs]
     report["warnings"] = [f"{p}: equals the base, its task vector is zero" for p in same if not skip]
-    _add_files(request, sink, tasks, bundle, scalars, report, sources, plan)
+    _add_files(request, sink, tasks, steps[-1].kind, scalars, report, sources, plan)
     progress(total, total)
     sink.finish()
     return report
@@ -203,12 +211,8 @@ def _naming_files(sources: Sequence[Source]):
         raise ContentError(f"{file}: tensor {error.name!r} holds {error.value} at {error.entry}") from None
 
 
-def _outputs_of(name: str, bundle: bool) -> list[str]:
-    return [f"unified/{name}", f"masks/{name}"] if bundle else [name]
-
-
-def _add_files(request, sink: Sink, tasks, bundle: bool, scalars, report, sources, plan: Plan) -> None:
-    if bundle:
+def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan) -> None:
+    if kind is not None:
         for folder, path in (
             ("base", request.base),
             *((f"tasks/{t}", p) for t, p in zip(tasks, request.models, strict=True)),
@@ -216,18 +220,13 @@ def _add_files(request, sink: Sink, tasks, bundle: bool, scalars, report, source
             for file in copy_sidecars(path):
                 if file.name not in _NOT_COPIED:
                     sink.add_file(f"{folder}/{file.name}", file)
-        sizes = {part: _part_bytes(sink, part) for part in ("base", "unified", "masks", "own")}
+        folders = dict.fromkeys(name.partition("/")[0] for name in sink.plan)
+        sizes = {part: _part_bytes(sink, part) for part in ("base", *(f for f in folders if f not in ("base", "own")), "own")}
         full = sum(s.size_bytes for s in sources[1:])
         report["size"] = {"bundle_bytes": sum(sizes.values()), "full_models_bytes": full, "parts_bytes": sizes}
-        described = {
-            "format": "tadrop-bundle",
-            "version": 1,
-            "method": request.recipe["method"],
-            "tasks": list(tasks),
-            "shapes": {n: list(sources[0].tensors[n].shape) for n in plan.merged},
-            **{k: v.tolist() for k, v in scalars.items()},
-        }
-        sink.add_file(BUNDLE, json.dumps(described, indent=1).encode())
+        shapes = {n: sources[0].tensors[n].shape for n in plan.merged}
+        described = bundles.description(kind, tasks, shapes, scalars)
+        sink.add_file(bundles.DESCRIPTION, json.dumps(described, indent=1).encode())
     else:
         for file in copy_sidecars(request.base):
             if file.name == "config.json" and request.dtype is not None:
@@ -263,7 +262,7 @@ def _layout(base: Source, plan: Plan, dtype) -> dict[str, tuple[np.dtype, tuple[
     }
 
 
-def _bundle_layout(sources, plan: Plan, tasks, dtype) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def _bundle_layout(sources, plan: Plan, tasks, kind, dtype) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     base = sources[0]
     layout = {
         f"base/{n}": (_out_dtype(i.dtype, dtype), i.shape)
@@ -272,8 +271,9 @@ def _bundle_layout(sources, plan: Plan, tasks, dtype) -> dict[str, tuple[np.dtyp
     }
     for name in plan.merged:
         info = base.tensors[name]
-        layout[f"unified/{name}"] = (dtype or DTYPES["float32"], info.shape)
-        layout[f"masks/{name}"] = (np.dtype(np.uint8), (len(tasks), -(-info.size // 8)))
+        for part, described in kind.parts(info.shape, len(tasks)).items():
+            kept = {"values": dtype or np.float32, "float32": np.float32, "bits": np.uint8}[described.dtype]
+            layout[f"{part}/{name}"] = (np.dtype(kept), described.stored)
     for source, task in zip(sources[1:], tasks, strict=True):
         for name in plan.own:
             if name in source.tensors:

@@ -147,12 +147,20 @@ def check_random(steps: Sequence[Step], key) -> jax.Array | None:
 
 
 def combine(stage: Sums, parts: Sequence[dict]) -> dict[str, jax.Array]:
-    """Adds partial statistics of tensors or blocks; concrete ones in float64."""
+    """Adds partial statistics of tensors or blocks; concrete ones in float64. Counts stay whole numbers.
+
+    Raises:
+      MergeError: if a count passes 2^32.
+    """
     op = {Sums: np.add, Min: np.minimum, Max: np.maximum}[type(stage)]
     if is_traced(parts):
         op = {Sums: jnp.add, Min: jnp.minimum, Max: jnp.maximum}[type(stage)]
         return {k: functools.reduce(op, [p[k] for p in parts]) for k in parts[0]}
-    return {k: jnp.asarray(op.reduce([np.asarray(p[k], np.float64) for p in parts]), jnp.float32) for k in parts[0]}
+    found = {k: op.reduce([np.asarray(p[k], np.float64) for p in parts]) for k in parts[0]}
+    for k, v in found.items():
+        if parts[0][k].dtype == np.uint32 and np.max(v) >= 1 << 32:
+            raise MergeError(f"the count {k!r} passes 2^32: count over tensors, not over the tree")
+    return {k: jnp.asarray(v.astype(parts[0][k].dtype)) for k, v in found.items()}
 
 
 def _is_spread(leaf) -> bool:
@@ -264,9 +272,14 @@ def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True)
 
 
 def _reduce(stage, array, axes, keep=False):
-    array = array.astype(jnp.float32)
+    array = statistic(stage, array)
     op = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
     return op(array, axis=axes, keepdims=keep) if axes else array
+
+
+def statistic(stage: Sums, array) -> jax.Array:
+    """What is reduced: float32, or uint32 where booleans are counted."""
+    return array.astype(jnp.uint32 if type(stage) is Sums and array.dtype == bool else jnp.float32)
 
 
 def piece_of(raw, site_order, tasks: int, key, shape, offsets=None) -> Piece:
@@ -419,7 +432,9 @@ def _finished(site: _Site):
 
     def specs(whole, stack, none):
         if kind == "bundle":
-            return ({"unified": whole, "masks": stack} if site.active[-1] else None), none
+            lies = {"entries": whole, "tasks and entries": stack, "tasks": none}
+            parts = site.steps[-1].kind.parts(site.shape, site.tasks)  # type: ignore[union-attr]
+            return ({n: lies[p.over] for n, p in parts.items()} if site.active[-1] else None), none
         return (stack if outputs[kind] == "stack" else whole), none
 
     return _mapped(site, fn, specs)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax import memory
-from tadrop_jax.bundles import EMRBundle, pack
+from tadrop_jax.bundles import Bundle, pack
 from tadrop_jax.errors import ContentError, MergeError, MergeWarning
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
+from tadrop_jax.kinds import Kind
 from tadrop_jax.parameters import number
 from tadrop_jax.steps import (
     AnyStep,
@@ -66,7 +67,7 @@ def merge(
       key: ``jax.random.key(seed)``, for methods that are random.
 
     Returns:
-      Parameters of the type and dtypes of ``base``, or an :class:`~tadrop_jax.bundles.EMRBundle` for a per-task rule.
+      Parameters of the type and dtypes of ``base``, or an :class:`~tadrop_jax.bundles.Bundle` for a per-task rule.
       Integer and boolean tensors come from the base.
 
     Raises:
@@ -107,7 +108,7 @@ def merge(
     values = [results[where[i]].value if i in where else None for i in range(len(leaves))]
     if steps[-1].output == "bundle":
         own_tensors = tuple({n: leaf for n, leaf in _by_name(model).items() if n in own} for model in models)
-        return _bundle(base, treedef, values, steps[-1], results, own_tensors)
+        return _bundle(base, treedef, values, [np.shape(leaf) for leaf in leaves], steps[-1], results, own_tensors, len(models))
     out = [leaf if value is None else _as_dtype_of(leaf, value) for value, leaf in zip(values, leaves, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, out)
 
@@ -273,23 +274,27 @@ def _run_stack(stack, whole: AnyStep, key):
         values[i] = result.value
     last = expand(whole, tasks)[-1:]
     if last and last[0].output == "bundle":
-        return _bundle(None, treedef, values, last[0], results, ())
+        return _bundle(None, treedef, values, [np.shape(leaf)[1:] for leaf in leaves], last[0], results, (), tasks)
     return jax.tree_util.tree_unflatten(treedef, values)
 
 
-def _bundle(base, treedef, values, rule: Step, results, own) -> EMRBundle:
-    unified = [None if v is None else v["unified"] for v in values]
-    masks = [None if v is None else pack(v["masks"]) for v in values]
-    shapes = tuple(None if v is None else v["unified"].shape for v in values)
-    carry = next(r.carries[-1] for r in results if r.carries[-1])
-    unflatten = jax.tree_util.tree_unflatten
-    return EMRBundle(
+def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int) -> Bundle:
+    kind: Kind = rule.kind  # type: ignore[assignment]
+
+    def packed(value, shape):
+        described = kind.parts(shape, tasks)
+        return {n: pack(v) if described[n].dtype == "bits" else v for n, v in value.items()}
+
+    carry = next((r.carries[-1] for r in results if r.carries[-1]), {})
+    return Bundle(
         base=base,
-        unified=unflatten(treedef, unified),
-        packed=tuple(masks),
-        rescalers=rule.scalars(carry)["rescalers"],  # type: ignore[misc]
+        parts=tuple(None if v is None else packed(v, s) for v, s in zip(values, shapes, strict=True)),
+        scalars={} if rule.scalars is None else dict(rule.scalars(carry, tasks)),
         own=own,
-        shapes=shapes,
+        kind=kind,
+        treedef=treedef,
+        shapes=tuple(None if v is None else s for v, s in zip(values, shapes, strict=True)),
+        tasks=tuple(str(t) for t in range(tasks)),
     )
 
 

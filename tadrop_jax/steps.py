@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from tadrop_jax import randomness
 from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.kinds import Kind
 from tadrop_jax.selection import at_least, magnitude
 from tadrop_jax.trees import check_pattern, selected
 from tadrop_jax.wide import Wide, floor_times
@@ -113,7 +114,8 @@ class Sums:
 
     Attributes:
       of: ``(x, carry, n) -> {name: array}``; arrays ``(T, *S)``, or ``(1, *S)`` for one that all tasks share. n is the
-        number of entries of the tensor. In the carry: float32 ``(T,)`` or ``(1,)``.
+        number of entries of the tensor. In the carry: float32 ``(T,)`` or ``(1,)``; booleans are counted exactly, in
+        uint32 (of a tensor: counts over a tree may pass 2^32).
       scope: ``"row"`` (the last axis), ``"tensor"`` or ``"global"`` (the tree).
     """
 
@@ -161,13 +163,14 @@ class Step:
 
     Attributes:
       apply: ``(x, carry) -> array``: the new stack ``(T, *S)`` of a sparsifier; the merged task vector ``S`` of a rule;
-        ``{"unified": S, "masks": bool (T, *S)}`` of a per-task rule.
+        of a per-task rule the parts that its ``kind`` lists, e.g. ``{"unified": S, "masks": bool (T, *S)}``.
       stages: statistics, in order; each sees the carry of those before.
       piece: what ``apply`` and the stages need in one piece: ``"any"`` block, ``"group"`` (a multiple of ``group``
         entries), ``"row"`` or ``"tensor"``.
       group: group length m, for ``piece="group"``.
       output: what apply returns.
-      scalars: for bundles: ``carry -> {"rescalers": (T,)}``.
+      kind: what bundle a per-task rule leaves.
+      scalars: for bundles: ``(carry, tasks) -> {name: (T,)}``, the numbers of the whole tree that the kind lists.
       report: ``carry -> {name: (T,) array}``, what to tell the user of each tensor.
       include: regular expressions of the paths that the step is for; empty means all.
       exclude: regular expressions of the paths that it leaves alone.
@@ -182,7 +185,8 @@ class Step:
     piece: Literal["any", "group", "row", "tensor"] = "any"
     group: int = 1
     output: Output = "stack"
-    scalars: Callable[[Carry], Mapping[str, jax.Array]] | None = None
+    kind: Kind | None = None
+    scalars: Callable[[Carry, int], Mapping[str, jax.Array]] | None = None
     report: Callable[[Carry], Mapping[str, jax.Array]] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -193,6 +197,8 @@ class Step:
 
     def __post_init__(self):
         """Checks what can be checked without data."""
+        if (self.output == "bundle") != (self.kind is not None):
+            raise ParameterError("a step has a kind of bundle exactly if its output is 'bundle'")
         if self.piece == "group" and self.group < 1:
             raise ParameterError(f"group must be at least 1, got {self.group}")
         for pattern in (*self.include, *self.exclude, *self.per_task):

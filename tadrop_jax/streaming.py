@@ -111,7 +111,9 @@ def run(
       streams: the float tensors; all of the base and T models.
       tasks: T.
       write: ``(stream, start, value)``, called from several threads with what the last step puts out for the entries
-        from ``start`` on: an array, or ``{"unified", "masks"}`` with packed bits, for a bundle.
+        from ``start`` on: an array; for a bundle its parts as they are kept (bits packed), None where the rule leaves
+        the tensor alone: ``(n,)`` of what all tasks share, ``(T, n)`` of what each task has, and with the first block
+        what is not laid over entries.
       done: ``(stream, carries)``, called once a stream, from any thread, after its last block was written; the
         statistics of each step, by name.
       settings: how to run.
@@ -380,15 +382,30 @@ class _Run:
         def last(block: Block) -> None:
             value = self.call("finish", block, None, kept)
             valid = block.stop - block.start
-            if isinstance(value, dict):
-                masks = np.packbits(value["masks"][:, :valid], axis=1)  # many times faster than XLA's
-                value = {"unified": value["unified"][:valid], "masks": masks}
-            else:
-                value = value[:valid]
-            write(k, block.start, value)
+            bundle = self.steps[-1].output == "bundle"
+            write(k, block.start, self.parts_of(block, value) if bundle else value[:valid])
 
         parallel(last, self.blocks(k))
         return self.found(k)
+
+    def parts_of(self, block: Block, value) -> dict[str, np.ndarray] | None:
+        """What of a bundle's parts is written at this block, in the dtypes and the packing that are kept."""
+        if value is None:
+            return None
+        found, valid = {}, block.stop - block.start
+        described = self.steps[-1].kind.parts(self.streams[block.at].shape, self.tasks)  # type: ignore[union-attr]
+        for name, part in described.items():
+            if part.over == "tasks" and block.start:
+                continue
+            array = value[name]
+            if part.over != "tasks":
+                array = array.reshape((-1,) if part.over == "entries" else (self.tasks, -1))[..., :valid]
+            if part.dtype == "bits":
+                found[name] = np.packbits(array, axis=1)  # many times faster than XLA's
+            else:
+                kept = self.settings.dtype if part.dtype == "values" else None
+                found[name] = array.astype(kept or np.float32, copy=False)
+        return found
 
     def keep(self, k: int) -> dict | None:
         """Where to keep the blocks of a tensor that is small enough while its own stages run, or None."""

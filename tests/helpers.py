@@ -101,27 +101,35 @@ def run_streamed(base, models, chain, seed: int = 0, skip=(), **settings):
     """Runs a chain over arrays block by block.
 
     Returns:
-      The merged arrays by name (for a bundle a dict of ``unified`` and packed ``masks``), the statistics of each
-      stream, and the outcome.
+      The merged arrays by name (for a bundle a dict of its parts, bits packed and what lies over entries flat), the
+      statistics of each stream, and the outcome.
     """
     streams, tasks = streams_of(base, models), len(models)
     steps = expand(chain, tasks)
     bundle = steps[-1].output == "bundle"
     dtype = settings.get("dtype")
     merged: dict = {}
+    parts_of = {s.name: steps[-1].kind.parts(s.shape, tasks) for s in streams} if bundle else {}
     for s in streams:
         if bundle:
-            bits = np.zeros((tasks, -(-s.size // 8)), np.uint8)
-            merged[s.name] = {"unified": np.full(s.size, np.nan, dtype or s.dtype), "masks": bits}
+            kept = {"values": dtype or np.float32, "float32": np.float32, "bits": np.uint8}
+            arrays = {n: np.zeros(p.stored, kept[p.dtype]) for n, p in parts_of[s.name].items()}
+            flat = {"entries": (-1,), "tasks and entries": (tasks, -1)}
+            merged[s.name] = {
+                n: a.reshape(flat.get(parts_of[s.name][n].over, a.shape)) if s.size else a for n, a in arrays.items()
+            }
         else:
             merged[s.name] = np.full(s.size, np.nan, dtype or s.dtype)
 
     def write(k, start, value):
         name = streams[k].name
         if bundle:
-            merged[name]["unified"][start : start + value["unified"].size] = value["unified"]
-            first = start // 8
-            merged[name]["masks"][:, first : first + value["masks"].shape[1]] = value["masks"]
+            for part, array in value.items():
+                if parts_of[name][part].over == "tasks":
+                    merged[name][part][...] = array
+                    continue
+                first = start // 8 if parts_of[name][part].dtype == "bits" else start
+                merged[name][part][..., first : first + array.shape[-1]] = array
         else:
             merged[name][start : start + value.size] = value
 

@@ -1,13 +1,15 @@
-"""Bundles on disk: one directory of safetensors with the base, the unified vector, packed masks and own tensors.
+"""Bundles on disk: one directory of safetensors with the base, the parts of the bundle and own tensors.
 
-Tensors are named ``base/NAME``, ``unified/NAME``, ``masks/NAME`` (``np.packbits`` of the row-major tensor, one row a
-task) and ``own/TASK/NAME``; ``bundle.json`` holds the tasks' names and rescalers; configurations and tokenizers are in
-``base/`` and ``tasks/TASK/``. What :meth:`EMRBundle.save` and ``tadrop merge --method emr`` write is the same.
+Tensors are named ``base/NAME``, ``PART/NAME`` (``unified`` and ``masks`` of EMR, for instance; bits are ``np.packbits``
+of the row-major tensor, one row a task) and ``own/TASK/NAME``; ``bundle.json`` holds the method, the tasks' names, the
+tensors' shapes and the numbers that hold for the whole tree; configurations and tokenizers are in ``base/`` and
+``tasks/TASK/``. What :meth:`Bundle.save` and ``tadrop merge`` with a per-task rule write is the same.
 """
 
 import contextlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,39 @@ import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source, open_sink, open_source
 from tadrop_jax.errors import CheckpointError, MergeError
+from tadrop_jax.kinds import Kind, Part, kind_of
 
 DESCRIPTION = "bundle.json"
-_CHUNK = 1 << 21  # a multiple of 8: masks hold 8 entries a byte
+_CHUNK = 1 << 21  # a multiple of 8: bits hold 8 entries a byte
+
+
+def description(
+    kind: Kind, tasks: Iterable[str], shapes: Mapping[str, Any], scalars: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """What ``bundle.json`` says.
+
+    Args:
+      kind: of the bundle.
+      tasks: names of the tasks.
+      shapes: by name the shape of each tensor that has parts.
+      scalars: the numbers ``(T,)`` of the whole tree.
+      **more: further fields.
+    """
+    numbers = {name: [float(v) for v in np.asarray(values)] for name, values in scalars.items()}
+    listed = {name: list(shape) for name, shape in shapes.items()}
+    return {
+        "format": "tadrop-bundle",
+        "version": 1,
+        "method": kind.name,
+        "tasks": list(tasks),
+        **more,
+        "shapes": listed,
+        **numbers,
+    }
 
 
 def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000_000) -> int:
-    """Writes one task's full model, block by block.
+    """Writes one task's full model, block by block (tensor by tensor if the kind of bundle asks for that).
 
     Args:
       path: directory of a bundle.
@@ -36,26 +64,29 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
       MergeError: if there is no such task, or no bundle.
     """
     described = describe(path)
-    tasks = described["tasks"]
+    tasks, kind = described["tasks"], kind_of(described["method"])
     if task not in tasks:
         raise MergeError(f"{path}: has no task {task!r}; it has {', '.join(tasks)}")
-    t, rescaler = tasks.index(task), np.float32(described["rescalers"][tasks.index(task)])
+    t = tasks.index(task)
+    scalars = {name: np.float32(described[name][t]) for name in kind.scalars}
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(path))
-        parts = _parts(source)
-        own = parts["own"].get(task, {})
-        layout = {n: source.tensors[f"base/{n}"] for n in parts["base"]}
-        layout |= {n: source.tensors[f"own/{task}/{n}"] for n in own}
+        base, own = _named(source, "base/"), _named(source, f"own/{task}/")
+        layout = {**base, **own}
         sink = stack.enter_context(
             open_sink(out, {n: (i.dtype, i.shape) for n, i in layout.items()}, max_shard_size=max_shard_size)
         )
         try:
             for name, info in layout.items():
-                for start in range(0, info.size, _CHUNK):
-                    stop = min(start + _CHUNK, info.size)
+                parts = {} if name in own else _parts_of(source, kind, name, described, len(tasks))
+                chunk = _CHUNK if kind.elementwise else max(info.size, 1)
+                for start in range(0, info.size, chunk):
+                    stop = min(start + chunk, info.size)
                     block = source.read(info.name, start, stop)
-                    if name in parts["unified"] and name not in own:
-                        block = _rebuilt(source, name, t, rescaler, start, stop, block)
+                    if parts:
+                        of_task = {p: _read(source, f"{p}/{name}", part, t, start, stop) for p, part in parts.items()}
+                        vector = np.ravel(kind.rebuild(np, of_task, scalars))
+                        block = (block.astype(np.float32) + vector).astype(info.dtype)
                     sink.write(name, start, block)
                 sink.mark_done(name)
             folder = path / "tasks" / task
@@ -68,13 +99,29 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
     return sum(info.nbytes for info in layout.values())
 
 
-def _rebuilt(source: Source, name: str, t: int, rescaler, start: int, stop: int, base: np.ndarray) -> np.ndarray:
-    """``theta_0 + lambda_t * M_t * tau_uni`` for entries from start to stop, as EMRBundle.task_params computes it."""
-    unified = source.read(f"unified/{name}", start, stop).astype(np.float32)
-    row = source.tensors[f"masks/{name}"].shape[1]
-    bits = source.read(f"masks/{name}", t * row + start // 8, t * row + -(-stop // 8))
-    mask = np.unpackbits(bits, count=stop - start).astype(bool)
-    return (base.astype(np.float32) + np.where(mask, unified * rescaler, np.float32(0))).astype(base.dtype)
+def _named(source: Source, prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): info for name, info in source.tensors.items() if name.startswith(prefix)}
+
+
+def _parts_of(source: Source, kind: Kind, name: str, described, tasks: int) -> Mapping[str, Part]:
+    """The parts of a tensor with the shapes that they have on disk; none if it comes from the base."""
+    if name not in described["shapes"]:
+        return {}
+    parts = kind.parts(tuple(described["shapes"][name]), tasks)
+    return {p: Part(source.tensors[f"{p}/{name}"].shape, *part[1:]) for p, part in parts.items()}
+
+
+def _read(source: Source, name: str, part: Part, t: int, start: int, stop: int) -> np.ndarray:
+    """One task's share of a part: entries from start to stop, or its whole row."""
+    if part.over == "entries":
+        return source.read(name, start, stop).astype(np.float32)
+    row = math.prod(part.shape[1:])
+    if part.dtype == "bits":
+        bits = source.read(name, t * row + start // 8, t * row + -(-stop // 8))
+        return np.unpackbits(bits, count=stop - start).astype(bool)
+    if part.over == "tasks":
+        return source.read(name, t * row, (t + 1) * row).astype(np.float32).reshape(part.shape[1:])
+    return source.read(name, t * row + start, t * row + stop).astype(np.float32)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -99,7 +146,7 @@ def save(bundle, path, format: str = "safetensors") -> None:
     """Writes a bundle to a new directory.
 
     Args:
-      bundle: an :class:`~tadrop_jax.bundles.EMRBundle`.
+      bundle: a :class:`~tadrop_jax.bundles.Bundle`.
       path: a directory that does not exist, or is empty.
       format: ``"safetensors"`` or ``"orbax"``.
 
@@ -107,8 +154,7 @@ def save(bundle, path, format: str = "safetensors") -> None:
       MergeError: for another format.
       CheckpointError: if the directory is not empty or cannot be written.
     """
-    tensors = _flat(bundle)
-    described = _description(bundle)
+    tensors, described = _flat(bundle)
     if format == "orbax":
         from tadrop_jax.checkpoints import orbax
 
@@ -125,16 +171,17 @@ def save(bundle, path, format: str = "safetensors") -> None:
         sink.finish()
 
 
-def load(path, like=None):
-    """Reads a bundle that :func:`save` or ``tadrop merge --method emr`` wrote.
+def load(path, like=None, kind: Kind | None = None):
+    """Reads a bundle that :func:`save` or ``tadrop merge`` with a per-task rule wrote.
 
     Args:
       path: its directory.
       like: a tree of the base's structure (arrays or anything else as leaves), to get the bundle in that type; None
         gives nested dicts, split at '/'.
+      kind: its kind, for a rule that is not in the registry.
 
     Returns:
-      An :class:`~tadrop_jax.bundles.EMRBundle`.
+      A :class:`~tadrop_jax.bundles.Bundle`.
 
     Raises:
       CheckpointError: if there is no bundle, or a file is damaged.
@@ -143,7 +190,7 @@ def load(path, like=None):
     import jax
     import jax.numpy as jnp
 
-    from tadrop_jax.bundles import EMRBundle
+    from tadrop_jax.bundles import Bundle
     from tadrop_jax.trees import named_leaves
 
     path = Path(path)
@@ -156,77 +203,54 @@ def load(path, like=None):
 
         stored = orbax.load(path)
         tensors, described = stored["tensors"], json.loads(bytes(np.asarray(stored["description"])))
+    kind, tasks = kind or kind_of(described["method"]), tuple(described["tasks"])
     shapes = {n: tuple(s) for n, s in described["shapes"].items()}
     named = [n.split("/", 2 if n.startswith("own/") else 1)[-1] for n in tensors if n.startswith(("base/", "own/"))]
     names = described.get("names") or list(dict.fromkeys(named))
-    tree = _nested({n: n for n in names}) if like is None else like
-    found, _, treedef = named_leaves(tree)
+    found, _, treedef = named_leaves(_nested({n: n for n in names}) if like is None else like)
     if sorted(found) != sorted(names):
         raise MergeError(f"{path}: the bundle's tensors are not those of like=")
 
-    def column(part):
-        return [jnp.asarray(tensors[f"{part}/{n}"]) if f"{part}/{n}" in tensors else None for n in found]
+    def parts_of(name):
+        wanted = [] if name not in shapes else kind.parts(shapes[name], len(tasks))
+        return {p: jnp.asarray(tensors[f"{p}/{name}"]) for p in wanted} or None
 
-    own: tuple[dict, ...] = tuple({} for _ in described["tasks"])
+    own: tuple[dict, ...] = tuple({} for _ in tasks)
     for name, value in tensors.items():
         if name.startswith("own/"):
             _, task, rest = name.split("/", 2)
-            own[described["tasks"].index(task)][rest] = jnp.asarray(value)
-    unflatten = jax.tree_util.tree_unflatten
-    return EMRBundle(
-        base=None if described.get("baseless") else unflatten(treedef, column("base")),
-        unified=unflatten(treedef, column("unified")),
-        packed=tuple(column("masks")),
-        rescalers=jnp.asarray(described["rescalers"], jnp.float32),
+            own[tasks.index(task)][rest] = jnp.asarray(value)
+    base = [jnp.asarray(tensors[f"base/{n}"]) if f"base/{n}" in tensors else None for n in found]
+    return Bundle(
+        base=None if described.get("baseless") else jax.tree_util.tree_unflatten(treedef, base),
+        parts=tuple(parts_of(n) for n in found),
+        scalars={n: jnp.asarray(described[n], jnp.float32) for n in kind.scalars},
         own=own,
+        kind=kind,
+        treedef=treedef,
         shapes=tuple(shapes.get(n) for n in found),
-        tasks=tuple(described["tasks"]),
+        tasks=tasks,
     )
 
 
-def _description(bundle) -> dict[str, Any]:
+def _flat(bundle) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a bundle by the names that they have on disk, and what ``bundle.json`` says."""
+    import jax
+
     from tadrop_jax.trees import named_leaves
 
-    names = named_leaves(bundle.unified)[0]
-    return {
-        "format": "tadrop-bundle",
-        "version": 1,
-        "method": "emr",
-        "tasks": list(bundle.tasks) or [str(t) for t in range(bundle.rescalers.shape[0])],
-        "names": names,
-        "baseless": bundle.base is None,
-        "shapes": {n: list(s) for n, s in zip(names, bundle.shapes, strict=True) if s is not None},
-        "rescalers": [float(r) for r in np.asarray(bundle.rescalers)],
-    }
-
-
-def _flat(bundle) -> dict[str, np.ndarray]:
-    """The tensors of a bundle by the names that they have on disk."""
-    from tadrop_jax.trees import named_leaves
-
-    tasks = _description(bundle)["tasks"]
-    names, unified, _ = named_leaves(bundle.unified)
+    names = named_leaves(jax.tree_util.tree_unflatten(bundle.treedef, range(len(bundle.shapes))))[0]
     tensors: dict[str, Any] = {}
     if bundle.base is not None:
         tensors |= {f"base/{n}": leaf for n, leaf in zip(names, named_leaves(bundle.base)[1], strict=True)}
-    for name, vector, masks in zip(names, unified, bundle.packed, strict=True):
-        if vector is not None:
-            tensors[f"unified/{name}"], tensors[f"masks/{name}"] = vector, masks
-    for task, kept in zip(tasks, bundle.own, strict=False):
+    for name, parts in zip(names, bundle.parts, strict=True):
+        tensors |= {f"{part}/{name}": value for part, value in (parts or {}).items()}
+    for task, kept in zip(bundle.tasks, bundle.own, strict=False):
         tensors |= {f"own/{task}/{name}": leaf for name, leaf in kept.items()}
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items() if value is not None}
-
-
-def _parts(source: Source) -> dict[str, dict]:
-    parts: dict[str, dict] = {"base": {}, "unified": {}, "masks": {}, "own": {}}
-    for name in source.tensors:
-        part, _, rest = name.partition("/")
-        if part == "own":
-            task, _, rest = rest.partition("/")
-            parts["own"].setdefault(task, {})[rest] = name
-        elif part in parts:
-            parts[part][rest] = name
-    return parts
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items() if value is not None}
+    shapes = {n: s for n, s in zip(names, bundle.shapes, strict=True) if s is not None}
+    more = {"names": names, "baseless": bundle.base is None}
+    return arrays, description(bundle.kind, bundle.tasks, shapes, bundle.scalars, **more)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

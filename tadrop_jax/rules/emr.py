@@ -2,9 +2,12 @@ r"""EMR-Merging: elect, mask, rescale (arXiv 2405.17461)."""
 
 import jax.numpy as jnp
 
+from tadrop_jax.kinds import masked_vector
 from tadrop_jax.parameters import choice
 from tadrop_jax.selection import magnitude
 from tadrop_jax.steps import Step, Sums, over_tasks, patterns, safe_ratio, spec
+
+KIND = masked_vector("emr")
 
 
 def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
@@ -26,7 +29,7 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
       per_task: regular expressions of tensors that stay each task's own, heads for instance.
 
     Returns:
-      A per-task rule: :func:`tadrop_jax.merge` gives an :class:`~tadrop_jax.bundles.EMRBundle`.
+      A per-task rule: :func:`tadrop_jax.merge` gives an :class:`~tadrop_jax.bundles.Bundle`.
 
     Raises:
       ParameterError: for an unknown rescaler or a broken pattern.
@@ -59,7 +62,8 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
         stages=(Sums(sums, scope="global"),),
         apply=apply,
         output="bundle",
-        scalars=lambda carry: {"rescalers": safe_ratio(carry["own"], carry["unified"])},
+        kind=KIND,
+        scalars=lambda carry, tasks: {"rescalers": safe_ratio(carry["own"], carry["unified"])},
         per_task=patterns(per_task),
         spec=spec("emr", rescaler=rescaler),
     )
