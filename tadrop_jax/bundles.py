@@ -80,10 +80,12 @@ class Bundle:
         """
         t = self._task(t)
         base = [None] * len(self.shapes) if self.base is None else named_leaves(self.base)[1]
-        masks = [
-            unpack(bits[t], shape) if bits is not None else (None if leaf is None else jnp.zeros(np.shape(leaf), bool))
-            for bits, shape, leaf in zip(self._column("masks"), self.shapes, base, strict=True)
-        ]
+        masks = []
+        for bits, shape, leaf in zip(self._column("masks"), self.shapes, base, strict=True):
+            if bits is None or shape is None:
+                masks.append(None if leaf is None else jnp.zeros(np.shape(leaf), bool))
+            else:
+                masks.append(unpack(bits[t], shape))
         return self._tree(masks)
 
     def task_vector(self, t):

@@ -59,7 +59,9 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         tasks = task_names(request.models)
         plan = make_plan(sources, request)
         layout = (
-            _bundle_layout(sources, plan, tasks, steps[-1].kind, request.dtype) if bundle else _layout(sources[0], plan, request.dtype)
+            _bundle_layout(sources, plan, tasks, steps[-1].kind, request.dtype)
+            if bundle
+            else _layout(sources[0], plan, request.dtype)
         )
         sink = stack.enter_context(
             open_sink(
@@ -221,7 +223,9 @@ def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan:
                 if file.name not in _NOT_COPIED:
                     sink.add_file(f"{folder}/{file.name}", file)
         folders = dict.fromkeys(name.partition("/")[0] for name in sink.plan)
-        sizes = {part: _part_bytes(sink, part) for part in ("base", *(f for f in folders if f not in ("base", "own")), "own")}
+        sizes = {
+            part: _part_bytes(sink, part) for part in ("base", *(f for f in folders if f not in ("base", "own")), "own")
+        }
         full = sum(s.size_bytes for s in sources[1:])
         report["size"] = {"bundle_bytes": sum(sizes.values()), "full_models_bytes": full, "parts_bytes": sizes}
         shapes = {n: sources[0].tensors[n].shape for n in plan.merged}

@@ -21,8 +21,8 @@ class Part(NamedTuple):
 
     Attributes:
       shape: of the whole part: S, or with a leading task axis.
-      over: ``"entries"`` (S, what all tasks share), ``"tasks and entries"`` (``(T, *S)``), or ``"tasks"`` (``(T, ...)``,
-        small and not cut into blocks).
+      over: ``"entries"`` (S, what all tasks share), ``"tasks and entries"`` (``(T, *S)``), or ``"tasks"``
+        (``(T, ...)``, small and not cut into blocks).
       dtype: ``"values"`` (float32, or the dtype that a merge is asked for), ``"float32"``, or ``"bits"``: bool from
         the rule, kept as ``np.packbits`` of the row-major tensor, one row a task.
     """

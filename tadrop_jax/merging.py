@@ -108,7 +108,9 @@ def merge(
     values = [results[where[i]].value if i in where else None for i in range(len(leaves))]
     if steps[-1].output == "bundle":
         own_tensors = tuple({n: leaf for n, leaf in _by_name(model).items() if n in own} for model in models)
-        return _bundle(base, treedef, values, [np.shape(leaf) for leaf in leaves], steps[-1], results, own_tensors, len(models))
+        return _bundle(
+            base, treedef, values, [np.shape(leaf) for leaf in leaves], steps[-1], results, own_tensors, len(models)
+        )
     out = [leaf if value is None else _as_dtype_of(leaf, value) for value, leaf in zip(values, leaves, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, out)
 

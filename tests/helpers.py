@@ -106,10 +106,11 @@ def run_streamed(base, models, chain, seed: int = 0, skip=(), **settings):
     """
     streams, tasks = streams_of(base, models), len(models)
     steps = expand(chain, tasks)
-    bundle = steps[-1].output == "bundle"
+    kind = steps[-1].kind
+    bundle = kind is not None
     dtype = settings.get("dtype")
     merged: dict = {}
-    parts_of = {s.name: steps[-1].kind.parts(s.shape, tasks) for s in streams} if bundle else {}
+    parts_of = {} if kind is None else {s.name: kind.parts(s.shape, tasks) for s in streams}
     for s in streams:
         if bundle:
             kept = {"values": dtype or np.float32, "float32": np.float32, "bits": np.uint8}
