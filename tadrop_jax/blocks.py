@@ -1,6 +1,7 @@
 """What the streamed executor computes on one block: compiled once per step, whatever the shapes of the tensors."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tadrop_jax import memory, selection
+from tadrop_jax.pieces import piece_of
 from tadrop_jax.steps import Max, Min, Piece, Step, Sums, advance, over_tasks
 
 
@@ -23,6 +25,7 @@ class Site(NamedTuple):
       dtype: name of the storage dtype.
       check: whether to look for NaN and infinity.
       out_dtype: name of the output dtype.
+      shape: S where a block is the whole tensor, since a step wants rows or all of it; None for flat blocks of any.
     """
 
     steps: tuple[Step, ...]
@@ -33,11 +36,20 @@ class Site(NamedTuple):
     dtype: str
     check: bool
     out_dtype: str
+    shape: tuple[int, ...] | None = None
 
 
 def _reach(site: Site, raw, key, carries, start, valid):
     """The chain up to the site's stop, over one block."""
     values = lax.bitcast_convert_type(raw, jnp.dtype(site.dtype)).astype(jnp.float32)
+    if site.shape is not None:
+        values = values.reshape(-1, *site.shape)
+        x = piece_of((values[0], list(values[1:])), None, site.tasks, key, site.shape)
+
+        def whole(stage, x, carry):
+            return memory.reduce_stage(stage, x, carry, math.prod(x.stack.shape[1:]))
+
+        return x, advance(site.steps, site.active, x, carries, whole, site.stop)
 
     def position():
         low = start[1] + lax.iota(jnp.uint32, raw.shape[1])
@@ -61,7 +73,11 @@ def stage_of(site: Site) -> Any:
 def block_values(site: Site, raw, key, carries, start, valid, n):
     """What a stage of ranks selects from, over one block: ``(T', B)``."""
     _, reached = _reach(site, raw, key, carries, start, valid)
-    return stage_of(site).of(reached.x, reached.carry)
+    return _flat(stage_of(site).of(reached.x, reached.carry))
+
+
+def _flat(array):
+    return array.reshape(array.shape[0], -1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,28 +86,30 @@ def compiled(site: Site):
 
     Returns:
       A function of raw bits ``(T + 1, B)`` (row 0 is the base), key, carries, position of the first entry as two
-      uint32, number of real entries, and entries of the tensor. It gives the value of the site's kind, and a sum that
-      is not finite if an input is not (None unless the site checks).
+      uint32, number of real entries, and entries of the tensor. It gives the value of the site's kind; a sum that is
+      not finite if an input is not (None unless the site checks); and, where the block is the whole tensor, the carries
+      with the tensor's own statistics filled in (else None).
     """
 
     def fn(raw, key, carries, start, valid, n):
         x, reached = _reach(site, raw, key, carries, start, valid)
+        filled = None if site.shape is None else reached.carries
         # Not finite where an input is not: subtraction and sum carry it along.
         total = jnp.sum(over_tasks(jnp.add, x.stack)) if site.check else None
         if site.kind == "keys":
-            return selection.ordered_bits(stage_of(site).of(reached.x, reached.carry)), total
+            return selection.ordered_bits(_flat(stage_of(site).of(reached.x, reached.carry))), total, filled
         if site.kind == "sums":
             stage = stage_of(site)
             neutral = {Sums: 0, Min: jnp.inf, Max: -jnp.inf}[type(stage)]
             real = lax.iota(jnp.int32, raw.shape[1]) < valid
             found = stage.of(reached.x, reached.carry, n)
-            arrays = {k: jnp.where(real, memory.statistic(stage, a), neutral) for k, a in found.items()}
+            arrays = {k: jnp.where(real, _flat(memory.statistic(stage, a)), neutral) for k, a in found.items()}
             reduce = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
-            return {k: reduce(a, axis=1) for k, a in arrays.items()}, total
+            return {k: reduce(a, axis=1) for k, a in arrays.items()}, total, filled
         last = site.steps[-1]
         value = memory.store(last, reached, x.base, jnp.dtype(site.out_dtype))
         if value is not None and last.output != "bundle":  # a bundle's parts have dtypes of their own
-            value = value.astype(jnp.dtype(site.out_dtype))
-        return value, total
+            value = value.astype(jnp.dtype(site.out_dtype)).ravel()
+        return value, total, filled
 
     return jax.jit(fn)

@@ -158,7 +158,7 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
 
     def done(k: int, carries: Carries) -> None:
         stream = streams[k]
-        log.add(stream.name, log.describe(stream, carries, steps))
+        log.add(stream.name, log.describe(stream, carries, steps, len(tasks)))
         for name in outputs_of(stream):
             sink.mark_done(name)
 

@@ -19,9 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.errors import MergeError
+from tadrop_jax.pieces import piece_of
 from tadrop_jax.steps import Max, Min, Piece, Stage, Step, Sums, advance, global_stages, merge_stages
 from tadrop_jax.trees import check_patterns, is_traced
 from tadrop_jax.wide import Wide
+
+# Tensors that run together take at most this much in float32.
+_BATCH_BYTES = 256 << 20
 
 
 class Tensor(NamedTuple):
@@ -95,16 +99,16 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
     """
     steps = tuple(steps)
     names = [t.path for t in tensors]
-    check_patterns([p for s in steps for p in (*s.include, *s.exclude)], names)
+    check_patterns([p for s in steps for p in s.named], names)
     key = check_random(steps, key)
     sites = [_site(steps, t, tasks) for t in tensors]
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
     raws = [_raw(t, s) for t, s in zip(tensors, sites, strict=True)]
-    carries: list[tuple] = [tuple((None,) * len(s.stages) for s in steps) for _ in tensors]
+    carries: list[tuple] = [tuple((None,) * len(s.stages) for s in site.steps) for site in sites]
 
     for stop in global_stages(steps):
         i, j = stop
-        at = [k for k, site in enumerate(sites) if site.active[i]]
+        at = [k for k, site in enumerate(sites) if site.active[i] and site.steps[i] == steps[i]]
         if not at:
             continue
         stage = steps[i].stages[j]
@@ -124,13 +128,38 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
             carries[k] = (*carries[k][:i], tuple(done), *carries[k][i + 1 :])
 
     results = []
-    for tensor, site, raw, k, carry in zip(tensors, sites, raws, keys, carries, strict=True):
-        value, filled = _finished(site)(raw, k, carry)
+    for tensor, site, (value, filled) in zip(tensors, sites, _finish(sites, raws, keys, carries), strict=True):
         like = tensor.models[0] if tensor.base is None else tensor.base
         if site.mesh is None and _is_spread(like) and getattr(value, "shape", None) == like.shape:
             value = jax.device_put(value, like.sharding)  # it was gathered for a step that needs it whole
         results.append(Result(value, tuple(merge_stages(c) for c in filled)))
     return results
+
+
+def _finish(sites, raws, keys, carries) -> list[tuple]:
+    """What the chain puts out for each tensor; tensors of one site that are wanted whole run together."""
+    together: dict[Any, list[int]] = {}
+    for k, site in enumerate(sites):
+        whole = site.mesh is None and any(
+            a and s.piece == "tensor" for a, s in zip(site.active, site.steps, strict=True)
+        )
+        dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(raws[k]))
+        batch = together.setdefault((site, dtypes) if whole else k, [])
+        batch.append(k)
+    found: list[Any] = [None] * len(sites)
+    for batch in together.values():
+        site = sites[batch[0]]
+        bytes_each = 4 * (site.tasks + 1) * max(math.prod(site.shape), 1)
+        size = max(_BATCH_BYTES // bytes_each, 1)
+        for start in range(0, len(batch), size):
+            at = batch[start : start + size]
+            if len(at) == 1:
+                found[at[0]] = _finished(site)(raws[at[0]], keys[at[0]], carries[at[0]])
+                continue
+            results = _finished_together(site)([(raws[k], keys[k], carries[k]) for k in at])
+            for k, result in zip(at, results, strict=True):
+                found[k] = result
+    return found
 
 
 def check_random(steps: Sequence[Step], key) -> jax.Array | None:
@@ -174,7 +203,9 @@ def _is_spread(leaf) -> bool:
 
 def _site(steps, tensor: Tensor, tasks: int) -> _Site:
     stacked = tensor.base is None
+    shape = tuple(tensor.shape[a] for a in tensor.order or range(len(tensor.shape)))
     active = tuple(s.covers(tensor.path) and tensor.size > 0 for s in steps)
+    steps = tuple(s.for_tensor(tensor.path, shape, tasks) for s in steps)
     mesh, spec = None, PartitionSpec()
     like = tensor.models[0] if stacked else tensor.base
     whole = any(a and s.piece != "any" for a, s in zip(active, steps, strict=True))
@@ -282,44 +313,6 @@ def statistic(stage: Sums, array) -> jax.Array:
     return array.astype(jnp.uint32 if type(stage) is Sums and array.dtype == bool else jnp.float32)
 
 
-def piece_of(raw, site_order, tasks: int, key, shape, offsets=None) -> Piece:
-    """The piece that a step sees: task vectors in float32, whatever the storage dtype."""
-    base, models = raw
-    if base is None:
-        stack = models[0].astype(jnp.float32)
-    else:
-        base = base.astype(jnp.float32)
-        stack = jnp.stack([m.astype(jnp.float32) - base for m in models])
-    local = stack.shape[1:]
-
-    def position():
-        return _positions(local, shape, site_order, offsets)
-
-    return Piece(stack, base, tuple(range(tasks)), key, position, math.prod(local), site_order)
-
-
-def _positions(local, shape, order, offsets):
-    """Row-major positions, in PyTorch order, of a shard of shape ``local``: high and low halves of 64 bits."""
-    high = low = jnp.zeros(local, jnp.uint32)
-    for axis in order or range(len(shape)):
-        index = lax.broadcasted_iota(jnp.uint32, local, axis)
-        if offsets is not None:
-            index = index + offsets[axis]
-        high, low = _times_plus(high, low, shape[axis], index)
-    return high, low
-
-
-def _times_plus(high, low, factor: int, addend):
-    """``value * factor + addend`` in 64 bits, for a factor below 2^32."""
-    f1, f0 = jnp.uint32(factor >> 16), jnp.uint32(factor & 0xFFFF)
-    a1, a0 = low >> 16, low & 0xFFFF
-    middle = (a0 * f0 >> 16) + (a0 * f1 & 0xFFFF) + (a1 * f0 & 0xFFFF)
-    carried = a1 * f1 + (a0 * f1 >> 16) + (a1 * f0 >> 16) + (middle >> 16)
-    product = (a0 * f0 & 0xFFFF) | (middle << 16)
-    total = product + addend
-    return high * jnp.uint32(factor) + carried + (total < addend).astype(jnp.uint32), total
-
-
 def _axis_names(site: _Site) -> tuple[str, ...]:
     names: list[str] = []
     for entry in site.spec:
@@ -419,14 +412,30 @@ def _counted(site: _Site, stop):
     return _mapped(site, fn, lambda whole, stack, none: none, extra=("pivots",))
 
 
-@functools.lru_cache(maxsize=4096)
-def _finished(site: _Site):
+def _finisher(site: _Site):
     def fn(raw, key, carries):
         reached, base = _advance(site, raw, key, carries), raw[0]
         if not site.steps:
             return reached.value, reached.carries
         return store(site.steps[-1], reached, base, None if base is None else base.dtype), reached.carries
 
+    return fn
+
+
+@functools.lru_cache(maxsize=4096)
+def _finished_together(site: _Site):
+    """The same for several tensors at once: decompositions of small matrices run batched."""
+
+    def fn(given):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+        results = jax.vmap(_finisher(site))(*stacked)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], results) for i in range(len(given))]
+
+    return jax.jit(fn)
+
+
+@functools.lru_cache(maxsize=4096)
+def _finished(site: _Site):
     outputs = {"stack": "stack", "vector": "whole", "parameters": "whole"}
     kind = site.steps[-1].output if site.steps else "stack"
 
@@ -437,4 +446,4 @@ def _finished(site: _Site):
             return ({n: lies[p.over] for n, p in parts.items()} if site.active[-1] else None), none
         return (stack if outputs[kind] == "stack" else whole), none
 
-    return _mapped(site, fn, specs)
+    return _mapped(site, _finisher(site), specs)

@@ -41,12 +41,17 @@ class TensorLog:
         return rows
 
     @staticmethod
-    def describe(stream, carries, steps) -> dict[str, Any]:
-        """A merged tensor in numbers: what the steps computed anyway."""
+    def describe(stream, carries, steps, tasks: int) -> dict[str, Any]:
+        """A merged tensor in numbers: what the steps computed anyway, and what they say of its shape."""
         row: dict[str, Any] = {"shape": list(stream.shape), "dtype": stream.dtype.name}
         for step, carry in zip(steps, carries, strict=True):
-            if step.report and carry:
-                row |= {k: _floats(v) for k, v in step.report(carry).items()}
+            if not step.covers(stream.name):
+                continue
+            own = step.for_tensor(stream.name, stream.shape, tasks)
+            if own.report and carry:
+                row |= {k: _floats(v) for k, v in own.report(carry).items()}
+            if own.note:
+                row |= own.note(stream.shape, tasks)
         return row
 
 

@@ -89,7 +89,7 @@ class Piece(NamedTuple):
 
     def groups(self, m: int) -> jax.Array:
         """The stack as ``(T, G, m)``: groups of m consecutive entries in PyTorch order, padded with zeros."""
-        flat = jnp.reshape(_transpose(self.stack, self.order), (self.stack.shape[0], -1))
+        flat = jnp.reshape(self.in_torch_order(), (self.stack.shape[0], -1))
         flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % m)))
         return jnp.reshape(flat, (flat.shape[0], -1, m))
 
@@ -97,15 +97,20 @@ class Piece(NamedTuple):
         """The inverse of :meth:`groups`, for an array ``(T, G, m)``."""
         shape = self.stack.shape[1:]
         flat = jnp.reshape(groups, (groups.shape[0], -1))[:, : math.prod(shape)]
+        order = self.order or range(len(shape))
+        return self.from_torch_order(jnp.reshape(flat, (flat.shape[0], *(shape[a] for a in order))))
+
+    def in_torch_order(self) -> jax.Array:
+        """The stack ``(T, *S')`` with the axes as PyTorch has them: a linear layer's are ``(T, out, in)``."""
+        return self.stack if self.order is None else jnp.transpose(self.stack, (0, *(a + 1 for a in self.order)))
+
+    def from_torch_order(self, array: jax.Array) -> jax.Array:
+        """The inverse of :meth:`in_torch_order`, for a stack ``(T, *S')`` or one tensor ``S'``."""
         if self.order is None:
-            return jnp.reshape(flat, (flat.shape[0], *shape))
-        permuted = jnp.reshape(flat, (flat.shape[0], *(shape[a] for a in self.order)))
-        inverse = sorted(range(len(shape)), key=lambda a: self.order[a])  # type: ignore[index]
-        return _transpose(permuted, tuple(inverse))
-
-
-def _transpose(stack, order):
-    return stack if order is None else jnp.transpose(stack, (0, *(a + 1 for a in order)))
+            return array
+        lead = array.ndim - len(self.order)
+        inverse = sorted(range(len(self.order)), key=lambda a: self.order[a])  # type: ignore[index]
+        return jnp.transpose(array, (*range(lead), *(a + lead for a in inverse)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,6 +180,10 @@ class Step:
       include: regular expressions of the paths that the step is for; empty means all.
       exclude: regular expressions of the paths that it leaves alone.
       per_task: regular expressions of the tensors that stay each task's own (bundles).
+      instead: ``(path, shape, tasks) -> Step or None``: the step to use for a tensor in place of this one, for those
+        that are no matrix for instance; of the same output, with no stage of the tree. The shape is in PyTorch order.
+      mentions: regular expressions that ``instead`` goes by; each has to match a tensor.
+      note: ``(shape, tasks) -> {name: value}``: what there is to tell the user of a tensor of this shape.
       random: whether the step draws random numbers.
       lengths: names and lengths of parameters that were given one per task.
       spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
@@ -191,6 +200,9 @@ class Step:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     per_task: tuple[str, ...] = ()
+    instead: "Callable[[str, tuple[int, ...], int], Step | None] | None" = None
+    mentions: tuple[str, ...] = ()
+    note: Callable[[tuple[int, ...], int], Mapping[str, Any]] | None = None
     random: bool = False
     lengths: tuple[tuple[str, int], ...] = ()
     spec: tuple | None = None
@@ -201,7 +213,7 @@ class Step:
             raise ParameterError("a step has a kind of bundle exactly if its output is 'bundle'")
         if self.piece == "group" and self.group < 1:
             raise ParameterError(f"group must be at least 1, got {self.group}")
-        for pattern in (*self.include, *self.exclude, *self.per_task):
+        for pattern in (*self.named, *self.per_task):
             check_pattern(pattern)
 
     def _identity(self):
@@ -216,6 +228,16 @@ class Step:
     def __hash__(self):
         """Consistent with equality."""
         return id(self) if self.spec is None else hash(self._identity())
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The regular expressions that have to match one of the tensors that the step sees."""
+        return (*self.include, *self.exclude, *self.mentions)
+
+    def for_tensor(self, path: str, shape: tuple[int, ...], tasks: int) -> "Step":
+        """This step, or the one that takes its place for a tensor."""
+        other = None if self.instead is None else self.instead(path, shape, tasks)
+        return self if other is None else other
 
     def covers(self, path: str) -> bool:
         """Whether the step is for the tensor of this path; exclude beats include."""

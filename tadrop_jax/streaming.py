@@ -2,7 +2,7 @@
 
 The task vectors of all models are never held: each stage of statistics, and then the result, is one pass over blocks
 of a fixed size, so that a step compiles once whatever the shapes. Threads each take the next block: while one waits
-for the disk, the others compute. Steps that ask for rows or whole tensors get the tensor whole.
+for the disk, the others compute. Steps that ask for rows or whole tensors get the tensor as one block.
 """
 
 import functools
@@ -128,7 +128,7 @@ def run(
     """
     steps = tuple(steps)
     names = [s.name for s in streams]
-    check_patterns([p for s in steps for p in (*s.include, *s.exclude)], names)
+    check_patterns([p for s in steps for p in s.named], names)
     key = memory.check_random(steps, settings.key)
     return _Run(steps, tuple(streams), tasks, key, settings).go(write, done, frozenset(skip))
 
@@ -149,7 +149,7 @@ def measure(steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settin
       As :func:`run`.
     """
     steps = tuple(steps)
-    check_patterns([p for s in steps for p in (*s.include, *s.exclude)], [s.name for s in streams])
+    check_patterns([p for s in steps for p in s.named], [s.name for s in streams])
     return _Run(steps, tuple(streams), tasks, memory.check_random(steps, settings.key), settings).measure()
 
 
@@ -159,8 +159,13 @@ class _Run:
     def __init__(self, steps, streams, tasks, key, settings: Settings):
         self.steps, self.streams, self.tasks, self.settings = steps, streams, tasks, settings
         self.active = [tuple(s.covers(t.name) and t.size > 0 for s in steps) for t in streams]
+        self.chains = [tuple(s.for_tensor(t.name, t.shape, tasks) for s in steps) for t in streams]
+        self.whole = [
+            any(a and _wants_whole(s) for a, s in zip(active, chain, strict=True))
+            for active, chain in zip(self.active, self.chains, strict=True)
+        ]
         self.keys = [None if key is None else randomness.tensor_key(key, t.name) for t in streams]
-        self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in steps) for _ in streams]
+        self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in chain) for chain in self.chains]
         self.checked = [False] * len(streams)
         self.differs = [False] * tasks
         self.workers = settings.workers or _cores()
@@ -170,9 +175,6 @@ class _Run:
         # Packed masks want starts at multiples of 8.
         self.block *= 8 // math.gcd(8, self.block)
         self.small = self.block if group > 1 else SMALL
-        whole = [any(a and _wants_whole(s) for a, s in zip(act, steps, strict=True)) for act in self.active]
-        if any(whole):
-            raise MergeError("methods that want rows or whole tensors are not streamed yet: merge them in memory")
 
     def go(self, write, done, skip):
         for stop in global_stages(self.steps):
@@ -225,6 +227,8 @@ class _Run:
 
     def blocks(self, k: int) -> list[Block]:
         n = self.streams[k].size
+        if self.whole[k]:
+            return [Block(k, 0, n)]
         return [Block(k, start, min(start + self.block, n)) for start in range(0, n, self.block)]
 
     def load(self, block: Block, kept=None) -> tuple[np.ndarray, int]:
@@ -233,19 +237,21 @@ class _Run:
         if kept is not None and block.start in kept:
             return kept[block.start], valid
         stream = self.streams[block.at]
-        width = self.small if valid <= self.small else self.block
+        width = valid if self.whole[block.at] else self.small if valid <= self.small else self.block
         uint = _UINT.get(stream.dtype.itemsize)
         if uint is None:
             raise MergeError(f"tensor {stream.name!r}: dtype {stream.dtype} cannot be merged from files")
         rows = self.tasks + 1
-        if kept is None:
+        if kept is None and not self.whole[block.at]:
             # One buffer a thread and size: a block is done with before the next one is read.
             held = self.buffers.__dict__.setdefault("held", {})
             if (width, uint) not in held:
                 held[width, uint] = _aligned((rows, width), uint)
             raw = held[width, uint]
         else:
-            raw = kept[block.start] = _aligned((rows, width), uint)
+            raw = _aligned((rows, width), uint)
+            if kept is not None:
+                kept[block.start] = raw
         for row in range(rows):
             stream.read(row, block.start, block.stop, raw[row, :valid].view(stream.dtype))
         raw[:, valid:] = 0
@@ -257,15 +263,31 @@ class _Run:
         k = block.at
         raw, valid = self.load(block, kept)
         stream, check = self.streams[k], not self.checked[k]
-        site = Site(self.steps, self.active[k], self.tasks, kind, stop, stream.dtype.name, check, self.dtype_name(k))
+        site = self.site(k, kind, stop, check)
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
-        value, total = compiled(site)(
+        value, total, carries = compiled(site)(
             jax.dlpack.from_dlpack(raw), self.keys[k], self.carries[k], start, np.int32(valid), np.float32(stream.size)
         )
+        if carries is not None:
+            self.carries[k] = jax.tree.map(np.asarray, carries)
         value = jax.tree.map(np.asarray, value)
         if check:
             self.check(block, raw, valid, np.asarray(total))
         return value
+
+    def site(self, k: int, kind: str, stop=None, check: bool = False) -> Site:
+        stream = self.streams[k]
+        return Site(
+            self.chains[k],
+            self.active[k],
+            self.tasks,
+            kind,
+            stop,
+            stream.dtype.name,
+            check,
+            self.dtype_name(k),
+            stream.shape if self.whole[k] else None,
+        )
 
     def check(self, block: Block, raw, valid, total):
         """Refuses NaN and infinity, and notes which models differ from the base."""
@@ -287,7 +309,7 @@ class _Run:
 
     def global_stage(self, stop):
         i, j = stop
-        at = [k for k in range(len(self.streams)) if self.active[k][i]]
+        at = [k for k in range(len(self.streams)) if self.active[k][i] and self.chains[k][i] == self.steps[i]]
         if not at:
             return
         for k in at:
@@ -310,7 +332,13 @@ class _Run:
 
     def tensor_stages(self, k: int, stop, parallel, kept=None):
         """Fills in the statistics of one tensor up to ``stop``."""
-        for i, step in enumerate(self.steps):
+        if self.whole[k]:
+            # Computed with the rest, in one piece; but ranks of the tree may hang on what comes before them.
+            if stop is not None and None in self.carries[k][stop[0]][: stop[1]]:
+                kind = "sums" if isinstance(self.steps[stop[0]].stages[stop[1]], Sums) else "keys"
+                self.call(kind, self.blocks(k)[0], stop)
+            return
+        for i, step in enumerate(self.chains[k]):
             if not self.active[k][i]:
                 continue
             for j, stage in enumerate(step.stages):
@@ -338,7 +366,7 @@ class _Run:
         # Ascending index of each rank, (R, T').
         ranks = n - (np.asarray(top.high).astype(np.int64) * (1 << 16) + np.asarray(top.low))
         search = Selection(n, ranks)
-        if search.wants_sample:
+        if search.wants_sample and not any(self.whole[k] for k in at):
             pieces = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
             search.bracket([self.call("keys", b, stop)[:, : b.stop - b.start] for b in pieces])
         while not search.settled:
@@ -360,18 +388,16 @@ class _Run:
         raise AssertionError("a sample lies inside the tree")
 
     def selected_like(self, k, stop):
-        site = Site(
-            self.steps, self.active[k], self.tasks, "keys", stop, self.streams[k].dtype.name, False, self.dtype_name(k)
-        )
-        raw = jax.ShapeDtypeStruct((self.tasks + 1, 8), _UINT[self.streams[k].dtype.itemsize])
+        site, width = self.site(k, "keys", stop), self.streams[k].size if self.whole[k] else 8
+        raw = jax.ShapeDtypeStruct((self.tasks + 1, width), _UINT[self.streams[k].dtype.itemsize])
         shape = jax.eval_shape(
             functools.partial(block_values, site),
             raw,
             self.keys[k],
             self.carries[k],
             np.zeros(2, np.uint32),
-            np.int32(8),
-            np.float32(8),
+            np.int32(width),
+            np.float32(width),
         )
         return shape.dtype, shape.shape[0]
 
@@ -410,6 +436,8 @@ class _Run:
     def keep(self, k: int) -> dict | None:
         """Where to keep the blocks of a tensor that is small enough while its own stages run, or None."""
         stream = self.streams[k]
+        if self.whole[k]:
+            return None
         missing = any(f is None for i, c in enumerate(self.carries[k]) if self.active[k][i] for f in c)
         small = stream.size * (self.tasks + 1) * stream.dtype.itemsize <= KEEP_BYTES
         return {} if missing and small else None

@@ -353,8 +353,6 @@ def test_refusals():
         )
     with pytest.raises(ParameterError, match="matches none"):
         run_streamed(base, models, tj.chain(tj.masked(tj.tadrop(), include="nowhere"), tj.average()))
-    with pytest.raises(MergeError, match="not streamed yet"):
-        run_streamed(base, models, tj.Step(lambda x, c: x.stack[0], piece="tensor", output="vector"))
     with pytest.raises(ParameterError, match="3 values"):
         run_streamed(base, models, tj.task_arithmetic((1.0, 2.0, 3.0)))
     with pytest.raises(ParameterError, match="1 values"):
