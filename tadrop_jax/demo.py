@@ -160,7 +160,8 @@ def _train_all(out: Path, settings: Settings, train: Digits, test: Pairs, consol
     from flax import nnx
 
     import converters
-    from converters.vit import Config, Model
+    from converters.vit import Config
+    from converters.vit.model import ViTForImageClassification as Model
 
     config = Config(
         hidden_size=settings.hidden_size,
