@@ -10,6 +10,7 @@ from converters.errors import ConversionError
 from converters.files import read_tensors
 from converters.loading import load, save
 from converters.mapping import Row, Transform, layout, to_flax, to_torch
+from converters.sharding import partition_specs, shard
 
 __all__ = [
     "ConversionError",
@@ -17,8 +18,10 @@ __all__ = [
     "Transform",
     "layout",
     "load",
+    "partition_specs",
     "read_tensors",
     "save",
+    "shard",
     "to_flax",
     "to_torch",
 ]

@@ -71,9 +71,19 @@ class Architecture(NamedTuple):
         return self.name.rpartition("/")[0] or "transformers"
 
 
+_GPT2 = "converters.gpt2"
+_GPT2_BLOCK = r"^(transformer\.)?h\.\d+\.attn\.c_attn\.weight$"
 _VIT = "converters.vit"
 
-_ALL = (Architecture("ViTForImageClassification", _VIT, "class logits"),)
+_ALL = (
+    Architecture("GPT2ForSequenceClassification", _GPT2, "class logits", (_GPT2_BLOCK, r"^score\.weight$")),
+    Architecture("GPT2ForTokenClassification", _GPT2, "class logits of each token", (_GPT2_BLOCK, r"^classifier\.")),
+    Architecture(
+        "GPT2LMHeadModel", _GPT2, "logits of the next token; text", (_GPT2_BLOCK, r"^(transformer|lm_head)\.")
+    ),
+    Architecture("GPT2Model", _GPT2, "token features", (_GPT2_BLOCK,)),
+    Architecture("ViTForImageClassification", _VIT, "class logits"),
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for entry in _ALL}
 

@@ -95,7 +95,7 @@ def restored(tensors: Mapping[str, Any], package: Any, entry: Architecture, conf
         elif name in copies:
             result[name] = tensors[copies[name]]
         elif match is not None:
-            result[name] = np.ascontiguousarray(np.asarray(make(match)).astype(_dtype(dtype)))
+            result[name] = np.asarray(make(match)).astype(_dtype(dtype), order="C")
     return result
 
 

@@ -73,8 +73,7 @@ def _spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Any) -> Any:
     if mesh is not None:
         sizes = dict(mesh.shape)
         names = tuple(
-            name if name in sizes and size % sizes[name] == 0 else None
-            for name, size in zip(names, shape, strict=True)
+            name if name in sizes and size % sizes[name] == 0 else None for name, size in zip(names, shape, strict=True)
         )
     while names and names[-1] is None:  # as jax itself writes a spec
         names = names[:-1]

@@ -1,6 +1,7 @@
 """GPT-2 (Hugging Face): the bare model, the language model, and classifiers of sequences and of tokens."""
 
 from converters.gpt2.config import GPT2Config as Config
+from converters.gpt2.config import configure
 from converters.gpt2.generation import filter_logits, generate
 from converters.gpt2.model import MODELS, Cache, empty_cache
 from converters.gpt2.table import SHARDING, aliases, buffers, flax_table, table, tied
@@ -12,6 +13,7 @@ __all__ = [
     "Config",
     "aliases",
     "buffers",
+    "configure",
     "empty_cache",
     "filter_logits",
     "flax_table",

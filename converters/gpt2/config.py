@@ -93,3 +93,18 @@ class GPT2Config:
             fields["id2label"] = {str(i): label for i, label in enumerate(labels)}
             fields["label2id"] = {label: i for i, label in enumerate(labels)}
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **other, **fields}
+
+
+def configure(raw: Mapping[str, Any], shapes: Mapping[str, Any], architecture: str) -> GPT2Config:
+    """A configuration from a `config.json`, which has to be there: no tensor's shape tells the number of heads.
+
+    Raises:
+        ConversionError: there is none, or it is of another kind of model.
+    """
+    if not raw:
+        raise ConversionError(
+            f"{architecture}: the tensors do not tell the number of heads; put config.json beside them"
+        )
+    if raw.get("model_type", "gpt2") != "gpt2":
+        raise ConversionError(f"{architecture}: model_type is {raw['model_type']!r}, must be 'gpt2'")
+    return GPT2Config.from_dict(raw)

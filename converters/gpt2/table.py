@@ -52,11 +52,9 @@ def flax_table(config: GPT2Config, architecture: str) -> list[Row]:
         >>> [row.transform.name for row in flax_table(GPT2Config(), "GPT2Model") if "mlp" in row.flax]
         ['LINEAR', 'IDENTITY']
     """
-    rows = table(config, architecture)
-    return [
-        Row(row.flax, row.flax, Transform.LINEAR if re.search("(attn|mlp)/.*kernel", row.flax) else Transform.IDENTITY)
-        for row in rows
-    ]
+    paths = [str(row.flax) for row in table(config, architecture)]
+    turned = re.compile("(attn|mlp)/.*kernel")
+    return [Row(path, path, Transform.LINEAR if turned.search(path) else Transform.IDENTITY) for path in paths]
 
 
 def _prefixes(architecture: str) -> tuple[str, str]:

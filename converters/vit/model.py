@@ -13,15 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from converters.activations import ACTIVATIONS
 from converters.errors import ConversionError
-
-ACTIVATIONS = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 @dataclasses.dataclass(frozen=True)

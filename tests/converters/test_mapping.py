@@ -37,6 +37,11 @@ def test_there_and_back_gives_the_same_bytes(dtype):
         assert back[name].tobytes() == want.tobytes(), name
 
 
+def test_a_scalar_stays_one():
+    table = (Row("logit_scale", "logit_scale"),)
+    assert to_torch(to_flax({"logit_scale": np.float32(3)}, table), table)["logit_scale"].shape == ()
+
+
 def test_kernels_have_the_layout_of_flax():
     source = tensors()
     tree = to_flax(source, TABLE)
