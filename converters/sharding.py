@@ -26,8 +26,8 @@ def partition_specs(tree: Any, rules: Rules, mesh: Any = None) -> dict[str, Any]
 
     Example:
         >>> import numpy as np
-        >>> partition_specs({"fc": {"kernel": np.ones((4, 6))}}, [("fc/kernel", (None, "model"))])
-        {'fc/kernel': PartitionSpec(None, 'model')}
+        >>> tuple(partition_specs({"fc": {"kernel": np.ones((4, 6))}}, [("kernel", (None, "model"))])["fc/kernel"])
+        (None, 'model')
     """
     return {path: _spec(path, leaf.shape, rules, mesh) for path, leaf in flatten(tree).items()}
 
