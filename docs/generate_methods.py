@@ -46,7 +46,8 @@ def _section(method: Method) -> str:
         least, most = method.models
         models = f"Takes {'exactly' if least == most else 'at least'} {least} models.\n\n"
     random = "Draws random numbers: `--seed`, or `key=jax.random.key(seed)`.\n\n" if method.random else ""
-    data = "Needs data and the model's function: from Python only.\n\n" if method.needs_data else ""
+    why = method.from_python
+    data = f"{why[0].upper()}{why[1:]}: from Python only.\n\n" if why else ""
     held = ", ".join(sorted(method.properties)) or "none"
     return f"{told}\n{models}{data}{random}Properties that hold and are tested: {held}.\n"
 
@@ -54,6 +55,7 @@ def _section(method: Method) -> str:
 def _values(parameter: Parameter) -> str:
     named = {"numbers": "a number, or one per task", "whole": "a whole number", "flag": "`true`, `false`"}
     named |= {"number": "a number", "order": "a list of tasks", "patterns": "regular expressions", "text": "text"}
+    named |= {"object": "from Python"}
     named |= {role: f"a {role}: `NAME[:NAME=VALUE;...]`" for role in ("sparsifier", "rule")}
     said = ", ".join(f"`{o}`" for o in parameter.options) or named[parameter.kind]
     return said + ", `none`" * parameter.optional

@@ -48,6 +48,18 @@ def number(method: str, name: str, value: Any, low: float = -float("inf"), high:
     return value
 
 
+def single(method: str, name: str, value: Any, low: float = -float("inf"), high: float = float("inf")) -> Any:
+    """A number in [low, high], and not one per task.
+
+    Raises:
+      ParameterError: naming method, parameter, value and range.
+    """
+    value = number(method, name, value, low, high)
+    if isinstance(value, tuple):
+        raise ParameterError(f"{method}: {name} is one number, got {len(value)}")
+    return value
+
+
 def whole(method: str, name: str, value: Any, low: int, high: int | None = None) -> int:
     """An integer in [low, high].
 

@@ -23,7 +23,7 @@ SHAPE = (5, 8)
 NAMES = ("block/kernel", "block/other", "head")
 KEY = jax.random.key(7)
 settings = hypothesis.settings(max_examples=8)
-RUNNABLE = [m for m in registry.METHODS.values() if not m.needs_data]
+RUNNABLE = [m for m in registry.METHODS.values() if not m.from_python]
 
 
 def variants(method: registry.Method) -> list[dict]:

@@ -24,8 +24,10 @@ TEXTS = {
     "text": [("affine:0.5,0.1", "affine:0.5,0.1")],
     "sparsifier": [("magnitude:density=.3;keep=exact", "magnitude:density=.3;keep=exact")],
     "rule": [("ties:density=.3", "ties:density=.3")],
+    "object": [],
 }
 NONSENSE = {"number": "much", "numbers": "0.1,x", "whole": "1.5", "flag": "maybe", "order": "[a]", "choice": "no such"}
+NONSENSE["object"] = "x"
 
 
 def ids(value):
@@ -47,7 +49,7 @@ def test_entry_agrees_with_the_function(method):
 @pytest.mark.parametrize("method", METHODS.values(), ids=ids)
 def test_method_is_public_and_builds_at_its_defaults(method):
     assert method.name in tj.__all__
-    if method.needs_data:
+    if method.from_python:
         with pytest.raises(tj.ParameterError, match=f"call tadrop_jax.{method.name} from Python"):
             registry.build(method.name, {}, method.role)
         return

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.registry import matrix_rules, per_task, rules, sparsifiers, weight_rules, with_data
+from tadrop_jax.registry import lora, matrix_rules, per_task, rules, sparsifiers, weight_rules, with_data
 from tadrop_jax.registry.schema import Method, Parameter
 
 __all__ = ["METHODS", "Method", "Parameter", "build", "method", "parse", "parse_step"]
 
-_GROUPS = (sparsifiers, rules, matrix_rules, weight_rules, per_task, with_data)
+_GROUPS = (sparsifiers, rules, matrix_rules, weight_rules, lora, per_task, with_data)
 _ALL = tuple(entry for group in _GROUPS for entry in group.ENTRIES)
 # Kinds of parameters that are methods themselves.
 _ROLES = ("sparsifier", "rule")
@@ -51,8 +51,8 @@ def build(name: str, values: Mapping[str, Any], role: str | None = None):
     found = method(name, role)
     for parameter in values:
         found.parameter(parameter)
-    if found.needs_data:
-        raise ParameterError(f"{name} needs data and the model's function: call tadrop_jax.{name} from Python")
+    if found.from_python:
+        raise ParameterError(f"{name} {found.from_python}: call tadrop_jax.{name} from Python")
     module, _, function = found.home.partition(":")
     given = {p.name: p.default for p in found.parameters} | dict(values)
     for parameter in found.parameters:
@@ -111,6 +111,8 @@ def _value(found: Method, parameter: Parameter, text: str) -> Any:
     if text.lower() in ("none", "null") and (parameter.optional or parameter.default is None):
         return None
     kind = parameter.kind
+    if kind == "object":
+        raise wrong("given from Python")
     try:
         if kind == "number":
             return float(text)

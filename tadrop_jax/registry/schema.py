@@ -12,7 +12,8 @@ class Parameter(NamedTuple):
       name: as in Python and in ``--set NAME=VALUE``.
       kind: ``"number"``, ``"numbers"`` (one, or one per task), ``"whole"``, ``"flag"``, ``"choice"``, ``"patterns"``,
         ``"order"`` (a list of task indices), ``"sparsifier"`` or ``"rule"`` (another method, in text as
-        ``NAME[:PARAMETER=VALUE;...]``) or ``"text"``.
+        ``NAME[:PARAMETER=VALUE;...]``), ``"text"``, or ``"object"`` (trees, data and functions, which only Python can
+        give).
       default: what it is if nothing is said.
       about: one line for the user.
       options: of a choice.
@@ -40,7 +41,7 @@ class Method(NamedTuple):
       output: ``"task vectors"``, ``"one model"`` or ``"one model per task"``.
       parameters: in the order of the function.
       random: whether it draws random numbers.
-      on: what it works on, ``"task vectors"`` or ``"weights"``.
+      on: what it works on, ``"task vectors"``, ``"weights"`` or ``"LoRA pairs"``.
       models: the least and the most fine-tuned models it takes; None means any number.
       needs_data: whether it needs data and a model's function, so that it runs from Python only.
       properties: what the property tests hold it to, at the defaults and at each option of its choices.
@@ -64,6 +65,13 @@ class Method(NamedTuple):
     models: tuple[int, int | None] = (1, None)
     needs_data: bool = False
     properties: frozenset[str] = frozenset()
+
+    @property
+    def from_python(self) -> str:
+        """Why only Python can call it; empty if the command line and recipes can too."""
+        if self.needs_data:
+            return "needs data and the model's function"
+        return "merges LoRA pairs" if self.on == "LoRA pairs" else ""
 
     def parameter(self, name: str) -> Parameter:
         """One parameter.
