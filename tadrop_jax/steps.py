@@ -87,6 +87,19 @@ class Piece(NamedTuple):
         high, low = self.position()
         return jnp.stack([randomness.uniform(self.key, task, high, low) for task in self.tasks])
 
+    def in_torch_order(self) -> jax.Array:
+        """TEMP."""
+        return _transpose(self.stack, self.order)
+
+    def from_torch_order(self, array):
+        """TEMP."""
+        if self.order is None:
+            return array
+        inverse = tuple(sorted(range(len(self.order)), key=lambda a: self.order[a]))
+        if array.ndim == len(self.order):
+            return jnp.transpose(array, inverse)
+        return _transpose(array, inverse)
+
     def groups(self, m: int) -> jax.Array:
         """The stack as ``(T, G, m)``: groups of m consecutive entries in PyTorch order, padded with zeros."""
         flat = jnp.reshape(self.in_torch_order(), (self.stack.shape[0], -1))
@@ -186,6 +199,7 @@ class Step:
       note: ``(shape, tasks) -> {name: value}``: what there is to tell the user of a tensor of this shape.
       random: whether the step draws random numbers.
       lengths: names and lengths of parameters that were given one per task.
+      models: name of the method, and the least and the largest number of models that it merges (None: no limit).
       spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
     """
 
@@ -205,6 +219,7 @@ class Step:
     note: Callable[[tuple[int, ...], int], Mapping[str, Any]] | None = None
     random: bool = False
     lengths: tuple[tuple[str, int], ...] = ()
+    models: tuple[str, int, int | None] | None = None
     spec: tuple | None = None
 
     def __post_init__(self):
@@ -343,9 +358,12 @@ def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:
     """The plain steps of a chain for T tasks.
 
     Raises:
-      ParameterError: if a parameter was given one per task, for another number of tasks.
+      ParameterError: if a parameter was given one per task, for another number of tasks; or if a rule does not merge
+        so many models.
     """
     if isinstance(step, Step):
+        if step.models is not None:
+            _check_models(*step.models, tasks)
         for name, length in step.lengths:
             if length != tasks:
                 raise ParameterError(f"{name} has {length} values, one per task, but there are {tasks} tasks")
@@ -354,6 +372,12 @@ def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:
         return tuple(s for part in step.parts for s in expand(part, tasks))
     steps = step.build(tasks)
     return tuple(masked(s, include=step.include, exclude=step.exclude) for s in steps)  # type: ignore[misc]
+
+
+def _check_models(method: str, least: int, most: int | None, tasks: int) -> None:
+    if tasks < least or (most is not None and tasks > most):
+        wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        raise ParameterError(f"{method}: merges {wanted} fine-tuned model{'s' * (most != 1)}, got {tasks}")
 
 
 def merge_stages(results) -> dict[str, jax.Array]:
