@@ -17,9 +17,16 @@ from tadrop_jax.merging import merge as merge
 from tadrop_jax.merging import merge_task_vectors as merge_task_vectors
 from tadrop_jax.merging import quantile_ratios as quantile_ratios
 from tadrop_jax.merging import sparsify as sparsify
+from tadrop_jax.rules.arcee_fusion import arcee_fusion as arcee_fusion
 from tadrop_jax.rules.average import average as average
 from tadrop_jax.rules.cabs import cabs as cabs
 from tadrop_jax.rules.emr import emr as emr
+from tadrop_jax.rules.karcher import karcher as karcher
+from tadrop_jax.rules.model_stock import model_stock as model_stock
+from tadrop_jax.rules.multislerp import multislerp as multislerp
+from tadrop_jax.rules.nearswap import nearswap as nearswap
+from tadrop_jax.rules.nuslerp import nuslerp as nuslerp
+from tadrop_jax.rules.slerp import slerp as slerp
 from tadrop_jax.rules.task_arithmetic import task_arithmetic as task_arithmetic
 from tadrop_jax.rules.ties import ties as ties
 from tadrop_jax.selection import kth_largest_magnitude as kth_largest_magnitude

@@ -87,19 +87,6 @@ class Piece(NamedTuple):
         high, low = self.position()
         return jnp.stack([randomness.uniform(self.key, task, high, low) for task in self.tasks])
 
-    def in_torch_order(self) -> jax.Array:
-        """TEMP."""
-        return _transpose(self.stack, self.order)
-
-    def from_torch_order(self, array):
-        """TEMP."""
-        if self.order is None:
-            return array
-        inverse = tuple(sorted(range(len(self.order)), key=lambda a: self.order[a]))
-        if array.ndim == len(self.order):
-            return jnp.transpose(array, inverse)
-        return _transpose(array, inverse)
-
     def groups(self, m: int) -> jax.Array:
         """The stack as ``(T, G, m)``: groups of m consecutive entries in PyTorch order, padded with zeros."""
         flat = jnp.reshape(self.in_torch_order(), (self.stack.shape[0], -1))

@@ -59,6 +59,18 @@ def test_method_is_public_and_builds_at_its_defaults(method):
     assert method.random == any(s.random for s in steps.expand(step, method.models[1] or 3))
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.needs_data], ids=ids)
+def test_number_of_models_is_checked(method):
+    """By the rule itself, before anything is read, wherever it runs."""
+    step = registry.build(method.name, {})
+    least, most = method.models
+    for fit in {least, most or least + 3}:
+        steps.expand(step, fit)
+    for unfit in [least - 1] * (least > 1) + [most + 1] * (most is not None):
+        with pytest.raises(tj.ParameterError, match=rf"{method.name}: merges .* fine-tuned models?, got {unfit}"):
+            steps.expand(step, unfit)
+
+
 @pytest.mark.parametrize(("method", "parameter"), PARAMETERS, ids=ids)
 def test_parameter_is_read_from_its_text(method, parameter):
     if parameter.kind == "choice":

@@ -19,9 +19,10 @@ def arcee_fusion() -> Step:
       importance = |\tau| \cdot KL(softmax(\theta_1) \,\|\, softmax(\theta_0)), \quad
       \theta = \theta_1 \text{ where } importance \ge Q_2 + 1.5\, (Q_3 - Q_1), \text{ else } \theta_0
 
-    The divergence is that of a row: the last axis, in PyTorch order. :math:`10^{-8}` is added to both distributions. The
-    quartiles of a tensor are its exact order statistics of rank :math:`\lfloor q (n - 1) \rfloor`. Gives what mergekit's
-    ``arcee_fusion`` gives for tensors of up to a million entries; of larger ones it samples a million for the quartiles.
+    The divergence is that of a row: the last axis, in PyTorch order. :math:`10^{-8}` is added to both distributions.
+    The quartiles of a tensor are its exact order statistics of rank :math:`\lfloor q (n - 1) \rfloor`. Gives what
+    mergekit's ``arcee_fusion`` gives for tensors of up to a million entries; of larger ones it samples a million for
+    the quartiles.
 
     Returns:
       A merge rule on weights, for exactly one fine-tuned model. The choice of entries is a constant for gradients.

@@ -1,8 +1,7 @@
-"""What the geometric rules share: inner products of whole tensors as one stage, angles, and norms with finite gradients.
+"""What the geometric rules share: inner products as one stage, angles and norms with finite gradients.
 
-A tensor's T vectors are known up to a rotation by their T x T inner products, which add up over pieces. So the rules work
-out coefficients of the vectors from those, and never need a tensor in one piece.
-"""
+A tensor's T vectors are known up to a rotation by their T x T inner products, which add up over pieces. So the rules
+work out coefficients of the vectors from those, and never need a tensor in one piece."""
 
 from collections.abc import Callable, Mapping
 

@@ -28,16 +28,17 @@ def karcher(weights=1.0, *, max_iter: int = 10, tol=1e-5) -> Step:
     .. math::
 
       u_t = \frac{\theta_t}{|\theta_t|}, \quad
-      v = \sum_t w_t \frac{\Omega_t}{\sin\Omega_t} (u_t - \cos\Omega_t\, m), \quad \cos\Omega_t = \langle u_t, m\rangle, \quad
+      v = \sum_t w_t \frac{\Omega_t}{\sin\Omega_t} (u_t - \cos\Omega_t\, m), \quad
+      \cos\Omega_t = \langle u_t, m\rangle, \quad
       m \leftarrow \cos|v|\, m + \sin|v| \frac{v}{|v|}, \quad \theta = m \sum_t w_t |\theta_t|
 
-    m starts at the normalised mean of the :math:`u_t` (at the first of them, if they balance out) and stays in their span.
-    So the rounds run on the T x T inner products of the models: one pass over the tensors gives those, another the result.
-    They end where :math:`|v|` is below ``tol``. Tensors of norm up to ``tol`` have no direction and count in the length
-    alone; the antipode of m, which has no log-map, is left out of a round.
+    m starts at the normalised mean of the :math:`u_t` (at the first of them, if they balance out) and stays in their
+    span. So the rounds run on the T x T inner products of the models: one pass over the tensors gives those, another
+    the result. They end where :math:`|v|` is below ``tol``. Tensors of norm up to ``tol`` have no direction and count
+    in the length alone; the antipode of m, which has no log-map, is left out of a round.
 
-    The defaults give what mergekit's ``karcher`` gives without a ``base_model``; with one, it takes the base as one more
-    model.
+    The defaults give what mergekit's ``karcher`` gives without a ``base_model``; with one, it takes the base as one
+    more model.
 
     Args:
       weights: w_t, a number or one per task, divided by their sum.

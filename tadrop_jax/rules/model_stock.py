@@ -18,10 +18,10 @@ def model_stock(average: str = "cosine", *, filter_wise: bool = False) -> Step:
       \cos\theta = mean_{s < t} \frac{\langle\tau_s, \tau_t\rangle}{|\tau_s| |\tau_t|}, \quad
       r = \frac{T \cos\theta}{1 + (T - 1) \cos\theta}, \quad \theta_0 + r \cdot mean_t \tau_t
 
-    Where the divisor is below 1e-6 in size, at its pole :math:`\cos\theta = -1/(T - 1)`, the ratio is 0, as in mergekit.
-    A pair with a zero task vector counts as orthogonal. mergekit divides by :math:`|\tau_s| |\tau_t|` or 1e-6, whichever
-    is larger, which turns tensors that moved by less than 1e-3 back to the base; here their direction counts like any
-    other's.
+    Where the divisor is below 1e-6 in size, at its pole :math:`\cos\theta = -1/(T - 1)`, the ratio is 0, as in
+    mergekit. A pair with a zero task vector counts as orthogonal. mergekit divides by :math:`|\tau_s| |\tau_t|` or
+    1e-6, whichever is larger, which turns tensors that moved by less than 1e-3 back to the base; here their direction
+    counts like any other's.
 
     Args:
       average: of the pairs: ``"cosine"`` (mergekit; the default) or ``"angle"``, the cosine of their mean angle

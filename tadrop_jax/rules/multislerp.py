@@ -24,13 +24,14 @@ def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = Tr
 
       m = \sum_t w_t \frac{\tau_t}{|\tau_t|}, \quad \tau = \frac{m}{|m|} \sum_t w_t |\tau_t|
 
-    mergekit's ``multislerp`` goes on to average the log-maps of the vectors in the tangent space at m/|m|. That average is
-    zero whatever the vectors: the tangent parts sum to :math:`m - \langle m, m/|m|\rangle m/|m| = 0`. So this formula is
-    all of it. :func:`tadrop_jax.karcher` is the mean on the sphere that such steps lead to when they are repeated.
+    mergekit's ``multislerp`` goes on to average the log-maps of the vectors in the tangent space at m/|m|. That average
+    is zero whatever the vectors: the tangent parts sum to :math:`m - \langle m, m/|m|\rangle m/|m| = 0`. So this
+    formula is all of it. :func:`tadrop_jax.karcher` is the mean on the sphere that such steps lead to when they are
+    repeated.
 
-    The defaults give what mergekit gives with a ``base_model``, ``space="weights"`` what it gives without one. Where the
-    unit vectors balance out (:math:`|m| < 10^{-8}`) the result is the weighted mean :math:`\sum_t w_t \tau_t`, for any
-    number of models (mergekit: for two; it refuses more). One model is returned as it is.
+    The defaults give what mergekit gives with a ``base_model``, ``space="weights"`` what it gives without one. Where
+    the unit vectors balance out (:math:`|m| < 10^{-8}`) the result is the weighted mean :math:`\sum_t w_t \tau_t`, for
+    any number of models (mergekit: for two; it refuses more). One model is returned as it is.
 
     Args:
       weights: w_t, a number or one per task.

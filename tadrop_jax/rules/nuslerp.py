@@ -92,5 +92,3 @@ def _cosine(vectors: jax.Array, axis) -> jax.Array:
     norms = root(jnp.sum(vectors * vectors, axis=axis, keepdims=True))
     dot = jnp.sum(vectors[:1] * vectors[1:], axis=axis, keepdims=True)
     return jnp.clip(safe_ratio(dot, norms[:1] * norms[1:]), -1, 1)[0]
-
-

@@ -15,10 +15,11 @@ def slerp(t=0.5, *, threshold=0.9995) -> Step:
       \cos\Omega = \frac{\langle\theta_0, \theta_1\rangle}{|\theta_0| |\theta_1|}, \quad
       \theta = \frac{\sin((1 - t)\Omega)}{\sin\Omega} \theta_0 + \frac{\sin(t\Omega)}{\sin\Omega} \theta_1
 
-    Where :math:`|\cos\Omega|` is above the threshold it is the chord, :math:`(1 - t) \theta_0 + t \theta_1`; a fine-tune
-    of the base nearly always lies there. Use :func:`tadrop_jax.nuslerp` for the arc between two fine-tunes.
+    Where :math:`|\cos\Omega|` is above the threshold it is the chord, :math:`(1 - t) \theta_0 + t \theta_1`; a
+    fine-tune of the base nearly always lies there. Use :func:`tadrop_jax.nuslerp` for the arc between two fine-tunes.
 
-    The defaults give what mergekit's ``slerp`` gives. As there, a zero tensor has no direction and counts as orthogonal.
+    The defaults give what mergekit's ``slerp`` gives. As there, a zero tensor has no direction and counts as
+    orthogonal.
 
     Args:
       t: in [0, 1]; 0 is the base, 1 is the model.
