@@ -29,7 +29,7 @@ def arcee_fusion() -> Step:
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
-      >>> base, model = {"w": jnp.zeros((2, 3))}, {"w": jnp.array([[0.1, 0.1, 0.1], [0.1, 0.2, 4.0]])}
+      >>> base, model = {"w": jnp.zeros((2, 3))}, {"w": jnp.array([[0.1, 0.1, 0.1], [0.1, 0.1, 4.0]])}
       >>> tj.merge(base, [model], tj.arcee_fusion())["w"].tolist()
       [[0.0, 0.0, 0.0], [0.0, 0.0, 4.0]]
     """

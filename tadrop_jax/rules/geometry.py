@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from tadrop_jax.errors import ParameterError
+from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.steps import Piece, Sums, over_tasks, safe_ratio
 
 
 def weights_of(x: Piece) -> jax.Array:
     """The weights of the models, ``(T, *S)``: base plus what a sparsifier left of the task vectors."""
+    if x.base is None:
+        raise MergeError("this rule works on weights: call tj.merge(base, models, rule)")
     return x.base + x.stack
 
 

@@ -75,7 +75,7 @@ def nuslerp(weights=1.0, *, space: str = "task vectors", granularity: str = "ten
     return Step(
         stages=(inner_products(vectors_of),) if granularity == "tensor" else (),
         apply=whole if granularity == "tensor" else rows,
-        piece={"tensor": "any", "row": "row", "column": "tensor"}[granularity],
+        piece="any" if granularity == "tensor" else "row" if granularity == "row" else "tensor",
         output="parameters" if space == "weights" else "vector",
         lengths=lengths(weights=weights),
         models=("nuslerp", 2, 2),

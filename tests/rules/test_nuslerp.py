@@ -44,7 +44,8 @@ def test_mergekit(granularity, space, make_stacks):
         rule = tj.nuslerp(WEIGHTS, space=space, granularity=granularity)
         start = base if space == "task vectors" else None
         expected = theirs("nuslerp", start, models, weight=WEIGHTS, **MERGEKIT[granularity])
-        assert_close(ours(base, models, rule), expected)
+        # Rows of three and four entries are nearly opposite here and there, where float32 holds an angle less well.
+        assert_close(ours(base, models, rule), expected, rtol=1e-4, atol=1e-4 if granularity != "tensor" else 2e-6)
 
 
 @pytest.mark.peers
