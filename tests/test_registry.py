@@ -59,7 +59,7 @@ def test_method_is_public_and_builds_at_its_defaults(method):
     assert method.random == any(s.random for s in steps.expand(step, method.models[1] or 3))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.needs_data], ids=ids)
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.from_python], ids=ids)
 def test_number_of_models_is_checked(method):
     """By the rule itself, before anything is read, wherever it runs."""
     step = registry.build(method.name, {})
