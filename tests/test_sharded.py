@@ -33,6 +33,7 @@ RULES = {
     "n_m": lambda: tj.chain(tj.n_m(2, 6), tj.task_arithmetic(1.0)),
     "cabs": lambda: tj.cabs(1, 4),
     "conflict_aware": lambda: tj.chain(tj.conflict_aware(tj.magnitude(0.3)), tj.task_arithmetic(1.0)),
+    "karcher": lambda: tj.chain(tj.magnitude(0.5), tj.karcher()),
     "emr": lambda: tj.chain(tj.tadrop(), tj.emr()),
 }
 # Methods of every kind of statistic run on all layouts, the others on one.
@@ -147,7 +148,7 @@ def entries(result_type: str) -> int:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("ties-authors", "4x2"), ("ties-mergekit", "4x2"), ("tadrop-ties", "partly"), ("emr", "4x2")],
+    [("ties-authors", "4x2"), ("ties-mergekit", "4x2"), ("tadrop-ties", "partly"), ("karcher", "4x2"), ("emr", "4x2")],
 )
 def test_only_counts_and_sums_cross_devices(name, layout, trees, compiled):
     base, models = trees
