@@ -74,6 +74,7 @@ class Architecture(NamedTuple):
 _GPT2 = "converters.gpt2"
 _GPT2_BLOCK = r"^(transformer\.)?h\.\d+\.attn\.c_attn\.weight$"
 _VIT = "converters.vit"
+_CLIP = "converters.clip"
 
 _ALL = (
     Architecture("GPT2ForSequenceClassification", _GPT2, "class logits", (_GPT2_BLOCK, r"^score\.weight$")),
@@ -83,6 +84,18 @@ _ALL = (
     ),
     Architecture("GPT2Model", _GPT2, "token features", (_GPT2_BLOCK,)),
     Architecture("ViTForImageClassification", _VIT, "class logits"),
+    Architecture("CLIPModel", _CLIP, "similarities of texts and images"),
+    Architecture("CLIPVisionModel", _CLIP, "features of images"),
+    Architecture("CLIPVisionModelWithProjection", _CLIP, "embeddings of images"),
+    Architecture("CLIPForImageClassification", _CLIP, "class logits"),
+    Architecture("CLIPTextModel", _CLIP, "features of texts"),
+    Architecture("CLIPTextModelWithProjection", _CLIP, "embeddings of texts"),
+    Architecture(
+        "openai/CLIP",
+        _CLIP,
+        "similarities of texts and images",
+        marks=(r"^visual\.conv1\.weight$", r"^(text\.)?transformer\.resblocks\.0\.attn\.in_proj_weight$"),
+    ),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for entry in _ALL}

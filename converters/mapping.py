@@ -126,7 +126,7 @@ def to_torch(tree: Any, table: Table, *, expect: Any = None) -> dict[str, np.nda
     """
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
     flat = translate(arrays, table, forward=False, expect=expect)
-    return {name: np.asarray(array, order="C") for name, array in flat.items()}
+    return {name: np.asarray(array, order="C") for name, array in flat.items()}  # scalars stay scalars
 
 
 def translate(tensors: Mapping[str, Any], table: Table, *, forward: bool, expect: Any = None) -> dict[str, Any]:
