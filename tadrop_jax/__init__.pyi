@@ -20,6 +20,7 @@ from tadrop_jax.merging import sparsify as sparsify
 from tadrop_jax.rules.arcee_fusion import arcee_fusion as arcee_fusion
 from tadrop_jax.rules.average import average as average
 from tadrop_jax.rules.cabs import cabs as cabs
+from tadrop_jax.rules.consensus import consensus as consensus
 from tadrop_jax.rules.emr import emr as emr
 from tadrop_jax.rules.karcher import karcher as karcher
 from tadrop_jax.rules.model_stock import model_stock as model_stock
@@ -27,8 +28,11 @@ from tadrop_jax.rules.multislerp import multislerp as multislerp
 from tadrop_jax.rules.nearswap import nearswap as nearswap
 from tadrop_jax.rules.nuslerp import nuslerp as nuslerp
 from tadrop_jax.rules.slerp import slerp as slerp
+from tadrop_jax.rules.t_switch import t_switch as t_switch
+from tadrop_jax.rules.tall import tall as tall
 from tadrop_jax.rules.task_arithmetic import task_arithmetic as task_arithmetic
 from tadrop_jax.rules.ties import ties as ties
+from tadrop_jax.rules.tsv_c import tsv_c as tsv_c
 from tadrop_jax.selection import kth_largest_magnitude as kth_largest_magnitude
 from tadrop_jax.selection import magnitude_quantile as magnitude_quantile
 from tadrop_jax.sparsifiers.conflict_aware import conflict_aware as conflict_aware

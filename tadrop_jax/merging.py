@@ -276,7 +276,9 @@ def _run_stack(stack, whole: AnyStep, key):
         values[i] = result.value
     last = expand(whole, tasks)[-1:]
     if last and last[0].output == "bundle":
-        return _bundle(None, treedef, values, [np.shape(leaf)[1:] for leaf in leaves], last[0], results, (), tasks)
+        return _bundle(
+            None, treedef, values, [np.shape(leaf)[1:] for leaf in leaves], last[0], results, ({},) * tasks, tasks
+        )
     return jax.tree_util.tree_unflatten(treedef, values)
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "masked",
     "over_tasks",
     "safe_ratio",
+    "safe_sqrt",
 ]
 
 Carry = Mapping[str, jax.Array]
@@ -449,3 +450,9 @@ def safe_ratio(a, b) -> jax.Array:
     """``a / b``, and 0 where b is 0; gradients stay finite."""
     zero = b == 0
     return jnp.where(zero, 0, a / jnp.where(zero, 1, b))
+
+
+def safe_sqrt(a) -> jax.Array:
+    """``sqrt(a)``, and 0 where a is 0; gradients stay finite."""
+    zero = a == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, a)))

@@ -4,6 +4,7 @@ Counts over a tree pass 2^31, and ``floor(q * n)`` in float32 is wrong beyond n 
 entries). A :class:`Wide` holds a count in two limbs of base 2^16; the high limb has 32 bits.
 """
 
+import fractions
 import math
 from typing import NamedTuple
 
@@ -87,35 +88,39 @@ def to_int(value):
     return int(exact) if np.ndim(exact) == 0 else tuple(int(v) for v in exact)
 
 
-def floor_times(q, n: int) -> "int | Wide":
+def floor_times(q, n) -> "int | Wide":
     """``floor(q * n)``, exact: in float64 for a Python float, in integers for a float32 array.
 
     Args:
       q: share in [0, 1]: a Python (or NumPy) number, or a float32 array, traced or not. A share outside [0, 1] is
         clipped when it is an array.
-      n: number of entries, a Python int below 2^48.
+      n: number of entries, a Python int below 2^48; or counts, a uint32 array, traced or not.
 
     Returns:
-      A Python int for a Python number (``math.floor(q * n)``, what NumPy and mergekit compute), else a :class:`Wide`
-      of the array's shape.
+      A Python int for Python numbers (``math.floor(q * n)``, what NumPy and mergekit compute), else a :class:`Wide`
+      of the arrays' shape.
     """
+    n = int(n) if isinstance(n, np.integer) else n
+    counts = not isinstance(n, int)
     if isinstance(q, (float, int, np.floating, np.integer)):
-        return math.floor(float(q) * n)
-    if not isinstance(q, Tracer):
+        return _float64_times_counts(float(q), jnp.asarray(n)) if counts else math.floor(float(q) * n)
+    if not counts and not isinstance(q, Tracer):
         return _floor_times_on_host(np.asarray(q, np.float32), n)
+    factor = (
+        [(n >> (_BASE * j)) & _MASK for j in range(2)] if counts else [(n >> (_BASE * j)) & _MASK for j in range(4)]
+    )
     q = jnp.clip(jnp.asarray(q, jnp.float32), 0, 1)
     bits = lax.bitcast_convert_type(q, jnp.uint32)
     exponent = bits >> 23
     mantissa = (bits & 0x7FFFFF) | (jnp.uint32(1) << 23)
     # q = mantissa * 2^(exponent - 150): multiply in limbs of 16 bits, then shift right. Subnormals give 0.
     shift = 150 - exponent
-    limbs = [jnp.zeros_like(bits)] * 6
+    zero = jnp.zeros(jnp.broadcast_shapes(bits.shape, jnp.shape(n)), jnp.uint32)
+    bits, shift, exponent = bits + zero, shift + zero, exponent + zero
+    limbs = [zero] * 6
     for i, m in enumerate((mantissa & _MASK, mantissa >> _BASE)):
-        carry = jnp.zeros_like(bits)
-        for j in range(4):
-            product = limbs[i + j] + m * jnp.uint32((n >> (_BASE * j)) & _MASK) + carry
-            limbs[i + j], carry = product & _MASK, product >> _BASE
-    stack = jnp.stack([*limbs, jnp.zeros_like(bits), jnp.zeros_like(bits)])
+        limbs = _add_product(limbs, i, m, factor)
+    stack = jnp.stack([*limbs, zero, zero])
     word, bit = (shift >> 4).astype(jnp.int32), shift & 15
 
     def limb(i):
@@ -126,6 +131,32 @@ def floor_times(q, n: int) -> "int | Wide":
     found = Wide(limb(1) | (limb(2) << _BASE), limb(0))
     tiny = exponent == 0
     return Wide(jnp.where(tiny, 0, found.high), jnp.where(tiny, 0, found.low))
+
+
+def _add_product(limbs: list, at: int, digit, factor: list) -> list:
+    """Adds ``digit * factor * 2^(16 at)`` to a number in limbs of 16 bits."""
+    limbs, carry = list(limbs), jnp.uint32(0)
+    for j, f in enumerate(factor):
+        product = limbs[at + j] + digit * jnp.asarray(f, jnp.uint32) + carry
+        limbs[at + j], carry = product & _MASK, product >> _BASE
+    if at + len(factor) < len(limbs):
+        limbs[at + len(factor)] = limbs[at + len(factor)] + carry
+    return limbs
+
+
+def _float64_times_counts(q: float, n: jax.Array) -> Wide:
+    """``math.floor(q * n)`` with the product rounded to float64, as Python rounds it, for uint32 counts."""
+    # 96 bits after the point: exact down to q = 2^-43, below which the product of 32 bits stays below 1.
+    digits = int(fractions.Fraction(min(max(q, 0.0), 1.0)) * (1 << 96))
+    factor = [n & _MASK, n >> _BASE]
+    limbs = [jnp.zeros(n.shape, jnp.uint32)] * 9
+    for i in range(7):
+        limbs = _add_product(limbs, i, jnp.uint32((digits >> (_BASE * i)) & _MASK), factor)
+    whole = limbs[6] | (limbs[7] << _BASE)
+    # Rounded to 53 bits, the product reaches the next whole number if the bits after the point that count are all one.
+    first, second = ~(limbs[4] | (limbs[5] << _BASE)), ~(limbs[2] | (limbs[3] << _BASE))
+    ones = jnp.where(first == 0, 32 + lax.clz(second), lax.clz(first))
+    return wide(whole + (ones >= 53 - (32 - lax.clz(whole)) + 1).astype(jnp.uint32))
 
 
 def _floor_times_on_host(q: np.ndarray, n: int) -> Wide:

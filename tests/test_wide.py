@@ -1,5 +1,6 @@
 """Exact integers in two limbs, and random numbers by position."""
 
+import math
 from fractions import Fraction
 
 import hypothesis
@@ -78,3 +79,20 @@ def test_old_style_keys_are_taken():
     np.testing.assert_array_equal(
         tj.sparsify(stack, tj.dare(0.5), key=new)["w"], tj.sparsify(stack, tj.dare(0.5), key=old)["w"]
     )
+
+
+def test_floor_times_of_counts_is_pythons():
+    """Counts in an array times a Python float: the product rounded to float64, as ``math.floor(q * n)`` has it."""
+    rng = np.random.default_rng(0)
+    counts = np.concatenate([np.arange(300), rng.integers(0, 1 << 32, 300), [(1 << 24) + 1, (1 << 32) - 1]])
+    shares = [0.0, 1.0, 0.1, 0.3, 1 / 3, 0.29, 0.7, 1 - 2**-53, 2.0**-44, 1e-300, *rng.random(10)]
+    for q in shares:
+        found = wide.to_int(wide.floor_times(q, jnp.asarray(counts.astype(np.uint32))))
+        assert found == tuple(math.floor(q * int(n)) for n in counts), q
+
+
+def test_floor_times_of_counts_and_arrays():
+    shares = np.float32([0.3, 0.7, 1e-9, 1, 0])
+    for n in (0, 1, 10, 12345, (1 << 32) - 1):
+        found = wide.to_int(jax.jit(wide.floor_times)(shares, jnp.full(5, n, jnp.uint32)))
+        assert found == tuple(int(Fraction(float(q)) * n) for q in shares)

@@ -1,6 +1,6 @@
 """Merge rules on task vectors: one merged model."""
 
-from tadrop_jax.registry.schema import KEEP, SMOOTH, WEIGHTS, Method, Parameter
+from tadrop_jax.registry.schema import KEEP, SMOOTH, TALL_LAMBDA, WEIGHTS, Method, Parameter
 
 ENTRIES = (
     Method(
@@ -75,5 +75,21 @@ ENTRIES = (
             Parameter("tail", "choice", "ceil", "what to do with a shorter last group", ("ceil", "drop")),
         ),
         properties=frozenset({"local", "scales", "zero", "gradients"}),
+    ),
+    Method(
+        "consensus",
+        "rule",
+        "tadrop_jax.rules.consensus:consensus",
+        "the scaled sum of the task vectors where at least so many TALL masks agree",
+        "arXiv 2405.07813",
+        "entry",
+        "one model",
+        (
+            Parameter("agree", "whole", 2, "how many masks have to hold an entry"),
+            TALL_LAMBDA,
+            Parameter("coefficient", "number", 1.0, "multiplies the merged vector"),
+        ),
+        models=(2, None),
+        properties=SMOOTH | {"local"},
     ),
 )

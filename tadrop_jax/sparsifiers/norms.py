@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.steps import Sums, at_least, magnitude, safe_ratio
+from tadrop_jax.steps import Sums, at_least, magnitude, safe_ratio, safe_sqrt
 
 
 def check_norm(method: str, norm):
@@ -44,7 +44,4 @@ def prune(x, carry, norm):
 def scale(carry, norm):
     """``||tau||_p / ||kept||_p``, one number a task; 0 where nothing is left."""
     ratio = safe_ratio(carry["all"], carry["kept"])
-    if norm == 1:
-        return ratio
-    empty = ratio == 0
-    return jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, ratio)))
+    return ratio if norm == 1 else safe_sqrt(ratio)

@@ -1,0 +1,58 @@
+r"""Consensus merging: the sum of the task vectors where several tasks need it (arXiv 2405.07813)."""
+
+import jax.numpy as jnp
+
+from tadrop_jax.errors import ParameterError
+from tadrop_jax.parameters import lengths, number, whole
+from tadrop_jax.rules.tall import sum_and_masks
+from tadrop_jax.steps import Step, over_tasks, spec
+
+
+def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0) -> Step:
+    r"""Keeps of the sum of the task vectors the entries that at least ``agree`` TALL masks hold.
+
+    .. math::
+
+      \tau = \sum_t \tau_t, \quad m_t = |\tau_t| > \lambda_t |\tau - \tau_t|, \quad
+      \theta = \theta_0 + coefficient \cdot \tau \cdot [\textstyle\sum_t m_t \ge agree]
+
+    Entries that no task needs are catastrophic, those that one needs selfish (``nik-dim/tall_masks``,
+    ``construct_consensus_mask`` with ``prun_thre_k = agree``). See :func:`tadrop_jax.tall` for the masks.
+
+    Args:
+      agree: how many masks have to hold an entry: 0 keeps all (Task Arithmetic), 1 removes what no task needs, 2 also
+        what only one does. At most the number of tasks.
+      tall_lambda: :math:`\lambda_t` of the masks, at least 0; a number or one per task.
+      coefficient: multiplies the merged vector.
+
+    Returns:
+      A merge rule.
+
+    Raises:
+      ParameterError: for values out of range; when run, if ``agree`` is more than the number of tasks.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> stack = {"w": jnp.array([[1.0, -2.0, 0.0], [1.0, 0.5, 0.0]])}
+      >>> tj.merge_task_vectors(stack, tj.consensus())["w"].tolist()
+      [2.0, 0.0, 0.0]
+    """
+    agree = whole("consensus", "agree", agree, 0)
+    tall_lambda = number("consensus", "tall_lambda", tall_lambda, 0)
+    coefficient = number("consensus", "coefficient", coefficient)
+    if isinstance(coefficient, tuple):
+        raise ParameterError("consensus: coefficient is one number for the merged vector")
+
+    def apply(x, carry):
+        if agree > len(x.tasks):
+            raise ParameterError(f"consensus: agree must be at most the number of tasks, {len(x.tasks)}, got {agree}")
+        total, masks = sum_and_masks(x, tall_lambda)
+        votes = over_tasks(jnp.add, masks.astype(jnp.int32))
+        return coefficient * jnp.where(votes >= agree, total, 0)
+
+    return Step(
+        apply=apply,
+        output="vector",
+        lengths=lengths(tall_lambda=tall_lambda),
+        spec=spec("consensus", agree=agree, tall_lambda=tall_lambda, coefficient=coefficient),
+    )
