@@ -140,7 +140,12 @@ def test_on_disk_as_in_memory(kind, dtype, tmp_path):
             numbers = (np.asarray(v, np.float32) for v in (value, params[name]))
             np.testing.assert_allclose(*numbers, rtol=step, atol=1e-6, err_msg=name)
         np.testing.assert_array_equal(written["head"], models[t]["head"])
-    size = report_of(tmp_path / "out")["size"]
+    report = report_of(tmp_path / "out")
+    if kind == "tsv_c":
+        told = {"treated": "matrix", "rank": 2, "of_rank": 5}
+        assert told.items() <= report["tensors"]["block/kernel"].items()
+        assert report["tensors"]["block/bias"]["treated"] == "kept whole"
+    size = report["size"]
     sizes = bundle.size_report()["parts_bytes"]
     assert size["parts_bytes"] == {n: b for n, b in sizes.items() if n != "scalars"}
     assert size["bundle_bytes"] == sum(size["parts_bytes"].values())

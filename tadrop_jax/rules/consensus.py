@@ -21,15 +21,15 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0) -> Step:
 
     Args:
       agree: how many masks have to hold an entry: 0 keeps all (Task Arithmetic), 1 removes what no task needs, 2 also
-        what only one does. At most the number of tasks.
+        what only one does. More than there are tasks would leave nothing: that is refused.
       tall_lambda: :math:`\lambda_t` of the masks, at least 0; a number or one per task.
       coefficient: multiplies the merged vector.
 
     Returns:
-      A merge rule.
+      A merge rule for at least ``agree`` models.
 
     Raises:
-      ParameterError: for values out of range; when run, if ``agree`` is more than the number of tasks.
+      ParameterError: for values out of range.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -44,8 +44,6 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0) -> Step:
         raise ParameterError("consensus: coefficient is one number for the merged vector")
 
     def apply(x, carry):
-        if agree > len(x.tasks):
-            raise ParameterError(f"consensus: agree must be at most the number of tasks, {len(x.tasks)}, got {agree}")
         total, masks = sum_and_masks(x, tall_lambda)
         votes = over_tasks(jnp.add, masks.astype(jnp.int32))
         return coefficient * jnp.where(votes >= agree, total, 0)
@@ -54,5 +52,6 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0) -> Step:
         apply=apply,
         output="vector",
         lengths=lengths(tall_lambda=tall_lambda),
+        models=("consensus", max(agree, 1), None),
         spec=spec("consensus", agree=agree, tall_lambda=tall_lambda, coefficient=coefficient),
     )

@@ -52,6 +52,11 @@ def tsv_c(*, share=None, per_task=()) -> Step:
         piece="tensor",
         output="bundle",
         kind=_kind(share),
+        note=lambda shape, tasks: (
+            {"treated": "matrix", "rank": _rank(shape, tasks, share), "of_rank": min(shape)}
+            if len(shape) == 2
+            else {"treated": "kept whole"}
+        ),
         per_task=patterns(per_task),
         spec=spec("tsv_c", share=share),
     )

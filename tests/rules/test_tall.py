@@ -90,7 +90,7 @@ def test_bad_values(make, said):
 
 def test_what_the_number_of_tasks_decides():
     stack = {"w": np.ones((2, 3), np.float32)}
-    with pytest.raises(tj.ParameterError, match="agree must be at most the number of tasks, 2, got 3"):
+    with pytest.raises(tj.ParameterError, match="consensus: merges at least 3 fine-tuned models, got 2"):
         tj.merge_task_vectors(stack, tj.consensus(3))
     with pytest.raises(tj.ParameterError, match="tall_lambda has 3 values, one per task, but there are 2 tasks"):
         tj.merge_task_vectors(stack, tj.tall([0.2, 0.3, 0.4]))
