@@ -1,5 +1,91 @@
 """Merge rules that treat matrices as matrices: by their singular values, or by least squares."""
 
-from tadrop_jax.registry.schema import Method
+from tadrop_jax.registry.schema import SMOOTH, Method, Parameter
 
-ENTRIES: tuple[Method, ...] = ()
+_COEFFICIENT = Parameter("coefficient", "number", 1.0, "multiplies the merged vector")
+_MEAN_ONLY = Parameter("mean_only", "patterns", (), "regular expression(s) of matrices that get the mean")
+_INPUT_AXIS = Parameter("input_axis", "whole", -1, "axis of the inputs in PyTorch order; 0 for GPT-2's Conv1D")
+_START = Parameter("start", "choice", "sum", "where the flow starts", ("sum", "mean", "zero"))
+
+ENTRIES: tuple[Method, ...] = (
+    Method(
+        "wudi",
+        "rule",
+        "tadrop_jax.rules.wudi:wudi",
+        "minimises the interference of the merged matrix with the inputs of each task",
+        "arXiv 2503.08099",
+        "tensor",
+        "one model",
+        (
+            _COEFFICIENT,
+            Parameter("solver", "choice", "adam", "early-stopped Adam, or the exact minimiser", ("adam", "closed")),
+            Parameter("learning_rate", "number", 1e-5, "of Adam"),
+            Parameter("steps", "whole", 300, "of Adam"),
+            Parameter("cutoff", "number", None, "of the pseudo-inverse, as a share of the largest", optional=True),
+            _INPUT_AXIS,
+            _MEAN_ONLY,
+        ),
+        models=(2, None),
+        properties=frozenset({"symmetric", "zero", "gradients", "local"}),
+    ),
+    Method(
+        "swudi",
+        "rule",
+        "tadrop_jax.rules.swudi:swudi",
+        "stops WUDI's gradient flow at a time, in the strongest input directions",
+        "WalkerWorldPeace/MLLMerging",
+        "tensor",
+        "one model",
+        (
+            Parameter("time", "number", 1300.0, "when the flow stops"),
+            Parameter("share", "number", 0.65, "of the input directions that are kept"),
+            _COEFFICIENT,
+            Parameter("natural_time", "flag", False, "count time in mean eigenvalues: T / in"),
+            _START,
+            _INPUT_AXIS,
+            _MEAN_ONLY,
+        ),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "aswudi",
+        "rule",
+        "tadrop_jax.rules.swudi:aswudi",
+        "solves WUDI's loss in as many input directions as its spectrum seems to have",
+        "WalkerWorldPeace/MLLMerging",
+        "tensor",
+        "one model",
+        (
+            _COEFFICIENT,
+            Parameter(
+                "rank",
+                "choice",
+                "participation_sqrt",
+                "how the number of directions is read off",
+                ("participation_sqrt", "participation", "entropy", "stable_rank", "gavish_donoho"),
+            ),
+            _START,
+            _INPUT_AXIS,
+            _MEAN_ONLY,
+        ),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "ace",
+        "rule",
+        "tadrop_jax.rules.ace:ace",
+        "fits every task under its own input covariance, read off its update",
+        "arXiv 2603.02945",
+        "tensor",
+        "one model",
+        (
+            Parameter("epsilon", "number", 0.01, "keeps the covariances invertible"),
+            _COEFFICIENT,
+            Parameter("threshold", "number", 0.3, "on the spread of the norms, above which they are divided out"),
+            Parameter("share", "number", 0.3, "of the directions that refine the result then"),
+            _INPUT_AXIS,
+            _MEAN_ONLY,
+        ),
+        properties=frozenset({"symmetric", "zero", "gradients", "local"}),
+    ),
+)
