@@ -17,6 +17,7 @@ from tadrop_jax.merging import merge as merge
 from tadrop_jax.merging import merge_task_vectors as merge_task_vectors
 from tadrop_jax.merging import quantile_ratios as quantile_ratios
 from tadrop_jax.merging import sparsify as sparsify
+from tadrop_jax.rules.ace import ace as ace
 from tadrop_jax.rules.arcee_fusion import arcee_fusion as arcee_fusion
 from tadrop_jax.rules.average import average as average
 from tadrop_jax.rules.cabs import cabs as cabs
@@ -28,11 +29,14 @@ from tadrop_jax.rules.multislerp import multislerp as multislerp
 from tadrop_jax.rules.nearswap import nearswap as nearswap
 from tadrop_jax.rules.nuslerp import nuslerp as nuslerp
 from tadrop_jax.rules.slerp import slerp as slerp
+from tadrop_jax.rules.swudi import aswudi as aswudi
+from tadrop_jax.rules.swudi import swudi as swudi
 from tadrop_jax.rules.t_switch import t_switch as t_switch
 from tadrop_jax.rules.tall import tall as tall
 from tadrop_jax.rules.task_arithmetic import task_arithmetic as task_arithmetic
 from tadrop_jax.rules.ties import ties as ties
 from tadrop_jax.rules.tsv_c import tsv_c as tsv_c
+from tadrop_jax.rules.wudi import wudi as wudi
 from tadrop_jax.selection import kth_largest_magnitude as kth_largest_magnitude
 from tadrop_jax.selection import magnitude_quantile as magnitude_quantile
 from tadrop_jax.sparsifiers.conflict_aware import conflict_aware as conflict_aware

@@ -16,7 +16,7 @@ import pytest
 
 import tadrop_jax as tj
 from tadrop_jax import registry
-from tadrop_jax.steps import output_of
+from tadrop_jax.steps import expand, output_of
 
 TASKS = 3
 # One shape: every other one costs a compilation for each variant. A whole group of 32 entries, and a tail.
@@ -128,10 +128,17 @@ def assert_same(actual: dict, expected: dict) -> None:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
-def assert_close(actual: dict, expected: dict) -> None:
+def assert_close(actual: dict, expected: dict, share: float = 0.0) -> None:
+    """Equal to rounding of an entry, or to a share of the largest one."""
     assert actual.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        atol = 1e-6 + share * float(np.abs(expected[name]).max())
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=atol, err_msg=name)
+
+
+def solves(step, tasks: int) -> bool:
+    """Whether a rule works on whole matrices: what a solve or an SVD rounds grows with the condition of the matrix."""
+    return any(s.piece == "tensor" for s in expand(step, tasks))
 
 
 def test_the_registry_declares_known_properties():
@@ -148,7 +155,9 @@ def test_symmetric(name, values, stack, order):
     order = [t for t in order if t < tasks_of(registry.METHODS[name])]
     there = run(name, values, {n: x[order] for n, x in stack.items()})
     here = run(name, values, stack)
-    assert_close(there, {n: x[jnp.array(order)] for n, x in here.items()} if per_task(registry.METHODS[name]) else here)
+    here = {n: x[jnp.array(order)] for n, x in here.items()} if per_task(registry.METHODS[name]) else here
+    whole = solves(registry.build(name, values), tasks_of(registry.METHODS[name]))
+    assert_close(there, here, share=1e-4 if whole else 0.0)
 
 
 @declaring("local", every_option=False)
