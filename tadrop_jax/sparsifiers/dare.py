@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from tadrop_jax.parameters import choice, lengths, number
-from tadrop_jax.steps import Step, Sums, magnitude, safe_ratio, spec
+from tadrop_jax.sparsifiers.norms import powers, scale
+from tadrop_jax.steps import Step, Sums, safe_ratio, spec
 
 
 def dare(density, rescale: str | None = "inverse") -> Step:
@@ -36,14 +37,13 @@ def dare(density, rescale: str | None = "inverse") -> Step:
         return jnp.where(x.uniform() < x.per_task(density), x.stack, 0)
 
     def sums(x, carry, n):
-        return {"all": magnitude(x.stack), "kept": magnitude(kept(x))}
+        return powers(x.stack, kept(x), 1)
 
     def apply(x, carry):
         if rescale == "inverse":
             return kept(x) * safe_ratio(1.0, x.per_task(density))
         if rescale == "l1":
-            scale = safe_ratio(carry["all"], carry["kept"])
-            return kept(x) * x.column(scale)
+            return kept(x) * x.column(scale(carry, 1))
         return kept(x)
 
     return Step(

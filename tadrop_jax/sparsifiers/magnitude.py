@@ -1,15 +1,14 @@
 """Magnitude pruning: the trim of TIES-Merging (arXiv 2306.01708)."""
 
 import jax.numpy as jnp
-import numpy as np
 
 from tadrop_jax import selection, wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, lengths, number
+from tadrop_jax.sparsifiers.ranking import each, exact_largest, from_top, is_kept
 from tadrop_jax.steps import Ranks, Scope, Step, floor_times, spec
 
 KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")
-_NEVER = np.uint32(2**32 - 1)
 
 
 def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_one") -> Step:
@@ -44,22 +43,24 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
     if exact and granularity == "global":
         raise ParameterError(f"magnitude: keep={keep!r} breaks ties by position in a tensor: use granularity='tensor'")
 
-    def kept(n):
+    def kept(n, carry):
         counts = tuple(kept_count(d, n, keep) for d in (density if isinstance(density, tuple) else (density,)))
         return counts if isinstance(density, tuple) else counts[0]
 
     def cut_rank(n, carry):
-        return {"cut": _map(lambda k: _from_top(n, k), kept(n))}
+        return {"cut": each(lambda k: from_top(n, k), kept(n, carry))}
 
-    stages = [Ranks(lambda x, carry: selection.magnitude(x.stack), at=cut_rank, scope=granularity)]
+    def size(x, carry):
+        return selection.magnitude(x.stack)
+
+    stages = [Ranks(size, at=cut_rank, scope=granularity)]
     if exact:
-        stages.append(Ranks(_tie_order, at=lambda n, carry: {"last": _map(_last, kept(_addressable(n)))}))
+        stages.append(exact_largest(size, kept, "magnitude"))
 
     def apply(x, carry):
         if exact:
-            order = _tie_order(x, carry)
-            return jnp.where((order <= x.column(carry["last"])) & (order != _NEVER), x.stack, 0)
-        return jnp.where(selection.at_least(selection.magnitude(x.stack), x.column(carry["cut"])), x.stack, 0)
+            return jnp.where(is_kept(x, size(x, carry), carry), x.stack, 0)
+        return jnp.where(selection.at_least(size(x, carry), x.column(carry["cut"])), x.stack, 0)
 
     return Step(
         stages=tuple(stages),
@@ -84,33 +85,3 @@ def kept_count(density, n: int, keep: str):
     elif keep == "floor_plus_one":
         k = wide.minimum(wide.add(k, wide.wide(1)), wide.wide(n))
     return wide.where(jnp.asarray(density) > 0, k, wide.wide(0))
-
-
-def _from_top(n, k):
-    return n - k if isinstance(k, int) else wide.subtract(wide.wide(n), k)
-
-
-def _last(k):
-    """Rank, in the order of :func:`_tie_order`, of the last entry that is kept; any rank will do for k = 0."""
-    if isinstance(k, int):
-        return max(k - 1, 0)
-    return wide.subtract(wide.maximum(k, wide.wide(1)), wide.wide(1))
-
-
-def _tie_order(x, carry):
-    """0 above the threshold, then the tied entries by position, then all that lies below."""
-    size, cut = selection.magnitude(x.stack), x.column(carry["cut"])
-    _, low = x.position()
-    tied = jnp.where(selection.at_least(size, cut), low[None] + 1, _NEVER)
-    above = selection.ordered_bits(size) > selection.ordered_bits(cut)
-    return jnp.where(above, jnp.uint32(0), tied)
-
-
-def _addressable(n: int) -> int:
-    if n >= int(_NEVER):
-        raise ParameterError(f"magnitude: keep='exact' is for tensors below 2^32 - 1 entries, got {n}")
-    return n
-
-
-def _map(fn, value):
-    return tuple(fn(v) for v in value) if type(value) is tuple else fn(value)

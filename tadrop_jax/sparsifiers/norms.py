@@ -1,4 +1,4 @@
-"""Pruning at a threshold with the tensor's norm restored; what TADrop and its uniform control share."""
+"""Norms restored after pruning: what TADrop, its uniform control, DARE, DELLA and rescale share."""
 
 import jax.numpy as jnp
 
@@ -24,9 +24,14 @@ def norm_stages(norm) -> tuple[Sums, ...]:
         size = magnitude(x.stack)
         kept = at_least(size, x.column(carry["cut"]))
         count = {"count": jnp.where(kept & (size != 0), 1.0 / n, 0)}
-        return count if norm is None else count | {"all": size**norm, "kept": jnp.where(kept, size**norm, 0)}
+        return count if norm is None else count | powers(x.stack, jnp.where(kept, x.stack, 0), norm)
 
     return (Sums(of),)
+
+
+def powers(before, after, norm: int) -> dict:
+    """``|x|^p`` before and after, whose sums :func:`scale` wants."""
+    return {"all": magnitude(before) ** norm, "kept": magnitude(after) ** norm}
 
 
 def describe(carry, norm) -> dict:

@@ -1,0 +1,99 @@
+"""Exact ranks with ties broken by position: what the sparsifiers that keep an exact number share.
+
+Positions are those of the row-major PyTorch tensor, so that either layout of a checkpoint gives the same entries.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tadrop_jax import selection, wide
+from tadrop_jax.errors import ParameterError
+from tadrop_jax.steps import Ranks
+
+NEVER = np.uint32(2**32 - 1)
+
+
+def row_ranks(values: jax.Array) -> jax.Array:
+    """Rank of each entry along the last axis: 0 is the smallest, ties in order of position. This sorts the rows.
+
+    Args:
+      values: float array ``(..., C)``.
+
+    Returns:
+      int32 array of the same shape; constant for gradients.
+    """
+    columns = values.shape[-1]
+    keys = jnp.reshape(selection.ordered_bits(values), (-1, columns))
+    order = jnp.argsort(keys, axis=-1, stable=True)
+    rows = jnp.arange(keys.shape[0])[:, None]
+    # A scatter inverts the permutation at half the price of a second sort.
+    counted = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), keys.shape)
+    ranks = jnp.zeros(keys.shape, jnp.int32).at[rows, order].set(counted, unique_indices=True)
+    return jnp.reshape(ranks, values.shape)
+
+
+def tie_order(x, values: jax.Array, cut: jax.Array, *, descending: bool = False) -> jax.Array:
+    """Keys that part the entries equal to a cut by position, and leave all others on their side of it.
+
+    Args:
+      x: the piece.
+      values: ``(T, *S)``, or ``(1, *S)`` where the tasks share them.
+      cut: one order statistic of the values, broadcastable against them.
+      descending: whether large values come first.
+
+    Returns:
+      uint32 array of the shape of ``values``: 0 before the cut, 1 + position at it, ``NEVER`` after it.
+    """
+    _, low = x.position()
+    keys, at = selection.ordered_bits(values), selection.ordered_bits(cut)
+    before = keys > at if descending else keys < at
+    return jnp.where(before, jnp.uint32(0), jnp.where(keys == at, low[None] + 1, NEVER))
+
+
+def exact_largest(values: Callable, kept: Callable, method: str) -> Ranks:
+    """The stage after one that put the k-th largest value in ``carry["cut"]``: which of the tied entries is the last.
+
+    Args:
+      values: ``(x, carry) -> array``, what is compared.
+      kept: ``(n, carry) -> k``: an int, a Wide, or a tuple of one per task.
+      method: for the message.
+
+    Returns:
+      A stage that puts ``"last"`` into the carry, for :func:`is_kept`.
+    """
+
+    def order(x, carry):
+        return tie_order(x, values(x, carry), x.column(carry["cut"]), descending=True)
+
+    def last(n, carry):
+        if n >= int(NEVER):
+            raise ParameterError(f"{method}: exact counts are for tensors below 2^32 - 1 entries, got {n}")
+        return {"last": each(_last, kept(n, carry))}
+
+    return Ranks(order, at=last)
+
+
+def is_kept(x, values: jax.Array, carry) -> jax.Array:
+    """Which entries are among the exactly k largest, after :func:`exact_largest`; ties go to the lowest position."""
+    order = tie_order(x, values, x.column(carry["cut"]), descending=True)
+    return (order <= x.column(carry["last"])) & (order != NEVER)
+
+
+def from_top(n: int, k):
+    """Rank, from the bottom, of the k-th largest of n."""
+    return n - k if isinstance(k, int) else wide.subtract(wide.wide(n), k)
+
+
+def each(fn, value):
+    """Applies a function to a value, or to each value of a tuple of one per task."""
+    return tuple(fn(v) for v in value) if type(value) is tuple else fn(value)
+
+
+def _last(k):
+    """Rank of the last entry that is kept; any rank will do for k = 0, where every key is NEVER."""
+    if isinstance(k, int):
+        return max(k - 1, 0)
+    return wide.subtract(wide.maximum(k, wide.wide(1)), wide.wide(1))
