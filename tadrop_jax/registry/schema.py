@@ -90,4 +90,7 @@ KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one"
 NORM = Parameter("norm", "choice", 2, "norm to restore after pruning: 2, 1 or none", (1, 2), optional=True)
 WEIGHTS = Parameter("weights", "numbers", 1.0, "weight of each task")
 TALL_LAMBDA = Parameter("tall_lambda", "numbers", 0.4, "threshold of the TALL masks; one number, or one per task")
+NORMALIZE = Parameter("normalize", "flag", False, "divide by the sum of the weights")
+COEFFICIENT = Parameter("coefficient", "number", 1.0, "multiplies the merged vector")
+THRESHOLD = Parameter("threshold", "number", 1e-5, "a change above it counts")
 SMOOTH = frozenset({"symmetric", "scales", "zero", "gradients"})

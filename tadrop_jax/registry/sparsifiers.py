@@ -104,4 +104,72 @@ ENTRIES = (
         ),
         properties=frozenset({"local", "scales", "zero", "gradients"}),
     ),
+    Method(
+        "della",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.della:della",
+        "drops entries by chance, large magnitudes less often",
+        "arXiv 2406.11617 (MAGPRUNE); flavours: declare-lab/della, mergekit",
+        "row or tensor",
+        "task vectors",
+        (
+            Parameter("density", "numbers", 0.5, "mean probability to keep an entry"),
+            Parameter("epsilon", "numbers", 0.05, "half the width of the probabilities"),
+            Parameter(
+                "granularity",
+                "choice",
+                None,
+                "what is ranked together",
+                ("row", "second_axis", "tensor"),
+                optional=True,
+            ),
+            Parameter(
+                "rescale",
+                "choice",
+                "flavour",
+                "by 1/probability, to the L1 norm, none, or the flavour's",
+                ("flavour", "entry", "l1"),
+                optional=True,
+            ),
+            Parameter("flavour", "choice", None, "preset", ("authors", "mergekit"), optional=True),
+        ),
+        random=True,
+        properties=frozenset({"scales", "zero", "local", "gradients"}),
+    ),
+    Method(
+        "breadcrumbs",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.breadcrumbs:breadcrumbs",
+        "drops the largest and the smallest magnitudes",
+        "arXiv 2312.06795; flavours: rezazzr/breadcrumbs, mergekit",
+        "row or tensor",
+        "task vectors",
+        (
+            Parameter("density", "numbers", 0.15, "share to keep"),
+            Parameter("gamma", "numbers", 0.01, "share of the largest to drop"),
+            Parameter("granularity", "choice", None, "of the counts", ("row", "tensor"), optional=True),
+            Parameter(
+                "first", "choice", None, "what holds if both exceed 1 together", ("gamma", "density"), optional=True
+            ),
+            Parameter("flavour", "choice", None, "preset", ("authors", "mergekit"), optional=True),
+        ),
+        properties=SMOOTH | {"local", "density"},
+    ),
+    Method(
+        "rescale",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.rescale:rescale",
+        "restores the norm from before a sparsifier",
+        "ours; the norm of TADrop for any sparsifier",
+        "tensor or global",
+        "task vectors",
+        (
+            Parameter(
+                "sparsifier", "sparsifier", "magnitude", "the inner sparsifier, NAME or NAME:PARAMETER=VALUE;..."
+            ),
+            Parameter("norm", "choice", 2, "p of the norm", (1, 2)),
+            Parameter("granularity", "choice", "tensor", "of the norm", ("tensor", "global")),
+        ),
+        properties=SMOOTH | {"local"},
+    ),
 )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, lengths, number
+from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
 from tadrop_jax.steps import Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
 
@@ -122,6 +123,21 @@ def ties(
     if density is None:
         return chain(rule)
     return chain(magnitude(density, chosen["granularity"], keep=chosen["keep"]), rule)
+
+
+def linear_or_elected(method: str, elect: bool, normalize: bool, coefficient, weights) -> Chain | Step:
+    """What mergekit's methods do after their sparsifier: the weighted sum, of all entries or of those that agree.
+
+    Raises:
+      ParameterError: for values that are no numbers.
+    """
+    coefficient, weights = number(method, "coefficient", coefficient), number(method, "weights", weights)
+    if isinstance(coefficient, tuple):
+        raise ParameterError(f"{method}: coefficient is one number for the merged vector; weights are per task")
+    if not elect:
+        return task_arithmetic(coefficient, weights=weights, normalize=normalize)
+    combine = "mean" if normalize else "sum"
+    return ties(None, coefficient, weights=weights, flavour="mergekit", combine=combine)
 
 
 def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -> Step:

@@ -33,16 +33,25 @@ def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
     """
     if output_of(sparsifier) != "stack":
         raise MergeError("conflict_aware takes a sparsifier, not a merge rule")
-    order = None if order is None else tuple(int(t) for t in order)
 
     def build(tasks: int) -> tuple[Step, ...]:
-        turns = tuple(range(tasks)) if order is None else order
-        if sorted(turns) != list(range(tasks)):
-            raise ParameterError(f"conflict_aware: order must be a permutation of 0 to {tasks - 1}, got {list(turns)}")
+        turns = turns_of("conflict_aware", order, tasks)
         inner = expand(sparsifier, tasks)
         return tuple(_restricted(step, task, turns[:i]) for i, task in enumerate(turns) for step in inner)
 
     return PerTasks(build)
+
+
+def turns_of(method: str, order, tasks: int) -> tuple[int, ...]:
+    """The tasks in their order.
+
+    Raises:
+      ParameterError: if the order is no permutation of the tasks.
+    """
+    turns = tuple(range(tasks)) if order is None else tuple(int(t) for t in order)
+    if sorted(turns) != list(range(tasks)):
+        raise ParameterError(f"{method}: order must be a permutation of 0 to {tasks - 1}, got {list(turns)}")
+    return turns
 
 
 def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:

@@ -1,5 +1,6 @@
 """n:m pruning: the balanced sparsification of CABS (arXiv 2503.01874)."""
 
+import jax
 import jax.numpy as jnp
 
 from tadrop_jax.parameters import choice, whole
@@ -36,21 +37,47 @@ def n_m(n: int, m: int, tail: str = "ceil") -> Step:
 
     def apply(x, carry):
         groups = x.groups(m)
-        keys = ordered_bits(magnitude(groups))
-        room = _room(groups.shape[1], x.valid)
-        ordered = jnp.sort(keys, axis=-1, descending=True)
-        cut = jnp.take_along_axis(ordered, jnp.maximum(room - 1, 0)[None, :, None], axis=-1)
-        above = keys > cut
-        tied = keys == cut
-        left = room[None, :, None] - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-        kept = above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= left))
-        kept &= (room > 0)[None, :, None]
+        kept = largest_in_groups(groups, group_counts(groups.shape[1], x.valid, n, m, tail)[None, :, None])
         return x.ungroup(jnp.where(kept, groups, 0))
 
-    def _room(groups: int, valid):
-        """How many entries each group keeps."""
-        length = jnp.clip(valid - m * jnp.arange(groups, dtype=jnp.int32), 0, m)
-        short = 0 if tail == "drop" else (length * n + m - 1) // m
-        return jnp.where(length == m, n, short)
-
     return Step(apply=apply, piece="group", group=m, spec=spec("n_m", n=n, m=m, tail=tail))
+
+
+def group_counts(groups: int, valid, n: int, m: int, tail: str) -> jax.Array:
+    """How many entries each group keeps, int32 ``(G,)``.
+
+    Args:
+      groups: number of groups G of m entries.
+      valid: how many of the entries are real; those after them are padding.
+      n: kept in a whole group.
+      m: length of a group.
+      tail: what the last group keeps, if it is shorter, see :func:`n_m`.
+    """
+    length = jnp.clip(valid - m * jnp.arange(groups, dtype=jnp.int32), 0, m)
+    short = 0 if tail == "drop" else (length * n + m - 1) // m
+    return jnp.where(length == m, n, short)
+
+
+def largest_in_groups(groups: jax.Array, room: jax.Array, among: jax.Array | None = None) -> jax.Array:
+    """The largest magnitudes of each group; ties go to the lowest index.
+
+    Args:
+      groups: float32 ``(T, G, m)``.
+      room: int32, how many to take, broadcastable against ``(T, G, 1)``.
+      among: bool ``(T, G, m)``, which entries may be taken; None means all.
+
+    Returns:
+      bool ``(T, G, m)``: ``room`` entries of each group, or all that may be taken if they are fewer.
+    """
+    keys = ordered_bits(magnitude(groups))
+    if among is not None:
+        keys = jnp.where(among, keys, 0)  # below the key of 0
+    ordered = jnp.sort(keys, axis=-1, descending=True)
+    room = jnp.broadcast_to(room, (*keys.shape[:-1], 1))
+    cut = jnp.take_along_axis(ordered, jnp.maximum(room - 1, 0), axis=-1)
+    above = keys > cut
+    tied = keys == cut
+    left = room - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    kept = above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= left))
+    kept &= room > 0
+    return kept if among is None else kept & among

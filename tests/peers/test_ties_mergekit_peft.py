@@ -8,6 +8,7 @@ import pytest
 
 import tadrop_jax as tj
 from tests import oracles
+from tests.peers.by_mergekit import merged as merged_by_mergekit
 
 pytestmark = pytest.mark.peers
 torch = pytest.importorskip("torch")
@@ -51,26 +52,8 @@ def models_of(base: dict, stacks: dict) -> list[dict]:
 
 
 def by_mergekit(method: str, base: dict, models: list[dict], density, weights, coefficient: float = 1.0) -> dict:
-    from mergekit.merge_methods import registry
-    from mergekit.merge_methods.base import TensorGroup
-
-    merger = registry.get(method)
-    defaults = {spec.name: spec.default for spec in merger.spec.parameters}
-    ids = list(range(1, TASKS + 1))
-    merged = {}
-    for name in base:
-        tensors = [torch.from_numpy(np.array(model[name])) for model in [base, *models]]
-        result = merger.merge_group(
-            TensorGroup.from_tensors(tensors, base_index=0),
-            **defaults
-            | {
-                "density": dict(zip(ids, oracles.per_task(density, TASKS), strict=True)),
-                "weight": dict(zip(ids, oracles.per_task(weights, TASKS), strict=True)),
-                "lambda": coefficient,
-            },
-        )
-        merged[name] = result.numpy()
-    return merged
+    per_model = {"density": oracles.per_task(density, TASKS), "weight": oracles.per_task(weights, TASKS)}
+    return merged_by_mergekit(method, base, models, per_model, lambda_=coefficient)
 
 
 def by_peft(function: str, stacks: dict, weights, *arguments) -> dict:

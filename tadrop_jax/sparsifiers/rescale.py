@@ -1,0 +1,119 @@
+r"""A norm restored after any sparsifier, as a step of its own."""
+
+import dataclasses
+import itertools
+import math
+
+from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.parameters import choice
+from tadrop_jax.sparsifiers.norms import powers, scale
+from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Scope, Step, Sums, expand, output_of
+
+
+def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -> Step | PerTasks:
+    r"""Scales what a sparsifier leaves, so that the norm is what it was before.
+
+    .. math:: \tau' = f(\tau) \cdot \|\tau\|_p / \|f(\tau)\|_p
+
+    One factor for each task, of each tensor or of the whole vector. Where the sparsifier leaves nothing, the result is
+    zero. ``rescale(magnitude(1 - s), norm)`` does what the ``norm`` of :func:`~tadrop_jax.uniform` and
+    :func:`~tadrop_jax.tadrop` does, for any sparsifier, and for a chain of them once, at its end.
+
+    Args:
+      sparsifier: any sparsifier, or a chain of them.
+      norm: p, 2 or 1.
+      granularity: ``"tensor"``, or ``"global"``: over all tensors that the sparsifier is for.
+
+    Returns:
+      A sparsifier; of the tensors that the inner one leaves alone it changes nothing.
+
+    Raises:
+      MergeError: if a rule is given in place of a sparsifier.
+      ParameterError: for values out of range, or, when run, a chain whose steps are for different tensors.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> stack = {"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}
+      >>> tj.sparsify(stack, tj.rescale(tj.magnitude(0.25), norm=1))["w"].tolist()
+      [[0.0, 0.0, 0.0, -14.0]]
+    """
+    if output_of(sparsifier) != "stack":
+        raise MergeError("rescale takes a sparsifier, not a merge rule")
+    choice("rescale", "norm", norm, (1, 2))
+    choice("rescale", "granularity", granularity, ("tensor", "global"))
+    if isinstance(sparsifier, Step):
+        return _restoring(sparsifier, norm, granularity)
+
+    def build(tasks: int) -> tuple[Step, ...]:
+        steps = expand(sparsifier, tasks)
+        return (_restoring(_joined(steps), norm, granularity),) if steps else ()
+
+    return PerTasks(build)
+
+
+def _restoring(step: Step, norm: int, granularity: Scope) -> Step:
+    mark = f"rescale {len(step.stages)} "  # no name that a stage of the inner step has
+
+    def sums(x, carry, n):
+        return {mark + k: v for k, v in powers(x.stack, step.apply(x, carry), norm).items()}
+
+    def factor(carry):
+        return scale({k: carry[mark + k] for k in ("all", "kept")}, norm)
+
+    def report(carry):
+        said = {} if step.report is None else step.report(carry)
+        return {**said, "scale": factor(carry)}
+
+    return dataclasses.replace(
+        step,
+        stages=(*step.stages, Sums(sums, scope=granularity)),
+        apply=lambda x, carry: step.apply(x, carry) * x.column(factor(carry)),
+        report=report,
+        spec=None if step.spec is None else ("rescale", step.spec, norm, granularity),
+    )
+
+
+def _joined(steps: tuple[Step, ...]) -> Step:
+    """A chain of sparsifiers as one step: the stages of a later one look at what the earlier ones make of the piece."""
+    first = steps[0]
+    if len(steps) == 1:
+        return first
+    if any((s.include, s.exclude) != (first.include, first.exclude) for s in steps):
+        raise ParameterError("rescale: the steps of a chain must be for the same tensors; use tj.masked on the whole")
+
+    def own(i, carry):
+        """What the stages of step i found."""
+        mark = f"{i} "
+        return {k.removeprefix(mark): v for k, v in carry.items() if k.startswith(mark)}
+
+    def before(i, x, carry):
+        """The piece as the steps before step i leave it."""
+        for j, step in enumerate(steps[:i]):
+            x = x._replace(stack=step.apply(x, own(j, carry)))
+        return x
+
+    def seen(i, stage):
+        def marked(found):
+            return {f"{i} {k}": v for k, v in found.items()}
+
+        if isinstance(stage, Sums):
+            return type(stage)(lambda x, c, n: marked(stage.of(before(i, x, c), own(i, c), n)), stage.scope)
+        return Ranks(
+            lambda x, c: stage.of(before(i, x, c), own(i, c)),
+            lambda n, c: marked(stage.at(n, own(i, c))),
+            stage.scope,
+        )
+
+    pieces = ("any", "group", "row", "tensor")
+    known = all(s.spec is not None for s in steps)
+    return dataclasses.replace(
+        first,
+        apply=lambda x, carry: before(len(steps), x, carry).stack,
+        stages=tuple(seen(i, stage) for i, step in enumerate(steps) for stage in step.stages),
+        piece=max((s.piece for s in steps), key=pieces.index),
+        group=math.lcm(*(s.group for s in steps)),
+        report=None,
+        random=any(s.random for s in steps),
+        lengths=tuple(itertools.chain(*(s.lengths for s in steps))),
+        spec=("joined", *(s.spec for s in steps)) if known else None,
+    )

@@ -1,0 +1,118 @@
+"""Model Breadcrumbs: exact counts by row and by tensor; against transcriptions, and mergekit's own function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+from tests import oracles
+
+TASKS = 3
+
+
+def by_rank(row: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Zeros all but the entries of these ranks, ascending, ties in order."""
+    out = np.zeros_like(row)
+    chosen = sorted(range(row.size), key=lambda i: abs(row[i]))[start:stop]
+    out[chosen] = row[chosen]
+    return out
+
+
+def row(x: np.ndarray, density: float, gamma: float, first: str) -> np.ndarray:
+    n, kept, outliers = x.size, int(density * x.size), int(gamma * x.size)
+    if density == 1:
+        return x
+    if first == "gamma":  # remove the largest, then keep the largest of the rest
+        return by_rank(x, max(n - outliers - kept, 0), n - outliers)
+    bottom = n - kept - outliers
+    top = outliers + min(bottom, 0)
+    return by_rank(x, max(bottom, 0), n - top)
+
+
+def breadcrumbs(stacks: dict, density, gamma, granularity="row", first="gamma") -> dict:
+    densities, gammas = oracles.per_task(density, TASKS), oracles.per_task(gamma, TASKS)
+    out = {}
+    for name, stack in stacks.items():
+        shape = stack.shape[1:]
+        if granularity == "row" and not shape:
+            out[name] = stack
+            continue
+        width = shape[-1] if granularity == "row" else stack[0].size
+        rows = stack.reshape(TASKS, -1, width)
+        pruned = [[row(r, densities[t], gammas[t], first) for r in rows[t]] for t in range(TASKS)]
+        out[name] = np.array(pruned, np.float32).reshape(stack.shape)
+    return out
+
+
+MERGEKIT = {"granularity": "tensor", "first": "density"}
+SETTINGS = {
+    "authors": ({"density": 0.3, "gamma": 0.2}, {}),
+    "authors_overfull": ({"density": 0.9, "gamma": 0.25}, {}),
+    "per_task": ({"density": [0.5, 0.0, 1.0], "gamma": [0.2, 0.2, 0.4]}, {}),
+    "mergekit": ({"density": 0.5, "gamma": 0.1, "flavour": "mergekit"}, MERGEKIT),
+    "mergekit_overfull": ({"density": 0.9, "gamma": 0.25, "flavour": "mergekit"}, MERGEKIT),
+    "mergekit_no_outlier": ({"density": 0.5, "gamma": 0.0, "flavour": "mergekit"}, MERGEKIT),
+    "mergekit_per_task": ({"density": [0.5, 0.0, 1.0], "gamma": 0.1, "flavour": "mergekit"}, MERGEKIT),
+    "tensor": ({"density": 0.9, "gamma": 0.25, "granularity": "tensor"}, {"granularity": "tensor"}),
+}
+
+
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_breadcrumbs(name, make_stacks, nest, flatten):
+    given, meant = SETTINGS[name]
+    for kind in ("exact", "normal"):
+        stacks = make_stacks(kind, TASKS)
+        out = flatten(tj.sparsify(nest(stacks), tj.breadcrumbs(**given)))
+        assert_same(out, breadcrumbs(stacks, given["density"], given["gamma"], **meant))
+
+
+@pytest.mark.parametrize("flavour", ["authors", "mergekit"])
+def test_a_vmap_over_shares_equals_a_loop(flavour, make_stacks):
+    stack = {"w": make_stacks("exact", TASKS)["block/kernel"]}
+    shares = [(0.5, 0.25), (0.875, 0.25), (0.0, 0.125), (1.0, 0.5)]
+
+    def run(density, gamma):
+        return tj.sparsify(stack, tj.breadcrumbs(density, gamma, flavour=flavour))["w"]
+
+    at_once = jax.vmap(run)(*(jnp.array(column) for column in zip(*shares, strict=True)))
+    for values, (density, gamma) in zip(at_once, shares, strict=True):
+        np.testing.assert_array_equal(values, run(density, gamma))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"density": 1.5}, r"breadcrumbs: density must lie in \[0, 1\], got 1.5"),
+        ({"gamma": -0.1}, r"breadcrumbs: gamma must lie in \[0, 1\], got -0.1"),
+        ({"granularity": "global"}, "breadcrumbs: granularity must be one of 'row', 'tensor', got 'global'"),
+        ({"first": "both"}, "breadcrumbs: first must be one of 'gamma', 'density', got 'both'"),
+        ({"flavour": "peft"}, "breadcrumbs: flavour must be one of"),
+    ],
+)
+def test_values_out_of_range_are_refused(given, said):
+    with pytest.raises(tj.ParameterError, match=said):
+        tj.breadcrumbs(**{"density": 0.5, "gamma": 0.1} | given)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["exact", "normal"])
+def test_breadcrumbs_is_mergekit(kind, make_stacks, nest, flatten):
+    """Its own function; which of several equal magnitudes stays is up to its sort, so there the sizes are compared."""
+    torch = pytest.importorskip("torch")
+    outliers = pytest.importorskip("mergekit.sparsify").magnitude_outliers
+    stacks = make_stacks(kind, TASKS)
+    for density, gamma in [(0.5, 0.1), (0.9, 0.25), (0.5, 0.0)]:
+        out = flatten(tj.sparsify(nest(stacks), tj.breadcrumbs(density, gamma, flavour="mergekit")))
+        for name, stack in stacks.items():
+            theirs = [outliers(torch.from_numpy(np.array(x)), density, gamma=gamma).numpy() for x in stack]
+            for ours, expected in zip(out[name], theirs, strict=True):
+                if kind == "exact":
+                    ours, expected = (np.sort(np.abs(x), axis=None) for x in (ours, expected))
+                np.testing.assert_array_equal(ours, expected, err_msg=name)

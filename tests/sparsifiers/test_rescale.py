@@ -1,0 +1,82 @@
+"""Norms restored after any sparsifier, and after chains of them."""
+
+import jax
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+from tests.helpers import family, run_streamed
+from tests.oracles import as_vectors, from_vectors, rescale_to_norm
+
+TASKS = 3
+KEY = jax.random.key(2)
+CHAIN = (tj.uniform(0.3, norm=None), tj.magnitude(0.4, granularity="global"))
+INNER = {
+    "magnitude": tj.magnitude(0.3, keep="exact"),
+    "dare": tj.dare(0.5, rescale=None),
+    "chain": tj.chain(*CHAIN),
+    "conflict_aware": tj.conflict_aware(tj.n_m(2, 8)),
+    "rescaled": tj.rescale(tj.magnitude(0.3), norm=1),
+}
+
+
+def restored(before: dict, after: dict, norm: int, granularity: str) -> dict:
+    if granularity == "global":
+        rows = [rescale_to_norm(b, a, norm) for b, a in zip(as_vectors(before), as_vectors(after), strict=True)]
+        return from_vectors(np.stack(rows), before)
+    return {
+        k: np.stack([rescale_to_norm(b, a, norm) for b, a in zip(before[k], after[k], strict=True)]) for k in before
+    }
+
+
+@pytest.mark.parametrize(("norm", "granularity"), [(2, "tensor"), (1, "global")])
+@pytest.mark.parametrize("name", INNER)
+def test_rescale(name, norm, granularity, make_stacks, nest, flatten):
+    stacks = make_stacks("exact", TASKS)
+    after = flatten(tj.sparsify(nest(stacks), INNER[name], key=KEY))
+    out = flatten(tj.sparsify(nest(stacks), tj.rescale(INNER[name], norm, granularity), key=KEY))
+    for tensor, expected in restored(stacks, after, norm, granularity).items():
+        np.testing.assert_array_equal(out[tensor] != 0, after[tensor] != 0, err_msg=tensor)
+        np.testing.assert_allclose(out[tensor], expected, rtol=1e-5, err_msg=tensor)
+
+
+def test_it_is_the_norm_of_uniform(make_stacks, nest, flatten):
+    stacks = nest(make_stacks("normal", TASKS))
+    here = flatten(tj.sparsify(stacks, tj.rescale(tj.uniform(0.25, norm=None))))
+    for name, there in flatten(tj.sparsify(stacks, tj.uniform(0.25))).items():
+        np.testing.assert_allclose(here[name], there, rtol=1e-6)
+
+
+def test_tensors_that_the_inner_sparsifier_leaves_alone_keep_their_bits(make_stacks, nest, flatten):
+    stacks = make_stacks("normal", TASKS)
+    step = tj.rescale(tj.masked(tj.chain(*CHAIN), include="kernel"), 1, "global")
+    out = flatten(tj.sparsify(nest(stacks), step))
+    chosen = {k: v for k, v in stacks.items() if "kernel" in k}
+    alone = flatten(tj.sparsify(nest(chosen), tj.rescale(tj.chain(*CHAIN), 1, "global")))
+    for name, value in (stacks | alone).items():
+        np.testing.assert_array_equal(out[name], value, err_msg=name)
+
+
+def test_streamed_equals_in_memory():
+    base, models = family()
+    rule = tj.chain(tj.rescale(tj.chain(*CHAIN), 1, "global"), tj.task_arithmetic(0.5))
+    streamed, *_ = run_streamed(base, models, rule)
+    for name, value in tj.merge(base, models, rule).items():
+        np.testing.assert_allclose(streamed[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_left_is_zero():
+    stack = {"w": np.ones((1, 4), np.float32)}
+    assert not np.any(tj.sparsify(stack, tj.rescale(tj.magnitude(0.0)))["w"])
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(tj.MergeError, match="rescale takes a sparsifier, not a merge rule"):
+        tj.rescale(tj.average())
+    with pytest.raises(tj.ParameterError, match="rescale: norm must be one of 1, 2, got 3"):
+        tj.rescale(tj.magnitude(0.5), norm=3)
+    with pytest.raises(tj.ParameterError, match="rescale: granularity must be one of 'tensor', 'global', got 'row'"):
+        tj.rescale(tj.magnitude(0.5), granularity="row")
+    mixed = tj.chain(tj.masked(tj.magnitude(0.5), include="w"), tj.magnitude(0.5))
+    with pytest.raises(tj.ParameterError, match="rescale: the steps of a chain must be for the same tensors"):
+        tj.sparsify({"w": np.ones((1, 4), np.float32)}, tj.rescale(mixed))
