@@ -64,7 +64,9 @@ def ram_plus(
 
     def counts(x, carry, n):
         active, count = changed(x, threshold)
-        return {"shared": active & (count > 1), "unique": active & (count == 1)}
+        found = {"shared": active & (count > 1), "unique": active & (count == 1)}
+        # Of a tensor, whole numbers; of the tree they may pass 32 bits.
+        return found if granularity == "tensor" else {k: v.astype(jnp.float32) for k, v in found.items()}
 
     def factor(carry):
         # Without a unique entry there is nothing to scale.

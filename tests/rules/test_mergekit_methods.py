@@ -1,0 +1,140 @@
+"""Breadcrumbs, DELLA and DARE merging against mergekit's own methods, given the same random numbers."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+from tests import oracles
+from tests.sparsifiers.test_breadcrumbs import breadcrumbs
+from tests.sparsifiers.test_della import KEY, della, uniforms
+
+TASKS = 3
+WEIGHTS = [0.5, 1.0, 2.0]
+
+
+def elected(stacks: dict, weights, normalize: bool, coefficient: float) -> dict:
+    combine = "mean" if normalize else "sum"
+    return oracles.ties(stacks, None, coefficient, weights=weights, flavour="mergekit", combine=combine)
+
+
+def linear(stacks: dict, weights, normalize: bool, coefficient: float) -> dict:
+    return oracles.task_arithmetic(stacks, coefficient / (sum(weights) if normalize else 1), weights)
+
+
+def mergekit_crumbs(stacks: dict) -> dict:
+    return breadcrumbs(stacks, 0.5, 0.2, "tensor", "density")
+
+
+def crumbs_l1(stacks: dict) -> dict:
+    after = mergekit_crumbs(stacks)
+    return {
+        k: np.stack([oracles.rescale_to_norm(b, a, 1) for b, a in zip(v, after[k], strict=True)])
+        for k, v in stacks.items()
+    }
+
+
+def dare_l1(stacks: dict) -> dict:
+    masks = {k: np.stack([uniforms(k, t, v.shape[1:]) < 0.5 for t in range(TASKS)]) for k, v in stacks.items()}
+    return oracles.dare(stacks, masks, 0.5, "l1")
+
+
+# Ours; the transcription; mergekit's name and parameters.
+METHODS = {
+    "breadcrumbs": (
+        tj.breadcrumbs_merging(0.5, 0.2, 0.75, weights=WEIGHTS, flavour="mergekit"),
+        lambda x: linear(mergekit_crumbs(x), WEIGHTS, False, 0.75),
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.2}, {}),
+    ),
+    "breadcrumbs_normalize": (
+        tj.breadcrumbs_merging(0.5, 0.2, 0.75, weights=WEIGHTS, normalize=True, rescale=True, flavour="mergekit"),
+        lambda x: linear(crumbs_l1(x), WEIGHTS, True, 0.75),
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.2}, {"normalize": True, "rescale": True}),
+    ),
+    "breadcrumbs_ties": (
+        tj.breadcrumbs_ties(0.5, 0.2, 0.75, weights=WEIGHTS),
+        lambda x: elected(mergekit_crumbs(x), WEIGHTS, False, 0.75),
+        ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.2}, {}),
+    ),
+    "della": (
+        tj.della_merging(0.5, 0.15, 0.75, weights=WEIGHTS, flavour="mergekit"),
+        lambda x: elected(della(x, 0.5, 0.15, "second_axis", "l1"), WEIGHTS, True, 0.75),
+        ("della", {"density": 0.5, "epsilon": 0.15}, {}),
+    ),
+    "della_linear": (
+        tj.della_linear(0.5, 0.15, 0.75, weights=WEIGHTS),
+        lambda x: linear(della(x, 0.5, 0.15, "second_axis", "l1"), WEIGHTS, False, 0.75),
+        ("della_linear", {"density": 0.5, "epsilon": 0.15}, {}),
+    ),
+    "dare_linear": (
+        tj.dare_linear(0.5, 0.75, weights=WEIGHTS),
+        lambda x: linear(dare_l1(x), WEIGHTS, False, 0.75),
+        ("dare_linear", {"density": 0.5}, {}),
+    ),
+    "dare_ties": (
+        tj.dare_ties(0.5, 0.75, weights=WEIGHTS, normalize=True),
+        lambda x: elected(dare_l1(x), WEIGHTS, True, 0.75),
+        ("dare_ties", {"density": 0.5}, {"normalize": True}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_against_the_formula(name, make_stacks, nest, flatten):
+    rule, oracle, _ = METHODS[name]
+    stacks = make_stacks("normal", TASKS)
+    out = flatten(tj.merge_task_vectors(nest(stacks), rule, key=KEY))
+    for tensor, expected in oracle(stacks).items():
+        np.testing.assert_allclose(out[tensor], expected, rtol=1e-5, atol=1e-6, err_msg=tensor)
+
+
+def test_della_of_the_authors(make_stacks, nest, flatten):
+    """Rows, each entry by its own probability, the election on weighted sums, the mean of what agrees."""
+    stacks = make_stacks("exact", TASKS)
+    rule = tj.della_merging(0.5, 0.2, 0.75, weights=WEIGHTS)
+    out = flatten(tj.merge_task_vectors(nest(stacks), rule, key=KEY))
+    for tensor, expected in elected(della(stacks, 0.5, 0.2), WEIGHTS, True, 0.75).items():
+        np.testing.assert_allclose(out[tensor], expected, rtol=1e-5, atol=1e-6, err_msg=tensor)
+
+
+def test_a_bfloat16_checkpoint_is_merged_in_float32(make_stacks):
+    stacks = make_stacks("normal", TASKS)
+    base = {name: np.ones(stack.shape[1:], ml_dtypes.bfloat16) for name, stack in stacks.items()}
+    models = [{k: (1 + v[t]).astype(ml_dtypes.bfloat16) for k, v in stacks.items()} for t in range(TASKS)]
+    deltas = {k: np.stack([m[k].astype(np.float32) - 1 for m in models]) for k in stacks}
+    merged = tj.merge(base, models, tj.della_merging(0.5, 0.2), key=KEY)
+    for name, expected in elected(della(deltas, 0.5, 0.2), [1.0] * TASKS, True, 1.0).items():
+        assert merged[name].dtype == jax.numpy.bfloat16
+        np.testing.assert_allclose(np.asarray(merged[name], np.float32), 1 + expected, rtol=0.004, atol=1e-6)
+
+
+def test_coefficients_per_task_are_refused():
+    with pytest.raises(tj.ParameterError, match="dare_ties: coefficient is one number for the merged vector"):
+        tj.dare_ties(coefficient=[1.0, 2.0])
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_mergekit(name, make_stacks, monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("mergekit")
+    from tests.peers.by_mergekit import merged
+
+    rule, _, (method, per_model, shared) = METHODS[name]
+    stacks = make_stacks("normal", TASKS)
+    if "della" in name:
+        del stacks["scale"]  # an IndexError there
+    base = {k: np.zeros(v.shape[1:], np.float32) for k, v in stacks.items()}
+    models = [{k: v[t] for k, v in stacks.items()} for t in range(TASKS)]
+    drawn = iter([uniforms(k, t, v.shape[1:]) for k, v in stacks.items() for t in range(TASKS)])
+
+    def bernoulli(input, **_):
+        return (torch.from_numpy(np.array(next(drawn))).reshape(input.shape) < input).to(input.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    values = {k: [v] * TASKS for k, v in per_model.items()} | {"weight": WEIGHTS}
+    theirs = merged(method, base, models, values, lambda_=0.75, **shared)
+    ours = tj.merge(base, models, rule, key=KEY)
+    for tensor, expected in theirs.items():
+        np.testing.assert_allclose(ours[tensor], expected, rtol=1e-5, atol=1e-6, err_msg=tensor)

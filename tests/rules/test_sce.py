@@ -1,0 +1,98 @@
+"""SCE against a transcription, and mergekit's own method."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+from tests.helpers import family, run_streamed
+
+TASKS = 4
+
+
+def sce(stacks: dict, density=0.1, coefficient=1.0) -> dict:
+    out = {}
+    for name, stack in stacks.items():
+        x = stack.astype(np.float64).reshape(TASKS, -1)
+        if density is not None and density < 1:
+            variance = x.var(axis=0)
+            kept = int(np.float32(np.count_nonzero(variance)) * np.float32(density))
+            chosen = np.argsort(-variance, kind="stable")[:kept]
+            x = np.where(np.isin(np.arange(x.shape[1]), chosen), x, 0)
+        weights = (x**2).mean(axis=1)
+        weights = np.full(TASKS, 1 / TASKS) if weights.sum() < 1e-6 else weights / weights.sum()
+        sign = np.where(x.sum(axis=0) >= 0, 1, -1)
+        agreeing = np.where(np.sign(x) == sign, weights[:, None], 0)
+        merged = (x * agreeing).sum(axis=0) / np.maximum(agreeing.sum(axis=0), 1e-6)
+        out[name] = (coefficient * merged).astype(np.float32).reshape(stack.shape[1:])
+    return out
+
+
+SETTINGS = [{"density": 0.1}, {"density": 0.5, "coefficient": 0.5}, {"density": None}]
+
+
+def scaled(stacks: dict, factor: float) -> dict:
+    return {name: (stack * factor).astype(np.float32) for name, stack in stacks.items()}
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+def test_sce(given, make_stacks, nest, flatten):
+    rule = tj.sce(**given)
+    for kind, factor in [("exact", 1), ("normal", 1), ("normal", 2.0**-12)]:  # the last: equal weights
+        stacks = scaled(make_stacks(kind, TASKS), factor)
+        out = flatten(tj.merge_task_vectors(nest(stacks), rule))
+        for tensor, expected in sce(stacks, **given).items():
+            np.testing.assert_allclose(out[tensor], expected, rtol=1e-5, atol=1e-6 * factor, err_msg=tensor)
+
+
+def test_density_0_and_1(make_stacks, nest, flatten):
+    stacks = nest(make_stacks("exact", TASKS))
+    assert not any(np.any(v) for v in flatten(tj.merge_task_vectors(stacks, tj.sce(0.0))).values())
+    for name, whole in flatten(tj.merge_task_vectors(stacks, tj.sce(None))).items():
+        np.testing.assert_array_equal(flatten(tj.merge_task_vectors(stacks, tj.sce(1.0)))[name], whole)
+
+
+def test_copies_of_one_model_do_not_vary():
+    """0.1 three times over has a mean that is not 0.1 in float32; the variance is 0 all the same."""
+    stack = {"w": np.full((3, 8), 0.1, np.float32)}
+    assert not np.any(tj.merge_task_vectors(stack, tj.sce(0.5))["w"])
+    np.testing.assert_allclose(tj.merge_task_vectors(stack, tj.sce(None))["w"], stack["w"][0], rtol=1e-6)
+
+
+def test_a_vmap_over_densities_equals_a_loop(make_stacks):
+    stack = {"w": make_stacks("exact", TASKS)["block/kernel"]}
+    densities = [0.0, 0.25, 1.0]
+    at_once = jax.vmap(lambda d: tj.merge_task_vectors(stack, tj.sce(d))["w"])(jnp.array(densities))
+    for value, density in zip(at_once, densities, strict=True):
+        np.testing.assert_allclose(value, tj.merge_task_vectors(stack, tj.sce(density))["w"], rtol=1e-6)
+
+
+def test_streamed_equals_in_memory():
+    base, models = family(TASKS)
+    streamed, *_ = run_streamed(base, models, tj.sce(0.3))
+    for name, value in tj.merge(base, models, tj.sce(0.3)).items():
+        np.testing.assert_allclose(streamed[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_values_out_of_range_are_refused():
+    with pytest.raises(tj.ParameterError, match=r"sce: density must lie in \[0, 1\], got 10"):
+        tj.sce(10)
+    with pytest.raises(tj.ParameterError, match="sce: density and coefficient are one number for all tasks"):
+        tj.sce([0.1, 0.2])
+
+
+@pytest.mark.peers
+def test_it_is_mergekit(make_stacks):
+    pytest.importorskip("torch")
+    pytest.importorskip("mergekit")
+    from tests.peers.by_mergekit import merged
+
+    for kind, factor in [("normal", 1), ("normal", 2.0**-12)]:
+        stacks = scaled(make_stacks(kind, TASKS), factor)
+        base = {name: np.zeros(stack.shape[1:], np.float32) for name, stack in stacks.items()}
+        models = [{name: stack[t] for name, stack in stacks.items()} for t in range(TASKS)]
+        for density in (0.1, 0.5, 1.0):
+            theirs = merged("sce", base, models, select_topk=density)
+            for name, value in tj.merge(base, models, tj.sce(density)).items():
+                np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-7 * factor, err_msg=name)
