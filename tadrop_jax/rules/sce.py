@@ -1,5 +1,7 @@
 r"""SCE: select, calculate, erase (FuseChat-3.0, arXiv 2408.07990)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from tadrop_jax import wide
@@ -9,7 +11,7 @@ from tadrop_jax.sparsifiers.ranking import exact_largest, from_top, is_kept
 from tadrop_jax.steps import Ranks, Step, Sums, over_tasks, spec
 
 
-def sce(density=0.1, coefficient=1.0) -> Step:
+def sce(density: Any = 0.1, coefficient=1.0) -> Step:
     r"""Merges the entries on which the tasks differ most, weighted by the size of each task's change.
 
     .. math::

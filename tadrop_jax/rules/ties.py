@@ -39,7 +39,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
 
 
 def ties(
-    density=0.2,
+    density: Any = 0.2,
     coefficient=1.0,
     *,
     weights=1.0,

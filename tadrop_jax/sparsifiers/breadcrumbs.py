@@ -54,8 +54,8 @@ def breadcrumbs(
     """
     choice("breadcrumbs", "flavour", flavour, (None, *FLAVOURS))
     preset = FLAVOURS[flavour or "authors"]
-    granularity = choice("breadcrumbs", "granularity", granularity or preset["granularity"], ("row", "tensor"))
-    first = choice("breadcrumbs", "first", first or preset["first"], ("gamma", "density"))
+    rows = choice("breadcrumbs", "granularity", granularity or preset["granularity"], ("row", "tensor")) == "row"
+    before = choice("breadcrumbs", "first", first or preset["first"], ("gamma", "density"))
     density = number("breadcrumbs", "density", density, 0, 1)
     gamma = number("breadcrumbs", "gamma", gamma, 0, 1)
 
@@ -64,13 +64,13 @@ def breadcrumbs(
         both = [v if isinstance(v, tuple) else (v,) for v in (density, gamma)]
         many = max(map(len, both))
         pairs = zip(*(v * (many // len(v)) for v in both), strict=True)
-        found = [_limits(d, g, n, first) for d, g in pairs]
+        found = [_limits(d, g, n, before) for d, g in pairs]
         return [tuple(ranks) if many > 1 else ranks[0] for ranks in zip(*found, strict=True)]
 
     return Step(
-        **(_of_rows if granularity == "row" else _of_tensors)(limits),
+        **(_of_rows if rows else _of_tensors)(limits),
         lengths=lengths(density=density, gamma=gamma),
-        spec=spec("breadcrumbs", density=density, gamma=gamma, granularity=granularity, first=first),
+        spec=spec("breadcrumbs", density=density, gamma=gamma, rows=rows, first=before),
     )
 
 
@@ -112,8 +112,8 @@ def _small(rank):
 def _of_tensors(limits) -> dict[str, Any]:
     """By two order statistics, and two more of positions that part the entries equal to them: no sort."""
 
-    def at(names):
-        return lambda n, carry: dict(zip(names, limits(n), strict=True))
+    def cuts(n, carry) -> dict[str, Any]:
+        return dict(zip(("low", "high"), limits(n), strict=True))
 
     def size(x, carry):
         return magnitude(x.stack)
@@ -130,7 +130,7 @@ def _of_tensors(limits) -> dict[str, Any]:
     return {
         "apply": apply,
         "stages": (
-            Ranks(size, at=at(("low", "high"))),
+            Ranks(size, at=cuts),
             Ranks(order("low"), at=lambda n, carry: {"start": limits(n)[0]}),
             Ranks(order("high"), at=lambda n, carry: {"stop": limits(n)[1]}),
         ),

@@ -65,14 +65,14 @@ def della(
     """
     choice("della", "flavour", flavour, (None, *FLAVOURS))
     preset = FLAVOURS[flavour or "authors"]
-    granularity = choice("della", "granularity", granularity or preset["granularity"], GRANULARITIES)
+    together: str = choice("della", "granularity", granularity or preset["granularity"], GRANULARITIES)
     rescale = choice("della", "rescale", rescale, ("flavour", "entry", "l1", None))
     rescale = preset["rescale"] if rescale == "flavour" else rescale
     density, epsilon = number("della", "density", density, 0, 1), number("della", "epsilon", epsilon, 0, 0.5)
     _check_inside(density, epsilon)
 
     def probabilities(x):
-        return keep_probabilities(x, x.per_task(density), x.per_task(epsilon), granularity)
+        return keep_probabilities(x, x.per_task(density), x.per_task(epsilon), together)
 
     def kept(x):
         return jnp.where(x.uniform() < probabilities(x), x.stack, 0)
@@ -90,10 +90,10 @@ def della(
     return Step(
         stages=(Sums(sums),) if rescale == "l1" else (),
         apply=apply,
-        piece="row" if granularity == "row" else "tensor",
+        piece="row" if together == "row" else "tensor",
         random=True,
         lengths=lengths(density=density, epsilon=epsilon),
-        spec=spec("della", density=density, epsilon=epsilon, granularity=granularity, rescale=rescale),
+        spec=spec("della", density=density, epsilon=epsilon, granularity=together, rescale=rescale),
     )
 
 
@@ -130,7 +130,8 @@ def _check_inside(density, epsilon) -> None:
     epsilons = epsilon if isinstance(epsilon, tuple) else (epsilon,)
     many = max(len(densities), len(epsilons))
     for d, e in zip(densities * (many // len(densities)), epsilons * (many // len(epsilons)), strict=False):
-        if isinstance(d, numbers.Real) and isinstance(e, numbers.Real) and not (d - e > 0 and d + e < 1):
+        known = isinstance(d, numbers.Real) and isinstance(e, numbers.Real)
+        if known and not (float(d) - float(e) > 0 and float(d) + float(e) < 1):
             raise ParameterError(
                 f"della: density - epsilon and density + epsilon must lie inside (0, 1), got density {d}, epsilon {e}"
             )

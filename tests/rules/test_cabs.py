@@ -56,7 +56,7 @@ def test_overlapping_masks(n, m, overlap, more, make_stacks, nest, flatten):
     lams = [1.0, 4.0, 16.0]
     rule = tj.cabs(n, m, lams, overlap=overlap, **more)
     for kind in ("exact", "normal"):
-        stacks = make_stacks(kind, TASKS)
+        stacks = {k: v for k, v in make_stacks(kind, TASKS).items() if k in ("block/bias", "block/kernel")}
         out = flatten(tj.merge_task_vectors(nest(stacks), rule))
         for name, pruned in overlapping(stacks, n, m, overlap, **more).items():
             expected = sum(lam * x for lam, x in zip(lams, pruned, strict=True))

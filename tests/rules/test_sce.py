@@ -36,21 +36,27 @@ def scaled(stacks: dict, factor: float) -> dict:
     return {name: (stack * factor).astype(np.float32) for name, stack in stacks.items()}
 
 
+def fine_tunes(make_stacks, kind: str, factor: float) -> tuple[dict, dict, list[dict]]:
+    stacks = scaled(make_stacks(kind, TASKS), factor)
+    base = {name: np.zeros(stack.shape[1:], np.float32) for name, stack in stacks.items()}
+    return stacks, base, [{name: stack[t] for name, stack in stacks.items()} for t in range(TASKS)]
+
+
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_sce(given, make_stacks, nest, flatten):
+def test_sce(given, make_stacks):
     rule = tj.sce(**given)
     for kind, factor in [("exact", 1), ("normal", 1), ("normal", 2.0**-12)]:  # the last: equal weights
-        stacks = scaled(make_stacks(kind, TASKS), factor)
-        out = flatten(tj.merge_task_vectors(nest(stacks), rule))
+        stacks, base, models = fine_tunes(make_stacks, kind, factor)
+        merged = tj.merge(base, models, rule)
         for tensor, expected in sce(stacks, **given).items():
-            np.testing.assert_allclose(out[tensor], expected, rtol=1e-5, atol=1e-6 * factor, err_msg=tensor)
+            np.testing.assert_allclose(merged[tensor], expected, rtol=1e-5, atol=1e-6 * factor, err_msg=tensor)
 
 
-def test_density_0_and_1(make_stacks, nest, flatten):
-    stacks = nest(make_stacks("exact", TASKS))
-    assert not any(np.any(v) for v in flatten(tj.merge_task_vectors(stacks, tj.sce(0.0))).values())
-    for name, whole in flatten(tj.merge_task_vectors(stacks, tj.sce(None))).items():
-        np.testing.assert_array_equal(flatten(tj.merge_task_vectors(stacks, tj.sce(1.0)))[name], whole)
+def test_density_0_and_1(make_stacks):
+    stack = {"w": make_stacks("exact", TASKS)["block/kernel"]}
+    assert not np.any(tj.merge_task_vectors(stack, tj.sce(0.0))["w"])
+    whole = tj.merge_task_vectors(stack, tj.sce(None))["w"]
+    np.testing.assert_array_equal(tj.merge_task_vectors(stack, tj.sce(1.0))["w"], whole)
 
 
 def test_copies_of_one_model_do_not_vary():
@@ -88,11 +94,11 @@ def test_it_is_mergekit(make_stacks):
     pytest.importorskip("mergekit")
     from tests.peers.by_mergekit import merged
 
-    for kind, factor in [("normal", 1), ("normal", 2.0**-12)]:
-        stacks = scaled(make_stacks(kind, TASKS), factor)
-        base = {name: np.zeros(stack.shape[1:], np.float32) for name, stack in stacks.items()}
-        models = [{name: stack[t] for name, stack in stacks.items()} for t in range(TASKS)]
-        for density in (0.1, 0.5, 1.0):
-            theirs = merged("sce", base, models, select_topk=density)
-            for name, value in tj.merge(base, models, tj.sce(density)).items():
-                np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-7 * factor, err_msg=name)
+    for factor in (1, 2.0**-12):
+        _, base, models = fine_tunes(make_stacks, "normal", factor)
+        for given in SETTINGS:
+            density = 1.0 if given["density"] is None else given["density"]
+            for name, value in merged("sce", base, models, select_topk=density).items():
+                expected = given.get("coefficient", 1) * value
+                ours = tj.merge(base, models, tj.sce(**given))[name]
+                np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7 * factor, err_msg=name)
