@@ -3,13 +3,13 @@
 from tadrop_jax.registry.schema import (
     COEFFICIENT,
     KEEP,
-    Method,
     NORMALIZE,
-    Parameter,
     SMOOTH,
     TALL_LAMBDA,
     THRESHOLD,
     WEIGHTS,
+    Method,
+    Parameter,
 )
 
 ENTRIES = (
@@ -105,7 +105,7 @@ ENTRIES = (
         (
             Parameter("agree", "whole", 2, "how many masks have to hold an entry"),
             TALL_LAMBDA,
-            Parameter("coefficient", "number", 1.0, "multiplies the merged vector"),
+            COEFFICIENT,
         ),
         models=(2, None),
         properties=SMOOTH | {"local"},
