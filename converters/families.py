@@ -75,6 +75,8 @@ _GPT2 = "converters.gpt2"
 _GPT2_BLOCK = r"^(transformer\.)?h\.\d+\.attn\.c_attn\.weight$"
 _VIT = "converters.vit"
 _CLIP = "converters.clip"
+_BEIT3 = "converters.beit3"
+_BEIT3_LAYER = r"(^|\.)encoder\.layers\.0\.self_attn\.q_proj\.A\.weight$"
 
 _ALL = (
     Architecture("GPT2ForSequenceClassification", _GPT2, "class logits", (_GPT2_BLOCK, r"^score\.weight$")),
@@ -96,6 +98,12 @@ _ALL = (
         "similarities of texts and images",
         marks=(r"^visual\.conv1\.weight$", r"^(text\.)?transformer\.resblocks\.0\.attn\.in_proj_weight$"),
     ),
+    Architecture("torchscale/BEiT3ForCaptioning", _BEIT3, "token logits", (_BEIT3_LAYER, r"^mlm_head\.")),
+    Architecture("torchscale/BEiT3ForRetrieval", _BEIT3, "unit vectors", (_BEIT3_LAYER, r"^language_head\.")),
+    Architecture("torchscale/BEiT3ForVisualReasoning", _BEIT3, "class logits", (_BEIT3_LAYER, r"^head\.dense1\.")),
+    Architecture("torchscale/BEiT3ForVisualQuestionAnswering", _BEIT3, "answer logits", (_BEIT3_LAYER, r"^pooler\.")),
+    Architecture("torchscale/BEiT3ForImageClassification", _BEIT3, "class logits", (_BEIT3_LAYER, r"^fc_norm\.")),
+    Architecture("torchscale/BEiT3", _BEIT3, "features of images and texts", (_BEIT3_LAYER,)),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for entry in _ALL}
