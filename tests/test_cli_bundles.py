@@ -97,3 +97,48 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert "bundle.json: is not valid JSON" in capsys.readouterr().err
     assert not (root / "one").exists()
     assert not (root / "one.partial").exists()
+
+
+def test_a_sparsifier_in_place_of_the_drop(root, capsys):
+    """T-Switch with TADrop's densities in place of its own."""
+    assert merge(root, "--sparsify", "tadrop", method="t_switch") == 0
+    output = capsys.readouterr()
+    assert output.err == "t_switch: its own trimming is off, since --sparsify is given without --density\n"
+    assert "signs" in output.out
+    base, *models = (read_model(root / n) for n in ("base", "m0", "m1"))
+    wanted = tj.merge(base, models, tj.t_switch(tj.tadrop()))
+    bundle = tj.Bundle.load(root / "out", like=base)
+    rows = report_of(root / "out")["tensors"]
+    for t in range(2):
+        for name, mask in wanted.mask(t).items():
+            np.testing.assert_array_equal(bundle.mask(t)[name], mask)
+            assert rows[name]["sparsity"][t] == pytest.approx(1 - float(mask.mean()), abs=1e-6)
+            np.testing.assert_allclose(bundle.task_vector(t)[name], wanted.task_vector(t)[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["tall", "tsv_c"])
+def test_the_dtype_that_is_asked_for(method, root):
+    """Values are kept in it, bits as bits; the task's model comes out of what is kept."""
+    assert merge(root, "--dtype", "bfloat16", method=method) == 0
+    kept = {name.partition("/")[0]: value.dtype for name, value in read_model(root / "out").items()}
+    bits, values = np.dtype(np.uint8), np.dtype(ml_dtypes.bfloat16)
+    parts = {
+        "tall": {"unified": values, "masks": bits},
+        "tsv_c": {"u": values, "s": np.dtype(np.float32), "vt": values, "vectors": values},
+    }[method]
+    assert kept == {"base": values} | parts
+    assert main(["task", str(root / "out"), "--task", "m1", "--out", str(root / "one")]) == 0
+    bundle = tj.Bundle.load(root / "out", like=read_model(root / "base"))
+    for name, value in read_model(root / "one").items():
+        expected = np.asarray(bundle.task_params("m1")[name], np.float32)
+        np.testing.assert_allclose(value.astype(np.float32), expected, rtol=1e-2, err_msg=name)
+
+
+def test_methods_that_are_not_known_here(root, capsys):
+    """A bundle of a later version's method: said, and nothing is written."""
+    assert merge(root, method="tall") == 0
+    file = root / "out" / "bundle.json"
+    file.write_text(file.read_text().replace('"tall"', '"later"'))
+    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
+    assert "there is no bundle of method 'later' (there are emr, tall, " in capsys.readouterr().err
+    assert not (root / "one").exists()

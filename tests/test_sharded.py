@@ -88,6 +88,24 @@ def test_equals_one_device(name, layout, trees, on_one_device):
         assert value.sharding.is_equivalent_to(placed[tensor].sharding, value.ndim), tensor
 
 
+@pytest.mark.parametrize("make", [tj.tall, tj.t_switch, tj.tsv_c], ids=lambda make: make.__name__)
+def test_bundles(make, trees):
+    """Bits equal, numbers to rounding; what lies over entries keeps the sharding of the base."""
+    base, models = trees
+    placed = spread(base, "4x2")
+    found = tj.merge(placed, [spread(m, "4x2") for m in models], make())
+    expected = tj.merge(base, models, make())
+    for parts, wanted in zip(found.parts, expected.parts, strict=True):
+        for name in ("masks", "signs"):
+            if name in wanted:
+                np.testing.assert_array_equal(parts[name], wanted[name])
+    for t in range(2):
+        for name, value in found.task_vector(t).items():
+            np.testing.assert_allclose(value, expected.task_vector(t)[name], rtol=1e-5, atol=2e-6, err_msg=name)
+    if make is tj.tall:
+        assert found.unified["kernel"].sharding.is_equivalent_to(placed["kernel"].sharding, 2)
+
+
 def test_models_that_lie_elsewhere_are_brought_to_the_base(trees, on_one_device):
     base, models = trees
     merged = tj.merge(spread(base, "8"), [models[0], spread(models[1], "partly")], RULES["ties-authors"]())
