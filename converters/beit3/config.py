@@ -30,7 +30,7 @@ class BEiT3Config:
         num_classes: of heads that classify.
 
     Example:
-        >>> BEiT3Config.from_dict({"encoder_embed_dim": 64, "img_size": 32, "patch_size": 8}).patches
+        >>> BEiT3Config.from_dict({"img_size": 32, "patch_size": 8}).patches
         16
     """
 
