@@ -155,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
 def _merge(options) -> int:
     from tadrop_jax import recipe as recipes
 
-    described, told = _recipe(options), []
+    told: list[str] = []
+    described = _recipe(options, told.append)
     if options.recipe is None and options.sparsify and options.density is None:
         rule = registry.method(described["method"])
         if any(p.name == "density" for p in rule.parameters) and described["parameters"]["density"] is None:
@@ -241,7 +242,7 @@ def _inspect(options) -> int:
     return 0
 
 
-def _recipe(options) -> dict:
+def _recipe(options, tell) -> dict:
     from tadrop_jax import recipe as recipes
 
     if options.recipe is not None:
@@ -251,7 +252,7 @@ def _recipe(options) -> dict:
         given += ["--set"] * bool(options.set)
         if given:
             raise MergeError(f"a recipe says what to merge: leave out {', '.join(given)}, or the recipe")
-        described = recipes.load(options.recipe)
+        described = recipes.load(options.recipe, tell)
         for field in ("include", "exclude", "seed", "dtype"):
             value = getattr(options, field)
             described[field] = described[field] if value is None else value

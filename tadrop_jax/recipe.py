@@ -1,11 +1,11 @@
 """The full, serialisable description of a merge: what a recipe file holds, and what the report repeats."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tadrop_jax import registry
+from tadrop_jax import mergekit_recipe, registry
 from tadrop_jax.errors import MergeError, ParameterError
 
 _FIELDS = {
@@ -22,8 +22,12 @@ _FIELDS = {
 _NEEDED = ("base", "models", "method")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads a recipe from YAML. Relative paths count from the recipe's folder.
+def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Reads a recipe from YAML, ours or mergekit's. Relative paths count from the recipe's folder.
+
+    Args:
+      path: of the file.
+      tell: called with a line for all that a recipe of mergekit's says and that is left out.
 
     Raises:
       MergeError: naming the file, and what is wrong.
@@ -48,7 +52,10 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise MergeError(f"{path}: a recipe is a mapping with {', '.join(_NEEDED)}")
     if "merge_method" in data:
-        raise MergeError(f"{path}: this is a mergekit recipe, which is not read yet; ours has {', '.join(_FIELDS)}")
+        try:
+            return normal(mergekit_recipe.read(data, Path(path).parent, tell))
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}") from None
     unknown = [k for k in data if k not in _FIELDS]
     missing = [k for k in _NEEDED if k not in data]
     if unknown or missing:

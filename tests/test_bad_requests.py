@@ -130,7 +130,7 @@ RECIPES = {
     "missing field": ("{base: base}", ["missing: models, method"]),
     "models is no list": ("{base: base, models: m0, method: ties}", ["models must be a list"]),
     "no models": ("{base: base, models: [], method: ties}", ["models must be a list"]),
-    "a mergekit recipe": ("{merge_method: ties, models: []}", ["mergekit"]),
+    "a mergekit recipe": ("{merge_method: passthrough, models: []}", ["passthrough", "is not read; of mergekit's"]),
     "unknown method": ("{base: base, models: [m0], method: tise}", ["tise", "ties"]),
     "unknown parameter": ("{base: base, models: [m0], method: ties, parameters: {densty: 1}}", ["densty", "density"]),
     "parameters are no mapping": ("{base: base, models: [m0], method: ties, parameters: [1]}", ["parameters", "[1]"]),
