@@ -1,6 +1,7 @@
 """mergekit's YAML recipes, read as ours. Imports neither mergekit nor jax.
 
-What a recipe asks for and no rule here does is refused by name; what has no effect on the weights is left out with a note.
+What a recipe asks for and no rule here does is refused by name; what has no effect on the weights is left out, with a
+note.
 """
 
 import json
@@ -171,7 +172,7 @@ def read(data: Mapping[str, Any], folder: Path, tell: Callable[[str], None]) -> 
     if reading.base == "a model":
         given = given if base is None or base in given else {**given, base: {}}
     else:
-        given.pop(base, None)
+        given = {path: own for path, own in given.items() if path != base}
     if not given:
         raise MergeError("there is no model to merge besides base_model")
     values = {
