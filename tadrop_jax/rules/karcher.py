@@ -83,15 +83,18 @@ def _mean(cosine, weights, valid, rounds: int, tol) -> jax.Array:
     """Coefficients ``(T,)`` of the unit vectors whose ``(T, T)`` cosines are given, of their mean on the sphere."""
     weights = safe_ratio(weights, jnp.sum(weights))
 
+    def times(c):
+        return jnp.sum(cosine * c, axis=1)  # no matmul: accelerators round its factors
+
     def length(c):
-        return root(c @ cosine @ c)
+        return root(jnp.sum(c * times(c)))
 
     first = (jnp.arange(weights.shape[0]) == jnp.argmax(valid)) & valid
     balanced = length(weights) < tol
     start = jnp.where(balanced, first, safe_ratio(weights, length(jnp.where(balanced, 1.0 * first, weights))))
 
     def one_round(_, c):
-        dot = cosine @ c
+        dot = times(c)
         # On the mean itself the log-map is 0, at its antipode it is anything.
         off = valid & (dot < 1) & (dot > _ANTIPODE - 1)
         away = angle(jnp.where(off, dot, 0))
