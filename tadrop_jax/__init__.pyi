@@ -23,12 +23,15 @@ from tadrop_jax.rules.average import average as average
 from tadrop_jax.rules.breadcrumbs_merging import breadcrumbs_merging as breadcrumbs_merging
 from tadrop_jax.rules.breadcrumbs_merging import breadcrumbs_ties as breadcrumbs_ties
 from tadrop_jax.rules.cabs import cabs as cabs
+from tadrop_jax.rules.cart import cart as cart
 from tadrop_jax.rules.consensus import consensus as consensus
 from tadrop_jax.rules.dare_merging import dare_linear as dare_linear
 from tadrop_jax.rules.dare_merging import dare_ties as dare_ties
 from tadrop_jax.rules.della_merging import della_linear as della_linear
 from tadrop_jax.rules.della_merging import della_merging as della_merging
 from tadrop_jax.rules.emr import emr as emr
+from tadrop_jax.rules.iso_c import iso_c as iso_c
+from tadrop_jax.rules.iso_cts import iso_cts as iso_cts
 from tadrop_jax.rules.karcher import karcher as karcher
 from tadrop_jax.rules.model_stock import model_stock as model_stock
 from tadrop_jax.rules.multislerp import multislerp as multislerp
@@ -39,6 +42,7 @@ from tadrop_jax.rules.ram import ram as ram
 from tadrop_jax.rules.ram_plus import ram_plus as ram_plus
 from tadrop_jax.rules.sce import sce as sce
 from tadrop_jax.rules.slerp import slerp as slerp
+from tadrop_jax.rules.svc import svc as svc
 from tadrop_jax.rules.swudi import aswudi as aswudi
 from tadrop_jax.rules.swudi import swudi as swudi
 from tadrop_jax.rules.t_switch import t_switch as t_switch
@@ -46,6 +50,7 @@ from tadrop_jax.rules.tall import tall as tall
 from tadrop_jax.rules.task_arithmetic import task_arithmetic as task_arithmetic
 from tadrop_jax.rules.ties import ties as ties
 from tadrop_jax.rules.tsv_c import tsv_c as tsv_c
+from tadrop_jax.rules.tsv_m import tsv_m as tsv_m
 from tadrop_jax.rules.wudi import wudi as wudi
 from tadrop_jax.selection import kth_largest_magnitude as kth_largest_magnitude
 from tadrop_jax.selection import magnitude_quantile as magnitude_quantile

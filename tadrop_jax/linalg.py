@@ -9,8 +9,13 @@ units in the last place, about what rounding leaves of a gap; and everywhere, if
 that the gradients are exact. A result that does not depend on the choice of basis inside a repeated singular value
 should be asked for as a whole (:func:`polar`, :func:`truncate`): it has a derivative of its own, which is exact there.
 
-**Rank.** Directions whose singular value is at most :func:`null_tolerance` times the largest are *null*: they are what
-rounding made of zero, and LAPACK picks them freely.
+**Rank.** Directions whose singular value is at most :data:`NULL` times the largest are *null*: they are what rounding
+made of zero (up to 9 units in the last place were seen at 768 rows), and LAPACK picks them freely.
+
+**Routes.** ``benchmarks/linear_algebra.py`` measures the cheaper ones. The SVD of a matrix at least :data:`TALL` times
+as long as it is wide goes through QR, with the same digits. The eigen-decomposition of the Gram matrix is not used: its
+eigenvalues are squares, so float32 loses half of the digits of what is small. Nor are Newton-Schulz steps for the polar
+factor: they give all digits for a matrix of full rank, but turn null directions into rotations of unit length.
 """
 
 import functools
@@ -22,12 +27,13 @@ import numpy as np
 #: Gaps below this share of the largest singular value (or eigenvalue) count as none: 100 float32 epsilons.
 GAP = 100 * float(np.finfo(np.float32).eps)
 
+#: Singular values up to this share of the largest count as zero: 32 float32 epsilons.
+NULL = 32 * float(np.finfo(np.float32).eps)
+
+#: From this ratio of the sides on, QR goes before the SVD.
+TALL = 4
+
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-def null_tolerance(shape: tuple[int, ...]) -> float:
-    """The share of the largest singular value up to which one counts as zero: 4 max(m, n) epsilons of float32."""
-    return 4 * max(shape[-2:]) * float(np.finfo(np.float32).eps)
 
 
 def matmul(*factors) -> jax.Array:
@@ -50,6 +56,14 @@ def svd(a) -> tuple[jax.Array, jax.Array, jax.Array]:
       >>> s.tolist()
       [3.0, 2.0, 0.0]
     """
+    m, n = a.shape[-2:]
+    if n and m >= TALL * n:
+        q, r = jnp.linalg.qr(a)
+        u, s, vt = jnp.linalg.svd(r, full_matrices=False)
+        return matmul(q, u), s, vt
+    if m and n >= TALL * m:
+        v, s, ut = svd(_t(a))
+        return _t(ut), s, _t(v)
     u, s, vt = jnp.linalg.svd(a, full_matrices=False)
     return u, s, vt
 
@@ -126,14 +140,14 @@ def polar(a, keep_null: bool = False) -> jax.Array:
       [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
     u, s, vt = svd(a)
-    return matmul(u, vt) if keep_null else matmul(u * not_null(s, a.shape)[..., None, :], vt)
+    return matmul(u, vt) if keep_null else matmul(u * not_null(s)[..., None, :], vt)
 
 
 @polar.defjvp
 def _polar_jvp(keep_null, primals, tangents):
     (a,), (da,) = primals, tangents
     u, s, vt = svd(a)
-    kept = jnp.full(s.shape, True) if keep_null else not_null(s, a.shape)
+    kept = jnp.full(s.shape, True) if keep_null else not_null(s)
     out = matmul(u * kept[..., None, :], vt)
     # In the basis of the singular vectors the derivative is antisymmetric, over sums of singular values: no gaps.
     unit, scale = _unit(s)
@@ -197,18 +211,26 @@ def _truncate_jvp(rank, primals, tangents):
     return out, tangent
 
 
-def not_null(s, shape: tuple[int, ...]) -> jax.Array:
-    """Which singular values ``s (..., k)`` of a matrix of this shape are more than rounding: bool ``(..., k)``."""
-    return (s > null_tolerance(shape) * s[..., :1]) & (s > 0)
+def not_null(s, largest=None) -> jax.Array:
+    """Which singular values are more than rounding.
+
+    Args:
+      s: float32 ``(..., k)``, from the largest down.
+      largest: what they are measured against, ``(..., 1)``; None means the largest of them.
+
+    Returns:
+      bool ``(..., k)``.
+    """
+    return (s > NULL * (s[..., :1] if largest is None else largest)) & (s > 0)
 
 
-def solve_right(b, a, cutoff: float | None = None) -> jax.Array:
+def solve_right(b, a, cutoff: float = NULL) -> jax.Array:
     """``b`` times the pseudo-inverse of the positive semi-definite ``a``.
 
     Args:
       b: float32 ``(..., m, n)``.
       a: float32 ``(..., n, n)``, symmetric, no negative eigenvalues but for rounding.
-      cutoff: eigenvalues up to this share of the largest count as zero; None means :func:`null_tolerance`.
+      cutoff: eigenvalues up to this share of the largest count as zero.
 
     Returns:
       float32 ``(..., m, n)``: the x of least norm among those that make ``x a`` nearest to ``b``.
@@ -218,8 +240,7 @@ def solve_right(b, a, cutoff: float | None = None) -> jax.Array:
       [[0.5, 0.0]]
     """
     values, vectors = eigh(a)
-    share = null_tolerance(a.shape) if cutoff is None else cutoff
-    real = (values > share * values[..., -1:]) & (values > 0)
+    real = (values > cutoff * values[..., -1:]) & (values > 0)
     inverse = jnp.where(real, 1 / jnp.where(real, values, 1), 0)
     return matmul(matmul(b, vectors) * inverse[..., None, :], _t(vectors))
 

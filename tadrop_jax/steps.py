@@ -60,6 +60,7 @@ class Piece(NamedTuple):
         is known): ``(high, low)`` uint32 arrays of shape S.
       valid: how many entries of the flattened piece are real (blocks are padded); an int or a traced scalar.
       order: permutation that brings S into PyTorch order, or None.
+      given: the stack as it came, before any step.
     """
 
     stack: jax.Array
@@ -69,6 +70,7 @@ class Piece(NamedTuple):
     position: Callable[[], tuple[jax.Array, jax.Array]] | None = None
     valid: Any = None
     order: tuple[int, ...] | None = None
+    given: jax.Array | None = None
 
     def per_task(self, values) -> jax.Array:
         """Brings a number, or one number per task, into a shape that broadcasts against the stack."""
@@ -406,6 +408,7 @@ def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, re
       stop: (step, stage) before which to stop, or None for the whole chain.
     """
     carries = list(carries)
+    x = x._replace(given=x.stack)
     for i, step in enumerate(steps):
         if not active[i]:
             continue

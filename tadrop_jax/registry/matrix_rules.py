@@ -6,8 +6,78 @@ _COEFFICIENT = Parameter("coefficient", "number", 1.0, "multiplies the merged ve
 _MEAN_ONLY = Parameter("mean_only", "patterns", (), "regular expression(s) of matrices that get the mean")
 _INPUT_AXIS = Parameter("input_axis", "whole", -1, "axis of the inputs in PyTorch order; 0 for GPT-2's Conv1D")
 _START = Parameter("start", "choice", "sum", "where the flow starts", ("sum", "mean", "zero"))
+_NULL = Parameter(
+    "null_directions", "choice", "drop", "what becomes of singular directions that are 0 to rounding", ("drop", "keep")
+)
 
 ENTRIES: tuple[Method, ...] = (
+    Method(
+        "tsv_m",
+        "rule",
+        "tadrop_jax.rules.tsv_m:tsv_m",
+        "keeps the leading singular triples of each task and makes those of different tasks orthogonal",
+        "arXiv 2412.00081",
+        "tensor",
+        "one model",
+        (_COEFFICIENT, _MEAN_ONLY, _NULL),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "iso_c",
+        "rule",
+        "tadrop_jax.rules.iso_c:iso_c",
+        "gives all singular directions of the summed task vectors the same weight",
+        "arXiv 2502.04959",
+        "tensor",
+        "one model",
+        (_COEFFICIENT, _MEAN_ONLY, _NULL),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "iso_cts",
+        "rule",
+        "tadrop_jax.rules.iso_cts:iso_cts",
+        "iso_c, with the weakest common directions replaced by directions of single tasks",
+        "arXiv 2502.04959",
+        "tensor",
+        "one model",
+        (Parameter("common", "number", 0.8, "share of common directions"), _COEFFICIENT, _MEAN_ONLY, _NULL),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
+        "cart",
+        "rule",
+        "tadrop_jax.rules.cart:cart",
+        "the mean, plus the scaled sum of what single tasks differ from it by, each at low rank",
+        "arXiv 2412.12153; defaults: JH-GEECS/CART, ViT-B/32, 8 tasks",
+        "tensor",
+        "one model",
+        (
+            Parameter("rank", "number", 0.12, "share of the singular triples to keep"),
+            Parameter("strength", "number", 2.0, "multiplies the low-rank sum"),
+            _COEFFICIENT,
+            _MEAN_ONLY,
+        ),
+        properties=SMOOTH | {"local", "copies"},
+    ),
+    Method(
+        "svc",
+        "rule",
+        "tadrop_jax.rules.svc:svc",
+        "any rule, and then less of the singular directions that it counted more than once",
+        "arXiv 2602.05536",
+        "tensor, and that of the inner rule",
+        "one model",
+        (
+            Parameter("rule", "rule", "task_arithmetic", "the inner rule, NAME or NAME:PARAMETER=VALUE;..."),
+            Parameter("alpha", "number", None, "the least coefficient; none means 1/T", optional=True),
+            Parameter(
+                "calibrate_on", "choice", "dense", "task vectors as they came, or as pruned", ("dense", "sparse")
+            ),
+            Parameter("exclude", "patterns", (), "regular expression(s) of matrices that stay as the rule left them"),
+        ),
+        properties=SMOOTH | {"local"},
+    ),
     Method(
         "wudi",
         "rule",
