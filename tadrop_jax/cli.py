@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     task = commands.add_parser(
         "task",
         help="take one task's full model out of a bundle",
-        description="Rebuild one task's full model from a bundle that 'tadrop merge' wrote by a method with one model per "
-        f"task: {', '.join(m.name for m in registry.METHODS.values() if m.output == 'one model per task')}.",
+        description="Rebuild one task's full model from a bundle that 'tadrop merge' wrote by a method with one model "
+        f"per task: {', '.join(m.name for m in registry.METHODS.values() if m.output == 'one model per task')}.",
     )
     task.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory of the bundle")
     task.add_argument("--task", required=True, metavar="NAME", help="the task: the name of its model's directory")
