@@ -8,14 +8,16 @@ Importing this package imports neither jax nor flax nor torch.
 
 from converters.errors import ConversionError
 from converters.files import read_tensors
-from converters.loading import load, save
+from converters.loading import load
 from converters.mapping import Row, Transform, layout, to_flax, to_torch
+from converters.saving import convert, save
 from converters.sharding import partition_specs, shard
 
 __all__ = [
     "ConversionError",
     "Row",
     "Transform",
+    "convert",
     "layout",
     "load",
     "partition_specs",

@@ -1,47 +1,50 @@
-"""Directories and files to Flax modules, and back."""
+"""Files and directories to Flax modules."""
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from converters import families
 from converters.errors import ConversionError
-from converters.files import read_tensors
-from converters.mapping import to_flax, to_torch
-from converters.names import Origin, learned, restored, spelled
+from converters.files import Stored, open_tensors
+from converters.mapping import Row, flatten, nest, translate
+from converters.names import Origin, learned, spelled
+
+NOTE = "conversion.json"  # what a Flax directory of ours says of the files that it was made from
 
 
 class Opened(NamedTuple):
-    """A checkpoint of a known architecture, not read yet.
+    """A checkpoint of a known architecture. Its tensors were checked against the module, but not read.
 
     Attributes:
         entry: the architecture.
         package: its family's package.
         config: the family's Config.
-        tensors: the learned parameters by the table's names: arrays that are mapped into memory, or leaves.
-        origin: what a module has to remember of the file.
+        raw: the contents of `config.json`; empty where there is none.
+        leaves: the module's parameters by their paths.
+        origin: what a module has to remember of the files.
+        stored: the files.
     """
 
     entry: families.Architecture
     package: Any
     config: Any
-    tensors: Mapping[str, Any]
+    raw: Mapping[str, Any]
+    leaves: dict[str, Any]
     origin: Origin
-
-    def rows(self):
-        """The table's rows."""
-        return self.package.table(self.config, self.entry.name)
+    stored: Stored
 
 
 def load(source: str | os.PathLike, *, config: Any = None, architecture: str | None = None) -> tuple[Any, Any]:
-    """Loads a checkpoint as a Flax NNX module.
+    """Loads a checkpoint, of PyTorch or of Flax, as a Flax NNX module.
 
     Args:
-        source: a directory with its `config.json`, or a file beside which there may be one.
+        source: a directory with its `config.json`, or a file beside which there may be one: safetensors, a torch pickle
+            (read without running it), an Orbax checkpoint, msgpack or npz.
         config: a Config of the family, in place of what the files say.
         architecture: a name of `converters.families.ARCHITECTURES`; None finds it out.
 
@@ -56,16 +59,14 @@ def load(source: str | os.PathLike, *, config: Any = None, architecture: str | N
         >>> module, params = load("models/my-vit")  # doctest: +SKIP
         >>> logits = module(images)  # images (batch, height, width, channels)  # doctest: +SKIP
     """
-    import jax
+    import jax.numpy as jnp
     from flax import nnx
 
     opened = open_model(source, config=config, architecture=architecture)
     graph, params = nnx.split(abstract(opened.package, opened.config, opened.entry))
-    try:
-        tree = to_flax(opened.tensors, opened.rows(), expect=params)
-    except ConversionError as error:
-        raise ConversionError(f"{source}: cannot be loaded as {opened.entry.name}:", error.problems) from error
-    nnx.replace_by_pure_dict(params, jax.tree.map(jax.numpy.asarray, tree))
+    # Copies: a file that is mapped into memory may be gone tomorrow.
+    arrays = {path: jnp.array(np.asarray(leaf)) for path, leaf in opened.leaves.items()}
+    nnx.replace_by_pure_dict(params, nest(arrays))
     module = nnx.merge(graph, params)
     module.origin = opened.origin
     return module, nnx.state(module, nnx.Param)
@@ -74,70 +75,58 @@ def load(source: str | os.PathLike, *, config: Any = None, architecture: str | N
 def open_model(source: str | os.PathLike, *, config: Any = None, architecture: str | None = None) -> Opened:
     """Opens a checkpoint and finds out what it is, before a tensor is read. Arguments and errors as `load`."""
     source = Path(source)
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    raw = read_config(path)
-    if architecture is None and raw.get("architectures"):
-        families.detect(raw, (), path)  # an unsupported architecture is told before files are looked at
-    tensors = read_tensors(source)
-    entry = families.architecture(architecture) if architecture else families.detect(raw, tensors, path)
+    folder = source if source.is_dir() else source.parent
+    raw, note = read_json(folder / "config.json"), read_json(folder / NOTE)
+    name = architecture or note.get("architecture")
+    if name is None and raw.get("architectures"):
+        # An unsupported architecture is told before files are looked at.
+        name = families.detect(raw, (), folder / "config.json").name
+    stored = open_tensors(source)
+    entry = families.architecture(name) if name else families.detect(raw, stored.tensors, folder / "config.json")
     package = families.package_of(entry)
-    tensors = spelled(tensors, package, entry)
-    if config is None:
-        shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+    tensors = spelled(stored.tensors, package, entry)
+    if config is None and "config" in note:
+        config = package.Config.from_dict(note["config"])
+    elif config is None:
+        shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
         make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))
         config = make(raw, shapes, entry.name)
-    tensors, origin, problems = learned(tensors, package, entry, config)
+    expect = abstract(package, config, entry)
+    if stored.is_tree:
+        leaves, problems = _of_tree(stored.tensors, tensors, package, entry, config, expect)
+        origin = Origin(entry.name, tuple((n, d) for n, d in note.get("stored", ())))
+    else:
+        kept, origin, problems = learned(tensors, package, entry, config)
+        leaves, more = _mapped(kept, package.table(config, entry.name), expect)
+        problems += more
     if problems:
         raise ConversionError(f"{source}: cannot be loaded as {entry.name}:", problems)
-    return Opened(entry, package, config, tensors, origin)
+    return Opened(entry, package, config, raw, leaves, origin, stored)
 
 
-def save(directory: str | os.PathLike, model: Any, config: Any = None, *, architecture: str | None = None) -> None:
-    """Writes a Flax model as a PyTorch directory; transformers' `from_pretrained` opens those of its architectures.
-
-    Args:
-        directory: where to; must be absent or empty, and appears complete or not at all.
-        model: an NNX module of ours, or its parameters in any tree (`nnx.State`, nested dictionaries).
-        config: the family's Config; None takes the module's own.
-        architecture: a name of `converters.families.ARCHITECTURES`, to write another layout than the model was read
-            from; None writes the same.
-
-    Raises:
-        ConversionError: the directory is not empty, the configuration is missing, or a parameter is unmapped.
-
-    Example:
-        >>> save("models/my-vit", module)  # doctest: +SKIP
-    """
-    import safetensors.numpy
-
-    directory = Path(directory)
-    config = getattr(model, "config", None) if config is None else config
-    if config is None:
-        raise ConversionError(f"{directory}: pass config= with bare parameters")
-    if directory.exists() and any(directory.iterdir()):
-        raise ConversionError(f"{directory}: the directory is not empty")
-    own = families.architecture(architecture) if architecture else families.architecture_of(model, config)
-    package = families.package_of(own)
-    origin = getattr(model, "origin", None)
-    stored = origin.stored if origin is not None and origin.architecture == own.name else ()
-    tensors = to_torch(model, package.table(config, own.name), expect=abstract(package, config, own))
-    tensors = restored(tensors, package, own, config, stored)
-    raw = {**config.to_dict(), "architectures": [own.name]}
-    raw = families.offered(package, "describe", raw, config, own.name)
-    raw["dtype"] = str(next(iter(tensors.values())).dtype)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+def _mapped(tensors: Mapping[str, Any], rows: Sequence[Row], expect: Any) -> tuple[dict[str, Any], list[str]]:
     try:
-        partial.chmod(0o755)
-        (partial / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-        safetensors.numpy.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return translate(tensors, rows, forward=True, expect=expect), []
+    except ConversionError as error:
+        return {}, list(error.problems)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The contents of a `config.json`; empty where there is none.
+def _of_tree(
+    tensors: Mapping[str, Any], spelled_tensors: Mapping[str, Any], package: Any, entry, config: Any, expect: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """The leaves of a tree: with the module's own paths, those of transformers 4, or those of the entry's table.
+
+    The first that fits in every name and shape is it; if none does, the least that is wrong is told.
+    """
+    own = [Row(path, path) for path in flatten(expect)]
+    old = families.offered(package, "flax_table", None, config, entry.name)
+    readings = [_mapped(tensors, rows, expect) for rows in (own, old) if rows is not None]
+    readings.append(_mapped(spelled_tensors, package.table(config, entry.name), expect))
+    return min(readings, key=lambda reading: len(reading[1]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file; empty where there is none.
 
     Raises:
         ConversionError: it cannot be read.

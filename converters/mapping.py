@@ -103,7 +103,8 @@ def to_flax(state_dict: Mapping[str, np.ndarray], table: Table, *, expect: Any =
         >>> to_flax({"fc.weight": np.zeros((3, 2))}, linear("fc", "fc"))["fc"]["kernel"].shape
         (2, 3)
     """
-    return _nest(translate(state_dict, table, forward=True, expect=expect))
+    flat = translate(state_dict, table, forward=True, expect=expect)
+    return nest({path: np.asarray(array) for path, array in flat.items()})
 
 
 def to_torch(tree: Any, table: Table, *, expect: Any = None) -> dict[str, np.ndarray]:
@@ -292,7 +293,8 @@ def _format(template: str) -> str:
     return _PLACEHOLDER.sub(r"{\1}", template)
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[Any, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[Any, Any]:
+    """Makes a tree of '/'-joined names: `flatten` backwards. Numbers become integer keys."""
     tree: dict[Any, Any] = {}
     for path, leaf in flat.items():
         *parents, last = _keys(path.split("/"))

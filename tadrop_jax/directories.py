@@ -13,8 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from converters.files.sidecars import sidecars
 from tadrop_jax.checkpoints import bundles
-from tadrop_jax.checkpoints.safetensors import Sink, Source, copy_sidecars, open_sink
+from tadrop_jax.checkpoints.safetensors import Sink, Source, open_sink
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
 from tadrop_jax.planning import Plan, Request, make_plan, open_model, refuse_same_file, task_names
@@ -219,7 +220,7 @@ def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan:
             ("base", request.base),
             *((f"tasks/{t}", p) for t, p in zip(tasks, request.models, strict=True)),
         ):
-            for file in copy_sidecars(path):
+            for file in sidecars(path):
                 if file.name not in _NOT_COPIED:
                     sink.add_file(f"{folder}/{file.name}", file)
         folders = dict.fromkeys(name.partition("/")[0] for name in sink.plan)
@@ -232,7 +233,7 @@ def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan:
         described = bundles.description(kind, tasks, shapes, scalars)
         sink.add_file(bundles.DESCRIPTION, json.dumps(described, indent=1).encode())
     else:
-        for file in copy_sidecars(request.base):
+        for file in sidecars(request.base):
             if file.name == "config.json" and request.dtype is not None:
                 sink.add_file(file.name, _config_with_dtype(file, request.dtype))
             elif file.name not in _NOT_COPIED:

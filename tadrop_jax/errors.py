@@ -1,5 +1,7 @@
 """Errors that a user of the library can act on."""
 
+import contextlib
+
 
 class MergeError(ValueError):
     """A merge was asked for that cannot be done as asked.
@@ -26,3 +28,14 @@ class CheckpointError(MergeError):
 
 class MergeWarning(UserWarning):
     """Something that is most likely not what the user wants, though it can be done."""
+
+
+@contextlib.contextmanager
+def checkpoint_errors():
+    """Makes a :class:`CheckpointError` of what the converters say of a file."""
+    from converters.errors import ConversionError
+
+    try:
+        yield
+    except ConversionError as error:
+        raise CheckpointError(str(error)) from error

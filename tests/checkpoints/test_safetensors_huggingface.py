@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tadrop_jax.checkpoints.safetensors import copy_sidecars, open_source, tied_aliases
+from converters.files.sidecars import sidecars
+from tadrop_jax.checkpoints.safetensors import open_source, tied_aliases
 
 
 def test_sidecars(tmp_path):
@@ -24,8 +25,8 @@ def test_sidecars(tmp_path):
     for name in copied + left:
         (tmp_path / name).touch()
     (tmp_path / "folder.json").mkdir()
-    assert [file.name for file in copy_sidecars(tmp_path)] == sorted(copied)
-    assert copy_sidecars(tmp_path / "config.json") == []
+    assert [file.name for file in sidecars(tmp_path)] == sorted(copied)
+    assert sidecars(tmp_path / "config.json") == []
 
 
 EMBEDDING = np.arange(12, dtype=np.float32).reshape(4, 3)

@@ -3,8 +3,8 @@
 Reading is `open_source`, writing `open_sink`; both move flat blocks of one tensor at a time, from any thread.
 """
 
-from tadrop_jax.checkpoints.safetensors.huggingface import copy_sidecars, tied_aliases
+from tadrop_jax.checkpoints.safetensors.huggingface import tied_aliases
 from tadrop_jax.checkpoints.safetensors.sink import Sink, open_sink
 from tadrop_jax.checkpoints.safetensors.source import Source, TensorInfo, open_source
 
-__all__ = ["Sink", "Source", "TensorInfo", "copy_sidecars", "open_sink", "open_source", "tied_aliases"]
+__all__ = ["Sink", "Source", "TensorInfo", "open_sink", "open_source", "tied_aliases"]

@@ -1,23 +1,12 @@
-"""What a Hugging Face directory holds besides tensors, and which of its tensors are one."""
+"""Which tensors of a Hugging Face directory are one."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tadrop_jax.checkpoints.safetensors.source import Source
 
-_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm"}
-_LEFT_BEHIND = {
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
-    "readme.txt",
-    "requirements.txt",
-}
 # transformers ties these to the input embedding. The first target that a checkpoint stores is the one kept.
 _TARGETS = (
     "shared.weight",
@@ -43,31 +32,6 @@ _ALIASES = (
 )
 _TIED_BY_DEFAULT = {"gpt2"}
 _BLOCK = 1 << 22
-
-
-def copy_sidecars(src_dir: str | os.PathLike[str]) -> list[Path]:
-    """Lists the files that belong beside a merged model: configuration, tokenizer, processor, templates.
-
-    Weights, their indices, training state and results, and the model card are left behind.
-
-    Args:
-        src_dir: a Hugging Face directory.
-
-    Returns:
-        The files, sorted by name; nothing for a single file or a missing directory.
-    """
-    src_dir = Path(src_dir)
-    if not src_dir.is_dir():
-        return []
-    return sorted(
-        file
-        for file in src_dir.iterdir()
-        if file.is_file()
-        and file.suffix in _SUFFIXES
-        and not file.name.endswith(".index.json")
-        and not file.name.startswith(".")
-        and file.name.lower() not in _LEFT_BEHIND
-    )
 
 
 def tied_aliases(source: Source, config: Mapping[str, Any] | None) -> dict[str, str]:

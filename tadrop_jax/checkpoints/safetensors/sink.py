@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tadrop_jax.checkpoints.safetensors import header, journal
-from tadrop_jax.errors import CheckpointError
+from converters.files import header
+from tadrop_jax.checkpoints.safetensors import journal
+from tadrop_jax.errors import CheckpointError, checkpoint_errors
 
 Plan = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -291,7 +292,8 @@ def open_sink(
     for number, group in enumerate(groups, 1):
         name = "model" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}"
         wide_first = dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize))
-        shards.append(_Shard(f"{name}.safetensors", *header.encode(wide_first, metadata)))
+        with checkpoint_errors():
+            shards.append(_Shard(f"{name}.safetensors", *header.encode(wide_first, metadata)))
     return Sink(out, plan, shards, fingerprint, resume)
 
 

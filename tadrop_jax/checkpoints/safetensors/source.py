@@ -4,16 +4,16 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 
-from tadrop_jax.checkpoints.safetensors import header
-from tadrop_jax.errors import CheckpointError
+from converters.files import shards_of
+from converters.files.safetensors import read_header
+from tadrop_jax.errors import CheckpointError, checkpoint_errors
 
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _CHUNK = 1 << 24
 
 
@@ -65,7 +65,8 @@ class Source:
         try:
             for file in files:
                 self._fds[file] = _open(file)
-                size, head, entries, metadata = _read_header(self._fds[file], file)
+                with checkpoint_errors():
+                    size, head, entries, metadata = read_header(file)
                 digest.update(file.name.encode() + b"\0" + head)
                 self.size_bytes += size
                 self.metadata.update(metadata)
@@ -187,9 +188,6 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     files = sorted(path.glob("*.safetensors"))
     if files:
         return Source(path, files)
-    pickles = sorted(file for suffix in _PICKLES for file in path.glob(f"*{suffix}"))
-    if pickles:
-        raise CheckpointError(f"{path}: holds no safetensors file. {_pickle_advice(pickles[0])}")
     raise CheckpointError(f"{path}: holds no safetensors file.")
 
 
@@ -201,23 +199,9 @@ def aligned_empty(count: int, dtype: np.dtype, alignment: int = 64) -> np.ndarra
 
 
 def _open_indexed(path: Path, index: Path) -> Source:
-    try:
-        text = index.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror}.") from error
-    table = header.load_json(text, str(index))
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
-    if not (isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())):
-        raise CheckpointError(f"{index}: has no weight_map from tensor names to file names.")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        # By name only: snapshots in the Hugging Face cache are links that lead out of their directory.
-        parts = PurePosixPath(shard).parts
-        if not parts or ".." in parts or "\\" in shard or "\0" in shard or os.path.isabs(shard):
-            raise CheckpointError(f"{index}: names the shard {shard!r}, which lies outside {path}.")
-        if not (path / shard).is_file():
-            raise CheckpointError(f"{index}: names the shard {shard!r}, which does not exist.")
-    source = Source(path, [path / shard for shard in shards])
+    with checkpoint_errors():
+        weight_map = shards_of(path, index)
+    source = Source(path, [path / shard for shard in sorted(set(weight_map.values()))])
     try:
         for name, shard in weight_map.items():
             if name not in source.tensors or source.tensors[name].file != path / shard:
@@ -236,32 +220,3 @@ def _open(file: Path) -> int:
         return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be opened: {error.strerror}.") from error
-
-
-def _read_header(fd: int, file: Path) -> tuple[int, bytes, dict[str, header.Entry], dict[str, str]]:
-    """File size, header with its length prefix, tensors, metadata."""
-    size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
-    if file.suffix in _PICKLES or prefix[:2] in (b"PK", b"\x80\x02"):
-        raise CheckpointError(f"{file}: is not a safetensors file. {_pickle_advice(file)}")
-    if prefix == b"version ":
-        raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; `git lfs pull` brings them.")
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > header.MAX_HEADER_BYTES or (size >= 9 and os.pread(fd, 1, 8) != b"{"):
-        raise CheckpointError(
-            f"{file}: is not a safetensors file ({size} bytes, a header of {length} bytes announced)."
-        )
-    if 8 + length > size:
-        raise CheckpointError(
-            f"{file}: the file is truncated: its header takes {8 + length} bytes, the file holds {size}."
-        )
-    head = prefix + os.pread(fd, length, 8)
-    entries, metadata = header.parse(head[8:], size - len(head), file)
-    return size, head, entries, metadata
-
-
-def _pickle_advice(file: Path) -> str:
-    return (
-        f"{file.name} looks like a torch pickle, which merge does not read yet; convert it first, by "
-        "model.save_pretrained(DIR) of transformers or safetensors.torch.save_file(state_dict, FILE)."
-    )

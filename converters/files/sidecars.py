@@ -1,0 +1,39 @@
+"""What a Hugging Face directory holds besides tensors."""
+
+import os
+from pathlib import Path
+
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm"}
+_LEFT_BEHIND = {
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "readme.txt",
+    "requirements.txt",
+}
+
+
+def sidecars(src_dir: str | os.PathLike[str]) -> list[Path]:
+    """Lists the files that belong beside a converted or merged model: configuration, tokenizer, processor, templates.
+
+    Weights, their indices, training state and results, and the model card are left behind.
+
+    Args:
+        src_dir: a Hugging Face directory.
+
+    Returns:
+        The files, sorted by name; nothing for a single file or a missing directory.
+    """
+    src_dir = Path(src_dir)
+    if not src_dir.is_dir():
+        return []
+    return sorted(
+        file
+        for file in src_dir.iterdir()
+        if file.is_file()
+        and file.suffix in _SUFFIXES
+        and not file.name.endswith(".index.json")
+        and not file.name.startswith(".")
+        and file.name.lower() not in _LEFT_BEHIND
+    )

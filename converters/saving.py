@@ -1,0 +1,183 @@
+"""Flax modules to files and directories, and from one layout and format to another."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import families
+from converters.errors import ConversionError
+from converters.files import write_tensors
+from converters.files.sidecars import sidecars
+from converters.loading import NOTE, Opened, abstract, open_model
+from converters.mapping import flatten, translate
+from converters.names import Origin, restored
+
+_SHARD = 5_000_000_000
+
+
+def save(
+    directory: str | os.PathLike,
+    model: Any,
+    config: Any = None,
+    *,
+    architecture: str | None = None,
+    to: str = "torch",
+    format: str | None = None,
+    max_shard_size: int = _SHARD,
+) -> None:
+    """Writes a Flax model as a directory; transformers' `from_pretrained` opens a PyTorch one of its architectures.
+
+    Args:
+        directory: where to; must be absent or empty, and appears complete or not at all.
+        model: an NNX module of ours, or its parameters in any tree (`nnx.State`, nested dictionaries).
+        config: the family's Config; None takes the module's own.
+        architecture: a name of `converters.families.ARCHITECTURES`, to write another layout than the model was read
+            from; None writes the same.
+        to: "torch" for the names and axes of the architecture, "flax" for those of the module.
+        format: "safetensors", which is the only one of "torch"; "orbax" (the default of "flax"), "msgpack" (with the
+            names that transformers 4 gave its Flax models) or "npz".
+        max_shard_size: bytes of a safetensors file.
+
+    Raises:
+        ConversionError: the directory is not empty, the configuration is missing, or a parameter is unmapped.
+
+    Example:
+        >>> save("models/my-vit", module)  # doctest: +SKIP
+    """
+    directory = Path(directory)
+    config = getattr(model, "config", None) if config is None else config
+    if config is None:
+        raise ConversionError(f"{directory}: pass config= with bare parameters")
+    entry = families.architecture(architecture) if architecture else families.architecture_of(model, config)
+    package = families.package_of(entry)
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(model).items()}
+    origin = getattr(model, "origin", None) or Origin(entry.name)
+    _write(directory, leaves, package, entry, config, origin, None, to, format, max_shard_size)
+
+
+def convert(
+    source: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    to: str,
+    format: str | None = None,
+    architecture: str | None = None,
+    config: Any = None,
+    max_shard_size: int = _SHARD,
+) -> Opened:
+    """Converts a checkpoint of PyTorch or of Flax, leaf by leaf: one tensor is in memory at a time.
+
+    `config.json`, tokenizer and processor files travel along.
+
+    Args:
+        source: as in `converters.load`.
+        directory: where to; must be absent or empty, and appears complete or not at all.
+        to: "torch" or "flax", as in `converters.save`.
+        format: as in `converters.save`.
+        architecture: what to write; it must have the same module as what is read. None writes what is read.
+        config: a Config of the family, where the files do not tell it.
+        max_shard_size: bytes of a safetensors file.
+
+    Returns:
+        What was read.
+
+    Raises:
+        ConversionError: as `converters.load` and `converters.save`.
+
+    Example:
+        >>> convert("models/gpt2", "models/gpt2-flax", to="flax")  # doctest: +SKIP
+    """
+    source, directory = Path(source), Path(directory)
+    _check(directory, to, format)
+    opened = open_model(source, config=config)
+    entry = families.architecture(architecture) if architecture else opened.entry
+    if entry.package != opened.entry.package:
+        raise ConversionError(f"{source}: is {opened.entry.name}, which cannot be written as {entry.name}")
+    _write(
+        directory,
+        opened.leaves,
+        opened.package,
+        entry,
+        opened.config,
+        opened.origin,
+        source,
+        to,
+        format,
+        max_shard_size,
+    )
+    return opened
+
+
+def _write(directory, leaves, package, entry, config, origin, beside, to, format, max_shard_size) -> None:
+    """Writes leaves of a model; other files are taken from the directory `beside`, or from beside that file."""
+    format = _check(directory, to, format)
+    expect = abstract(package, config, entry)
+    rows = package.table(config, entry.name)
+    tensors = translate(leaves, rows, forward=False, expect=expect)  # checks the leaves, whatever is written
+    note: dict[str, Any] = {}
+    same = origin.architecture == entry.name
+    if to == "torch":
+        tensors = restored(tensors, package, entry, config, origin.stored if same else ())
+    else:
+        old = families.offered(package, "flax_table", None, config, entry.name) if format == "msgpack" else None
+        tensors = leaves if old is None else translate(leaves, old, forward=False)
+        note = {"architecture": entry.name, "stored": origin.stored if same else (), "config": config.to_dict()}
+    raw = {**config.to_dict(), "architectures": [entry.name]}
+    raw = dict(families.offered(package, "describe", raw, config, entry.name))
+    raw["dtype"] = str(next(iter(tensors.values())).dtype)
+    files: dict[str, Any] = {"config.json": _json(raw)} | ({NOTE: _json(note)} if note else {})
+    for file in _beside(beside):
+        if file.name != "config.json" or same:
+            files[file.name] = file
+    _appear(directory, files.items(), lambda partial: write_tensors(partial, tensors, format, max_shard_size))
+
+
+def _beside(source: Path | None) -> list[Path]:
+    """The files that travel along; of a single file's neighbours only its configuration is known to be its own."""
+    if source is None:
+        return []
+    if source.is_dir():
+        return [file for file in sidecars(source) if file.name != NOTE]
+    return [file for file in [source.parent / "config.json"] if file.exists()]
+
+
+def _check(directory: Path, to: str, format: str | None) -> str:
+    """The format, checked together with the directory."""
+    if to not in ("torch", "flax"):
+        raise ConversionError(f"to must be torch or flax, got {to!r}")
+    allowed = ("safetensors",) if to == "torch" else ("orbax", "safetensors", "msgpack", "npz")
+    format = format or allowed[0]
+    if format not in allowed:
+        raise ConversionError(f"format must be {' or '.join(allowed)} with {to}, got {format!r}")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConversionError(f"{directory}: the directory is not empty")
+    return format
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _appear(directory: Path, files: Iterable[tuple[str, bytes | Path]], write: Any) -> None:
+    """Writes into a directory beside it, which gets its name when all is done."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        partial.chmod(0o755)
+        for name, data in files:
+            if isinstance(data, Path):
+                shutil.copyfile(data, partial / name)
+            else:
+                (partial / name).write_bytes(data)
+        write(partial)
+        os.replace(partial, directory)
+    except OSError as error:
+        raise ConversionError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
