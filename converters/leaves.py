@@ -1,6 +1,7 @@
 """Arrays that are read when they are asked for, so that a conversion holds one tensor at a time."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ class Leaf:
         shape: the shape.
         dtype: the dtype.
         read: gives the contents; called anew each time.
+        file: the file that they are in, for messages; None where it is not one file.
 
     Example:
         >>> leaf = Leaf((2, 3), np.dtype(np.float32), lambda: np.ones((2, 3), np.float32))
@@ -20,8 +22,8 @@ class Leaf:
         ((3, 2), np.float32(6.0))
     """
 
-    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[], np.ndarray]):
-        self.shape, self.dtype, self.read = tuple(shape), np.dtype(dtype), read
+    def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[], np.ndarray], file: Path | None = None):
+        self.shape, self.dtype, self.read, self.file = tuple(shape), np.dtype(dtype), read, file
 
     @property
     def ndim(self) -> int:
@@ -44,11 +46,11 @@ class Leaf:
 
     def transpose(self, axes: Sequence[int]) -> "Leaf":
         """The same with its axes in another order."""
-        return Leaf([self.shape[a] for a in axes], self.dtype, lambda: self.read().transpose(axes))
+        return Leaf([self.shape[a] for a in axes], self.dtype, lambda: self.read().transpose(axes), self.file)
 
     def reshape(self, shape: Sequence[int]) -> "Leaf":
         """The same in another shape."""
-        return Leaf(shape, self.dtype, lambda: self.read().reshape(shape))
+        return Leaf(shape, self.dtype, lambda: self.read().reshape(shape), self.file)
 
 
 def split(array: Any, parts: int) -> list[Any]:
@@ -57,7 +59,9 @@ def split(array: Any, parts: int) -> list[Any]:
     if not isinstance(array, Leaf):
         return [array[k * rows : (k + 1) * rows] for k in range(parts)]
     shape = (rows, *array.shape[1:])
-    return [Leaf(shape, array.dtype, lambda k=k: array.read()[k * rows : (k + 1) * rows]) for k in range(parts)]
+    return [
+        Leaf(shape, array.dtype, lambda k=k: array.read()[k * rows : (k + 1) * rows], array.file) for k in range(parts)
+    ]
 
 
 def join(arrays: Sequence[Any]) -> Leaf:

@@ -26,8 +26,10 @@ class Opened(NamedTuple):
         config: the family's Config.
         raw: the contents of `config.json`; empty where there is none.
         leaves: the module's parameters by their paths.
+        rows: the table that the files go by.
         origin: what a module has to remember of the files.
         stored: the files.
+        spelling: for names of the table the ones in the files, where these go by the table.
     """
 
     entry: families.Architecture
@@ -35,8 +37,10 @@ class Opened(NamedTuple):
     config: Any
     raw: Mapping[str, Any]
     leaves: dict[str, Any]
+    rows: Sequence[Row]
     origin: Origin
     stored: Stored
+    spelling: Mapping[str, str]
 
 
 def load(source: str | os.PathLike, *, config: Any = None, architecture: str | None = None) -> tuple[Any, Any]:
@@ -84,7 +88,7 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     stored = open_tensors(source)
     entry = families.architecture(name) if name else families.detect(raw, stored.tensors, folder / "config.json")
     package = families.package_of(entry)
-    tensors = spelled(stored.tensors, package, entry)
+    tensors, spelling = spelled(stored.tensors, package, entry)
     if config is None and "config" in note:
         config = package.Config.from_dict(note["config"])
     elif config is None:
@@ -93,27 +97,53 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
         config = make(raw, shapes, entry.name)
     expect = abstract(package, config, entry)
     if stored.is_tree:
-        leaves, problems = _of_tree(stored.tensors, tensors, package, entry, config, expect)
+        leaves, problems, rows = _of_tree(stored.tensors, tensors, package, entry, config, expect)
         origin = Origin(entry.name, tuple((n, d) for n, d in note.get("stored", ())))
     else:
         kept, origin, problems = learned(tensors, package, entry, config)
-        leaves, more = _mapped(kept, package.table(config, entry.name), expect)
+        leaves, more, rows = _mapped(kept, package.table(config, entry.name), expect)
         problems += more
     if problems:
         raise ConversionError(f"{source}: cannot be loaded as {entry.name}:", problems)
-    return Opened(entry, package, config, raw, leaves, origin, stored)
+    return Opened(entry, package, config, raw, leaves, rows, origin, stored, spelling)
 
 
-def _mapped(tensors: Mapping[str, Any], rows: Sequence[Row], expect: Any) -> tuple[dict[str, Any], list[str]]:
+_Reading = tuple[dict[str, Any], list[str], Sequence[Row]]
+
+
+def open_all(sources: Sequence[str | os.PathLike]) -> list[Opened]:
+    """Opens checkpoints of one architecture; one without a `config.json` is taken to be as the first that has one.
+
+    Raises:
+        ConversionError: as `load`, or none of them tells what it is.
+    """
+
+    def told(source: Path) -> bool:
+        folder = source if source.is_dir() else source.parent
+        return any((folder / name).exists() for name in ("config.json", NOTE))
+
+    paths = [Path(source) for source in sources]
+    known = next((path for path in paths if told(path)), paths[0])
+    first = open_model(known)
+
+    def opened(path: Path) -> Opened:
+        if path == known:
+            return first
+        return open_model(path) if told(path) else open_model(path, config=first.config, architecture=first.entry.name)
+
+    return [opened(path) for path in paths]
+
+
+def _mapped(tensors: Mapping[str, Any], rows: Sequence[Row], expect: Any) -> _Reading:
     try:
-        return translate(tensors, rows, forward=True, expect=expect), []
+        return translate(tensors, rows, forward=True, expect=expect), [], rows
     except ConversionError as error:
-        return {}, list(error.problems)
+        return {}, list(error.problems), rows
 
 
 def _of_tree(
     tensors: Mapping[str, Any], spelled_tensors: Mapping[str, Any], package: Any, entry, config: Any, expect: Any
-) -> tuple[dict[str, Any], list[str]]:
+) -> _Reading:
     """The leaves of a tree: with the module's own paths, those of transformers 4, or those of the entry's table.
 
     The first that fits in every name and shape is it; if none does, the least that is wrong is told.

@@ -25,8 +25,11 @@ class Origin(NamedTuple):
     stored: tuple[tuple[str, str], ...] = ()
 
 
-def spelled(tensors: Mapping[str, Any], package: Any, entry: Architecture) -> dict[str, Any]:
+def spelled(tensors: Mapping[str, Any], package: Any, entry: Architecture) -> tuple[dict[str, Any], dict[str, str]]:
     """Renames tensors to the spelling that the family's table has.
+
+    Returns:
+        The tensors, and for each of their names the one in the file.
 
     Raises:
         ConversionError: two names give the same.
@@ -44,7 +47,7 @@ def spelled(tensors: Mapping[str, Any], package: Any, entry: Architecture) -> di
         found[name], origin[name] = array, source
     if problems:
         raise ConversionError("cannot tell the tensors apart:", problems)
-    return found
+    return found, origin
 
 
 def learned(

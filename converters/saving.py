@@ -114,6 +114,29 @@ def convert(
     return opened
 
 
+def in_layout_of(model: Opened, base: Opened) -> dict[str, Any]:
+    """The tensors of one checkpoint with the names and axes of another's files.
+
+    Args:
+        model: whose tensors.
+        base: whose layout; copies and buffers that its files hold are made for the model too.
+
+    Returns:
+        Leaves by name.
+
+    Raises:
+        ConversionError: their modules differ.
+    """
+    try:
+        tensors = translate(model.leaves, base.rows, forward=False, expect=None)
+    except ConversionError as error:
+        at = f"{model.stored.path}: cannot be brought into the layout of {base.stored.path}:"
+        raise ConversionError(at, error.problems) from error
+    if not base.stored.is_tree:
+        tensors = restored(tensors, base.package, base.entry, base.config, base.origin.stored)
+    return {base.spelling.get(name, name): tensor for name, tensor in tensors.items()}
+
+
 def _write(directory, leaves, package, entry, config, origin, beside, to, format, max_shard_size) -> None:
     """Writes leaves of a model; other files are taken from the directory `beside`, or from beside that file."""
     format = _check(directory, to, format)

@@ -15,10 +15,11 @@ import numpy as np
 
 from converters.files.sidecars import sidecars
 from tadrop_jax.checkpoints import bundles
+from tadrop_jax.checkpoints.opening import open_models
 from tadrop_jax.checkpoints.safetensors import Sink, Source, open_sink
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
-from tadrop_jax.planning import Plan, Request, make_plan, open_model, refuse_same_file, task_names
+from tadrop_jax.planning import Plan, Request, make_plan, refuse_same_file, task_names
 from tadrop_jax.report import REPORT, TensorLog, describe_input, versions
 from tadrop_jax.steps import expand, global_stages, output_of
 from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, measure, run
@@ -53,7 +54,7 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         ``resume`` goes on from.
     """
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(open_model(p)) for p in (request.base, *request.models)]
+        sources = open_models(stack, (request.base, *request.models))
         refuse_same_file(sources[1:])
         steps = expand(request.chain, len(request.models))
         bundle = output_of(request.chain) == "bundle"
@@ -98,7 +99,7 @@ def inspect_directories(
       MergeError: if the request or its inputs are wrong.
     """
     with contextlib.ExitStack() as stack:
-        sources = [stack.enter_context(open_model(p)) for p in (request.base, *request.models)]
+        sources = open_models(stack, (request.base, *request.models))
         refuse_same_file(sources[1:])
         steps = explaining_steps(request.chain, len(request.models))
         plan = make_plan(sources, request)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tadrop_jax.checkpoints.safetensors import Source, open_source, tied_aliases
+from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
 from tadrop_jax.errors import CheckpointError, MergeError
 from tadrop_jax.steps import AnyStep, patterns, per_task_patterns
 from tadrop_jax.task_vector import check_alike, check_names
@@ -127,24 +127,7 @@ def task_names(models: Sequence[Path]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def open_model(path: Path) -> Source:
-    """Opens a checkpoint.
-
-    Raises:
-      CheckpointError: if it cannot be read.
-    """
-    try:
-        return open_source(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def refuse_same_file(models: Sequence[Source]) -> None:
-    """Refuses a model that is given twice, by whatever path.
-
-    Raises:
-      MergeError: naming both paths.
-    """
     """Refuses a model that is given twice, by whatever link or spelling.
 
     Raises:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tadrop_jax.cli import main
+from tests.converters.files.torch_files import Call, save_zip, tensor
 from tests.helpers import files_of, merge, read_model, refused, save_family, save_model
 
 SHAPES = {"layer/kernel": (12, 5), "layer/bias": (5,)}
@@ -156,11 +157,11 @@ DAMAGE = {
     wrong_offsets: [FILE, "layer/bias", "[4]", "20 bytes", "16"],
     empty: [FILE, "not a safetensors file", "0 bytes"],
     text: [FILE, "git lfs pull"],
-    pickled: ["m1", "pytorch_model.bin", "pickle", "convert"],
-    folder: ["m1", "Is a directory"],
+    pickled: ["m1", "pytorch_model.bin", "truncated or damaged"],
+    folder: [FILE, "Is a directory"],
     dangling: [FILE, "No such file"],
     nothing: ["m1", "no such file or directory"],
-    bare: ["m1", "no safetensors file"],
+    bare: ["m1", "holds no safetensors file, torch pickle"],
     config: ["m1/config.json", "not valid JSON"],
 }
 
@@ -172,13 +173,14 @@ def test_damaged_files(damage, root, capsys):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "model.pt"])
-def test_a_pickle_is_never_opened_as_one(name, root, capsys):
-    file = root / name
-    file.write_bytes(b"\x80\x02cos\nsystem\n(S'touch " + str(root / "executed").encode() + b"'\ntR.")
-    code = main(
-        ["merge", "--base", str(root / "base"), "--models", str(file), "--method", "ties", "--out", str(root / "out")]
-    )
-    refused(root, capsys, code, name, "pickle", "convert")
+@pytest.mark.parametrize("as_base", [False, True])
+def test_code_in_a_pickle_is_never_run(name, as_base, root, capsys):
+    weight = tensor(np.ones(3, np.float32))
+    attack = Call("posix", "system", f"touch {root / 'executed'}")
+    save_zip(root / name, {"layer": weight, "more": Call("torch._utils", "_rebuild_parameter", weight, True, attack)})
+    base, model = (root / name, root / "m0") if as_base else (root / "base", root / name)
+    code = main(["merge", "--base", f"{base}", "--models", f"{model}", "--method", "ties", "--out", f"{root / 'out'}"])
+    refused(root, capsys, code, name, "holds code", "posix.system", "Nothing was run")
     assert not (root / "executed").exists()
 
 

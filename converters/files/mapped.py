@@ -40,4 +40,4 @@ def mapped(file: Path, offset: int, dtype: Any, shape: Sequence[int], strides: S
         steps = [s * dtype.itemsize for s in strides]
         return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
 
-    return Leaf(shape, dtype, read)
+    return Leaf(shape, dtype, read, file)
