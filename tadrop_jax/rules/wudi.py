@@ -106,7 +106,7 @@ def minimiser(stack, cutoff: float | None):
     """
     unit = directions(stack)
     rows = jnp.reshape(unit, (-1, unit.shape[-1]))
-    share = linalg.null_tolerance(rows.shape) if cutoff is None else cutoff
+    share = linalg.NULL if cutoff is None else cutoff
     u, s, vt = linalg.svd(rows)
     kept = (s > share * s[:1]) & (s > 0)
     inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
