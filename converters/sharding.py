@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from converters.errors import ConversionError
 from converters.mapping import flatten
 
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
@@ -43,6 +44,9 @@ def shard(module: Any, mesh: Any, rules: Rules | None = None) -> Any:
     Returns:
         A module of the same class with sharded parameters; the given one is as it was.
 
+    Raises:
+        ConversionError: the module is of no family, or of one without rules.
+
     Example:
         >>> mesh = jax.make_mesh((2, 4), ("data", "model"))  # doctest: +SKIP
         >>> module = shard(converters.load("models/my-gpt2")[0], mesh)  # doctest: +SKIP
@@ -61,8 +65,11 @@ def shard(module: Any, mesh: Any, rules: Rules | None = None) -> Any:
 def _own_rules(module: Any) -> Rules:
     from converters import families
 
-    package = families.package_of(families.architecture_of(module))
-    return package.SHARDING
+    entry = families.architecture_of(module)
+    rules = getattr(families.package_of(entry), "SHARDING", None)
+    if rules is None:
+        raise ConversionError(f"{entry.package} has no sharding rules; pass rules=")
+    return rules
 
 
 def _spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Any) -> Any:
