@@ -119,7 +119,7 @@ ENTRIES = (
         "row or tensor",
         "one model",
         (
-            Parameter("density", "numbers", 0.15, "share to keep"),
+            Parameter("density", "numbers", 0.15, "share to keep; none: all", optional=True),
             Parameter("gamma", "numbers", 0.006, "share of the largest to drop"),
             Parameter("coefficient", "number", 0.2, "multiplies the merged vector"),
             WEIGHTS,
@@ -138,7 +138,7 @@ ENTRIES = (
         "tensor",
         "one model",
         (
-            Parameter("density", "numbers", 0.9, "share to keep"),
+            Parameter("density", "numbers", 0.9, "share to keep; none: all", optional=True),
             Parameter("gamma", "numbers", 0.01, "share of the largest to drop"),
             COEFFICIENT,
             WEIGHTS,
@@ -156,7 +156,7 @@ ENTRIES = (
         "row",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry"),
+            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
             Parameter("epsilon", "numbers", 0.05, "half the width of the probabilities"),
             COEFFICIENT,
             WEIGHTS,
@@ -176,7 +176,7 @@ ENTRIES = (
         "row",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry"),
+            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
             Parameter("epsilon", "numbers", 0.15, "half the width of the probabilities"),
             COEFFICIENT,
             WEIGHTS,
@@ -195,7 +195,7 @@ ENTRIES = (
         "entry",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry"),
+            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,
@@ -213,7 +213,7 @@ ENTRIES = (
         "entry",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry"),
+            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,

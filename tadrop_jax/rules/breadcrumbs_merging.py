@@ -1,9 +1,9 @@
 """Merging after Model Breadcrumbs (arXiv 2312.06795), with and without an election of signs."""
 
-from tadrop_jax.rules.ties import linear_or_elected
+from tadrop_jax.rules.ties import after_own, linear_or_elected
 from tadrop_jax.sparsifiers.breadcrumbs import breadcrumbs
 from tadrop_jax.sparsifiers.rescale import rescale as restored
-from tadrop_jax.steps import Chain, chain
+from tadrop_jax.steps import AnyStep, Chain
 
 
 def breadcrumbs_merging(
@@ -19,7 +19,7 @@ def breadcrumbs_merging(
     """``theta_0 + coefficient * sum_t w_t breadcrumbs(tau_t)``.
 
     Args:
-      density: share to keep, see :func:`tadrop_jax.breadcrumbs`; the authors' search found .15.
+      density: share to keep, see :func:`tadrop_jax.breadcrumbs`; the authors' search found .15. None switches it off.
       gamma: share of outliers to drop; the authors' search found .006, mergekit has .01.
       coefficient: multiplies the merged vector: the authors' alpha, for which their search found .2; mergekit's
         ``lambda``, 1.
@@ -40,9 +40,8 @@ def breadcrumbs_merging(
       >>> tj.merge_task_vectors(stack, tj.breadcrumbs_merging(0.25, 0.25, 1.0))["w"].tolist()
       [0.0, 0.0, 3.0, 1.0]
     """
-    sparsifier = breadcrumbs(density, gamma, flavour=flavour)
     rule = linear_or_elected("breadcrumbs_merging", False, normalize, coefficient, weights)
-    return chain(restored(sparsifier, 1) if rescale else sparsifier, rule)
+    return after_own(density, lambda: _sparsifier(density, gamma, flavour, rescale), rule)
 
 
 def breadcrumbs_ties(
@@ -59,7 +58,7 @@ def breadcrumbs_ties(
     Signs are elected by the weighted sum, +1 where it is 0, and the entries that agree are added up.
 
     Args:
-      density: share to keep of each tensor, a number or one per task.
+      density: share to keep of each tensor, a number or one per task; None keeps all.
       gamma: share of outliers to drop, a number or one per task.
       coefficient: multiplies the merged vector (``lambda``).
       weights: w_t, a number or one per task.
@@ -78,6 +77,10 @@ def breadcrumbs_ties(
       >>> tj.merge_task_vectors(stack, tj.breadcrumbs_ties(0.5, 0.25))["w"].tolist()
       [0.0, -2.0, 3.0, 0.0]
     """
-    sparsifier = breadcrumbs(density, gamma, flavour="mergekit")
     rule = linear_or_elected("breadcrumbs_ties", True, normalize, coefficient, weights)
-    return chain(restored(sparsifier, 1) if rescale else sparsifier, rule)
+    return after_own(density, lambda: _sparsifier(density, gamma, "mergekit", rescale), rule)
+
+
+def _sparsifier(density, gamma, flavour: str | None, rescale: bool) -> AnyStep:
+    own = breadcrumbs(density, gamma, flavour=flavour)
+    return restored(own, 1) if rescale else own

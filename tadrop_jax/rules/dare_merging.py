@@ -1,8 +1,8 @@
 """DARE before a sum, or before the election of TIES (arXiv 2311.03099)."""
 
-from tadrop_jax.rules.ties import linear_or_elected
+from tadrop_jax.rules.ties import after_own, linear_or_elected
 from tadrop_jax.sparsifiers.dare import dare
-from tadrop_jax.steps import Chain, chain
+from tadrop_jax.steps import Chain
 
 
 def dare_linear(
@@ -16,7 +16,7 @@ def dare_linear(
     """DARE, then the weighted sum, as mergekit's ``dare_linear``.
 
     Args:
-      density: probability to keep an entry, see :func:`tadrop_jax.dare`.
+      density: probability to keep an entry, see :func:`tadrop_jax.dare`; None switches DARE off.
       coefficient: multiplies the merged vector (``lambda``).
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights.
@@ -35,7 +35,8 @@ def dare_linear(
       >>> float(abs(merged.sum() - 2000)) < 1
       True
     """
-    return chain(dare(density, rescale), linear_or_elected("dare_linear", False, normalize, coefficient, weights))
+    rule = linear_or_elected("dare_linear", False, normalize, coefficient, weights)
+    return after_own(density, lambda: dare(density, rescale), rule)
 
 
 def dare_ties(
@@ -51,7 +52,7 @@ def dare_ties(
     Signs are elected by the weighted sum, +1 where it is 0, and the entries that agree are added up.
 
     Args:
-      density: probability to keep an entry, see :func:`tadrop_jax.dare`.
+      density: probability to keep an entry, see :func:`tadrop_jax.dare`; None switches DARE off.
       coefficient: multiplies the merged vector (``lambda``).
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights that agree.
@@ -69,4 +70,5 @@ def dare_ties(
       >>> tj.merge_task_vectors(stack, tj.dare_ties(1.0), key=jax.random.key(0))["w"].tolist()
       [2.0, 3.0]
     """
-    return chain(dare(density, rescale), linear_or_elected("dare_ties", True, normalize, coefficient, weights))
+    rule = linear_or_elected("dare_ties", True, normalize, coefficient, weights)
+    return after_own(density, lambda: dare(density, rescale), rule)

@@ -1,8 +1,8 @@
 """DELLA: drop by magnitude and chance, elect, fuse (arXiv 2406.11617)."""
 
-from tadrop_jax.rules.ties import linear_or_elected
+from tadrop_jax.rules.ties import after_own, linear_or_elected
 from tadrop_jax.sparsifiers.della import della
-from tadrop_jax.steps import Chain, chain
+from tadrop_jax.steps import Chain
 
 
 def della_merging(
@@ -20,7 +20,7 @@ def della_merging(
     Signs are elected by the weighted sum, +1 where it is 0.
 
     Args:
-      density: mean probability to keep an entry, see :func:`tadrop_jax.della`.
+      density: mean probability to keep an entry, see :func:`tadrop_jax.della`; None switches it off.
       epsilon: half the width of the probabilities (the authors' ``window_size`` / 2); .15 in mergekit.
       coefficient: multiplies the merged vector (``lambda``).
       weights: w_t, a number or one per task.
@@ -42,7 +42,7 @@ def della_merging(
       [0.0, 1.0]
     """
     rule = linear_or_elected("della_merging", True, normalize, coefficient, weights)
-    return chain(della(density, epsilon, rescale=rescale, flavour=flavour), rule)
+    return after_own(density, lambda: della(density, epsilon, rescale=rescale, flavour=flavour), rule)
 
 
 def della_linear(
@@ -57,7 +57,7 @@ def della_linear(
     """MAGPRUNE, then the weighted sum, as mergekit's ``della_linear``.
 
     Args:
-      density: mean probability to keep an entry, see :func:`tadrop_jax.della`.
+      density: mean probability to keep an entry, see :func:`tadrop_jax.della`; None switches it off.
       epsilon: half the width of the probabilities.
       coefficient: multiplies the merged vector (``lambda``).
       weights: w_t, a number or one per task.
@@ -78,4 +78,4 @@ def della_linear(
       True
     """
     rule = linear_or_elected("della_linear", False, normalize, coefficient, weights)
-    return chain(della(density, epsilon, rescale=rescale, flavour="mergekit"), rule)
+    return after_own(density, lambda: della(density, epsilon, rescale=rescale, flavour="mergekit"), rule)

@@ -1,5 +1,6 @@
 r"""TIES-Merging (arXiv 2306.01708)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
-from tadrop_jax.steps import Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
+from tadrop_jax.steps import AnyStep, Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {
@@ -123,6 +124,11 @@ def ties(
     if density is None:
         return chain(rule)
     return chain(magnitude(density, chosen["granularity"], keep=chosen["keep"]), rule)
+
+
+def after_own(density, sparsifier: Callable[[], AnyStep], rule: AnyStep) -> Chain:
+    """A rule after its own sparsifier, which ``density=None`` leaves out: then one given apart takes its place."""
+    return chain(rule) if density is None else chain(sparsifier(), rule)
 
 
 def linear_or_elected(method: str, elect: bool, normalize: bool, coefficient, weights) -> Chain | Step:

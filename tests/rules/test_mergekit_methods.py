@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
+from tadrop_jax.steps import expand
 from tests import oracles
 from tests.sparsifiers.test_breadcrumbs import breadcrumbs
 from tests.sparsifiers.test_della import KEY, della, uniforms
@@ -141,3 +142,15 @@ def test_it_is_mergekit(name, make_stacks, monkeypatch):
     values = {k: [v] * TASKS for k, v in per_model.items()} | {"weight": WEIGHTS}
     theirs = merged(method, base, models, values, lambda_=0.75, **shared)
     assert_close(tj.merge(base, models, rule, key=KEY), theirs)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [tj.dare_linear, tj.dare_ties, tj.della_merging, tj.della_linear, tj.breadcrumbs_merging, tj.breadcrumbs_ties],
+)
+def test_no_density_switches_the_own_sparsifier_off(rule):
+    """So that one given apart takes its place."""
+    steps = expand(rule(None, coefficient=1.0), 2)
+    assert len(steps) == 1
+    assert not steps[0].random
+    assert len(expand(rule(0.5, coefficient=1.0), 2)) == 2
