@@ -37,6 +37,11 @@ _HOME = {
     ],
     "bundles": ["Bundle", "EMRBundle"],
     "kinds": ["Kind", "Part"],
+    "drivers.adamerging": ["AdaMerged", "with_coefficients"],
+    "drivers.fisher": ["FisherMerged", "fisher_diagonal"],
+    "drivers.regmean": ["RegMeanMerged", "gram_matrices"],
+    "drivers.capture": ["nnx_apply", "nnx_inputs", "linen_inputs"],
+    "sweeping": ["sweep", "Sweep"],
 }
 # The module below this package that each public name lives in.
 HOMES = {name: module for module, names in _HOME.items() for name in names} | {

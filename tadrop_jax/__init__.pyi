@@ -1,6 +1,18 @@
 # Written by docs/generate_methods.py.
 from tadrop_jax.bundles import Bundle as Bundle
 from tadrop_jax.bundles import EMRBundle as EMRBundle
+from tadrop_jax.drivers.adamerging import AdaMerged as AdaMerged
+from tadrop_jax.drivers.adamerging import adamerging as adamerging
+from tadrop_jax.drivers.adamerging import with_coefficients as with_coefficients
+from tadrop_jax.drivers.capture import linen_inputs as linen_inputs
+from tadrop_jax.drivers.capture import nnx_apply as nnx_apply
+from tadrop_jax.drivers.capture import nnx_inputs as nnx_inputs
+from tadrop_jax.drivers.fisher import FisherMerged as FisherMerged
+from tadrop_jax.drivers.fisher import fisher as fisher
+from tadrop_jax.drivers.fisher import fisher_diagonal as fisher_diagonal
+from tadrop_jax.drivers.regmean import RegMeanMerged as RegMeanMerged
+from tadrop_jax.drivers.regmean import gram_matrices as gram_matrices
+from tadrop_jax.drivers.regmean import regmean as regmean
 from tadrop_jax.errors import CheckpointError as CheckpointError
 from tadrop_jax.errors import ContentError as ContentError
 from tadrop_jax.errors import MergeError as MergeError
@@ -74,6 +86,8 @@ from tadrop_jax.steps import chain as chain
 from tadrop_jax.steps import floor_times as floor_times
 from tadrop_jax.steps import masked as masked
 from tadrop_jax.steps import safe_ratio as safe_ratio
+from tadrop_jax.sweeping import Sweep as Sweep
+from tadrop_jax.sweeping import sweep as sweep
 from tadrop_jax.task_vector import task_vectors as task_vectors
 
 __version__: str

@@ -14,6 +14,7 @@ from tadrop_jax.errors import ContentError, MergeError, MergeWarning
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
 from tadrop_jax.parameters import number
+from tadrop_jax.selection import attached, magnitude
 from tadrop_jax.steps import (
     AnyStep,
     Chain,
@@ -92,7 +93,7 @@ def merge(
     at = [i for i, n in enumerate(names) if n in set(floats) - own - kept]
     if not at:
         raise MergeError("there is no float tensor to merge")
-    _check_contents([(names[i], leaves[i], columns[i]) for i in at])
+    check_contents([(names[i], leaves[i], columns[i]) for i in at])
     tensors: list[memory.Tensor] = []
     where: dict[int, int] = {}
     seen: dict[tuple, int] = {}
@@ -100,7 +101,7 @@ def merge(
         # Tied weights count once in statistics of the tree, and are merged once.
         where[i] = seen.setdefault(tuple(id(leaf) for leaf in (leaves[i], *columns[i])), len(tensors))
         if where[i] == len(tensors):
-            order, seed_name = _laid_out(layout, names[i], np.ndim(leaves[i]))
+            order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]))
             models_i = tuple(jnp.asarray(m) for m in columns[i])
             tensors.append(memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name))
     steps = expand(whole, len(models))
@@ -111,7 +112,7 @@ def merge(
         return _bundle(
             base, treedef, values, [np.shape(leaf) for leaf in leaves], steps[-1], results, own_tensors, len(models)
         )
-    out = [leaf if value is None else _as_dtype_of(leaf, value) for value, leaf in zip(values, leaves, strict=True)]
+    out = [leaf if value is None else as_dtype_of(leaf, value) for value, leaf in zip(values, leaves, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, out)
 
 
@@ -194,7 +195,7 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
     names, leaves, _ = named_leaves(base)
     columns = match(names, leaves, models)
     rows = [(n, b, c) for n, b, c in zip(names, leaves, columns, strict=True) if is_mergeable(b) and np.size(b)]
-    _check_contents(rows)
+    check_contents(rows)
     tensors = [memory.Tensor(n, tuple(jnp.asarray(m) for m in c), jnp.asarray(b)) for n, b, c in rows]
     results = memory.run(steps, tensors, len(models), key)
     return {
@@ -205,6 +206,9 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
 
 def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
     """The quantile ratio of each tensor of each task: what TADrop reads a tensor's sparsity off.
+
+    Here the ratio has a gradient: that of the entries which are the two quantiles, evenly split among equal magnitudes,
+    and 0 where a quantile is 0. (Inside :func:`tadrop_jax.tadrop` it decides what is kept, and is a constant.)
 
     Args:
       stack: tree of ``(T, *shape)`` float arrays; None leaves stay None.
@@ -229,6 +233,9 @@ def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
     treedef, at, leaves, results, tasks = _run_tensors(stack, (step,), None)
     for i, result in zip(at, results, strict=True):
         (carry,) = result.carries
+        if is_traced(leaves[i]):  # someone may differentiate
+            sizes = magnitude(jnp.asarray(leaves[i]).astype(jnp.float32))
+            carry = {name: attached(found, sizes) for name, found in carry.items()}
         leaves[i] = step.report(carry)["quantile_ratio"] if carry else jnp.zeros((tasks,), jnp.float32)  # type: ignore[misc]
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
@@ -263,7 +270,7 @@ def _run_tensors(stack, steps_of, key):
     (tasks,) = sizes
     if tasks == 0:
         raise MergeError("the stack holds no task")
-    _check_contents([(names[i], None, (leaves[i],)) for i in at])
+    check_contents([(names[i], None, (leaves[i],)) for i in at])
     tensors = [memory.Tensor(names[i], (jnp.asarray(leaves[i]),)) for i in at]
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
     return treedef, at, leaves, memory.run(steps, tensors, tasks, key), tasks
@@ -307,7 +314,7 @@ def _by_name(tree) -> dict[str, Any]:
     return dict(zip(names, leaves, strict=True))
 
 
-def _laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]:
+def laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]:
     """The permutation into PyTorch order (None: as it is), and the name that random numbers are drawn by."""
     given: Any = None if layout is None else layout(name) if callable(layout) else layout.get(name)
     if given is None:
@@ -320,7 +327,7 @@ def _laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str
     return (None if order == tuple(range(ndim)) else order), torch_name
 
 
-def _as_dtype_of(leaf, value):
+def as_dtype_of(leaf, value):
     """The base's dtype, also float64 where JAX has none."""
     dtype = getattr(leaf, "dtype", None)
     return value if dtype is None or dtype == value.dtype else np.asarray(value).astype(dtype)
@@ -333,7 +340,7 @@ def _contents(base, models):
     return finite, [] if base is None else [jnp.any(m != base) for m in models]
 
 
-def _check_contents(rows) -> None:
+def check_contents(rows) -> None:
     """Refuses NaN and infinity, and warns of a model that equals the base; concrete inputs only.
 
     Raises:

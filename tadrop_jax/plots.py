@@ -33,6 +33,48 @@ def draw_inspection(rows: dict[str, dict], tasks: tuple[str, ...], file: Path) -
     figure.savefig(file, dpi=150)
 
 
+def draw_coefficients(
+    table: dict[str, np.ndarray], tasks: tuple[str, ...], file: Path, losses: np.ndarray | None = None
+) -> None:
+    """Draws learned coefficients: a heat map of tensors and tasks, or bars where all tensors share them.
+
+    Args:
+        table: by tensor one number a task, as `AdaMerged.table` gives it.
+        tasks: names of the tasks.
+        file: picture to write; its suffix says in which format.
+        losses: `(steps, T)`, drawn beside them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(table)
+    values = np.stack([np.asarray(table[n]) for n in names])
+    height = max(3.2, min(1.6 + 0.17 * len(names), 60))
+    labels = 0.075 * max(len(name) for name in names) if len(names) > 1 else 0.0
+    figure = Figure(figsize=(2.0 + labels + max(1.8, 0.3 * len(tasks)) + 4 * (losses is not None), height))
+    figure.set_layout_engine("constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 1 + (losses is not None), squeeze=False)[0]
+    axes, positions = panels[0], range(len(tasks))
+    if len(names) == 1:
+        axes.bar(positions, values[0], color="tab:blue")
+        axes.set_ylabel("coefficient")
+    else:
+        image = axes.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(len(names)), names, fontsize=6)
+        axes.tick_params(length=0)
+        figure.colorbar(image, ax=axes, shrink=min(1.0, 4 / height), aspect=15)
+    axes.set_xticks(positions, tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_title("coefficients", fontsize=10)
+    if losses is not None:
+        for name, column in zip(tasks, np.asarray(losses).T, strict=True):
+            panels[1].plot(column, label=name, linewidth=1)
+        panels[1].set_xlabel("step")
+        panels[1].set_title("mean entropy", fontsize=10)
+        panels[1].legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=150)
+
+
 def draw_sparsity(sparsity: dict[str, np.ndarray], tasks: tuple[str, ...], file: Path) -> None:
     """Draws one heat map a layer: kinds of tensor downwards, tasks across, sparsity as colour.
 

@@ -76,6 +76,28 @@ def at_least(x: jax.Array, cut: jax.Array) -> jax.Array:
     return ordered_bits(x) >= ordered_bits(cut)
 
 
+@jax.custom_jvp
+def attached(found: jax.Array, values: jax.Array) -> jax.Array:
+    """An order statistic with a gradient: that of the entries which are it, evenly split where several tie.
+
+    Args:
+      found: ``(T,)``, exact order statistics of ``values``.
+      values: ``(T, *S)``.
+
+    Returns:
+      ``found``, bit for bit.
+    """
+    return found
+
+
+@attached.defjvp
+def _(primals, tangents):
+    (found, values), (_, moved) = primals, tangents
+    axes = tuple(range(1, values.ndim))
+    ties = ordered_bits(values) == ordered_bits(jnp.reshape(found, (-1, *(1,) * len(axes))))
+    return found, jnp.sum(jnp.where(ties, moved, 0), axis=axes) / jnp.maximum(jnp.sum(ties, axis=axes), 1)
+
+
 def count_at_least(keys, pivots, axes: Sequence[int], *, one_pass: bool = True) -> jax.Array:
     """Counts keys at or above each pivot.
 

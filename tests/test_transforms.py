@@ -144,6 +144,7 @@ LOSSES = {
     "magnitude_global": lambda s, c: (
         squares(tj.merge_task_vectors(s, tj.average(), sparsifier=tj.magnitude(0.3, granularity="global"))) * c
     ),
+    "quantile_ratios": lambda s, c: c * squares(tj.quantile_ratios(s, q_low=0.5, q_high=0.9)),
     "emr": lambda s, c: c * squares(tj.merge_task_vectors(s, tj.emr()).unified),
 }
 
@@ -179,6 +180,18 @@ def test_gradients_match_finite_differences(name, stack):
     slope = (loss(ahead, 0.7) - loss(behind, 0.7)) / (2 * step)
     along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), by_stack, direction)))
     np.testing.assert_allclose(along, slope, rtol=2e-2, atol=0.1)
+
+
+def test_the_gradient_of_a_quantile_ratio_goes_to_its_two_order_statistics():
+    stack = jnp.array([[0.0, -2.0, 2.0, 4.0, 8.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+
+    def ratio(stack):
+        return jnp.sum(tj.quantile_ratios({"w": stack}, q_low=0.5, q_high=1.0)["w"])
+
+    # 2 / 8: the two entries of magnitude 2 share the gradient 1/8, with their signs; 8 has -2 / 64.
+    expected = [[0.0, -1 / 16, 1 / 16, 0.0, -1 / 32], [0.0] * 5]
+    np.testing.assert_array_equal(jax.grad(ratio)(stack), expected)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.grad(ratio)))(stack[None])[0], expected)
 
 
 def test_coefficients_can_be_learned(base, models, stack):

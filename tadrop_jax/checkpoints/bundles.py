@@ -207,7 +207,7 @@ def load(path, like=None, kind: Kind | None = None):
     shapes = {n: tuple(s) for n, s in described["shapes"].items()}
     named = [n.split("/", 2 if n.startswith("own/") else 1)[-1] for n in tensors if n.startswith(("base/", "own/"))]
     names = described.get("names") or list(dict.fromkeys(named))
-    found, _, treedef = named_leaves(_nested({n: n for n in names}) if like is None else like)
+    found, _, treedef = named_leaves(nested({n: n for n in names}) if like is None else like)
     if sorted(found) != sorted(names):
         raise MergeError(f"{path}: the bundle's tensors are not those of like=")
 
@@ -253,7 +253,8 @@ def _flat(bundle) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, description(bundle.kind, bundle.tasks, shapes, bundle.scalars, **more)
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from '/'-joined names."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *folders, last = name.split("/")
