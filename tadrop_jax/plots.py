@@ -71,7 +71,7 @@ def draw_coefficients(
             panels[1].plot(column, label=name, linewidth=1)
         panels[1].set_xlabel("step")
         panels[1].set_title("mean entropy", fontsize=10)
-        panels[1].legend(fontsize=8, frameon=False)
+        panels[1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(file, dpi=150)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import eval_jaxpr
 
 from tadrop_jax.errors import ParameterError
 
@@ -40,7 +41,7 @@ class Sweep(list):
         scores = [name for name, value in self[0].items() if isinstance(value, _Score)]
         if score is None and len(scores) == 1:
             return scores[0]
-        if score not in scores:
+        if score is None or score not in scores:
             raise ParameterError(f"sweep: best() wants one of the scores {', '.join(scores)}, got {score!r}")
         return score
 
@@ -66,9 +67,9 @@ def sweep(
 ) -> Sweep:
     """Evaluates a rule at every point of a grid of hyper-parameters.
 
-    Hyper-parameters that are arrays are traced and vmapped: all their settings run in one call of one compiled function.
-    Those that are lists are looped over, one compilation for each combination; they are what strings, None and numbers
-    that decide shapes are for. Without any array nothing is traced, and ``evaluate`` may be any Python.
+    Hyper-parameters that are arrays are traced and vmapped: all their settings run in one call of one compiled
+    function. Those that are lists are looped over, one compilation for each combination: strings, None, numbers that
+    decide shapes. Without any array nothing is traced, and ``evaluate`` may be any Python.
 
     Args:
       rule_factory: ``(**setting) -> rule``, such as ``tj.ties`` or ``lambda c: tj.task_arithmetic(c)``.
@@ -76,7 +77,7 @@ def sweep(
         per task), or a list or tuple of them.
       evaluate: ``rule -> score``, or a dict of scores by name; with arrays in the grid, JAX code of static shape, most
         likely a merge followed by a loss.
-      product: every combination; False: the arrays and lists, all of one length, go side by side, as in a random search.
+      product: every combination; False: arrays and lists, all of one length, go side by side, as in a random search.
       at_once: how many settings of the arrays to vmap; None means all. Memory grows with it.
 
     Returns:
@@ -148,7 +149,7 @@ def _run(rule_factory, fixed: dict, arrays: dict, evaluate, at_once: int | None,
     structure = jax.tree.structure(shape)
 
     def call(consts, traced):
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(traced)))
+        return jax.tree.unflatten(structure, eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(traced)))
 
     def every(consts, arrays):
         if at_once is None or at_once >= count:

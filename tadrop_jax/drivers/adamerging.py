@@ -142,12 +142,12 @@ def adamerging(
         for t, source in enumerate(common.sources("adamerging", batches, problem.tasks))
     ]
     start = common.numbers("adamerging", "init", init, problem.tasks)
-    raw: Any = start if granularity == "task" else {n: start for n in problem.base}
+    raw: Any = start if granularity == "task" else dict.fromkeys(problem.base, start)
     vectors = common.vectors(problem, sparsifier, layout, key)
 
     rule = optax.adam(learning_rate) if optimizer is None else optimizer
     state = rule.init(raw)
-    update = _update(problem, functions, rule, bounds, remat)
+    update = compiled_step(problem, functions, rule, bounds, remat)
     bound = _clip if bounds == "clip" else lambda c: c
     losses: list[np.ndarray] = []
     best, waited = np.inf, 0
@@ -205,7 +205,8 @@ def with_coefficients(base, models, coefficients, *, sparsifier: AnyStep | None 
     for name, values in coefficients.items() if isinstance(coefficients, dict) else [("all tensors", coefficients)]:
         if values.shape != (problem.tasks,):
             raise MergeError(
-                f"with_coefficients: {name} has coefficients of shape {values.shape}, but there are {problem.tasks} tasks"
+                f"with_coefficients: {name} has coefficients of shape {values.shape}, but there are "
+                f"{problem.tasks} tasks"
             )
     vectors = common.vectors(problem, sparsifier, layout, key)
     return problem.finished(jax.jit(combine)(coefficients, problem.base, vectors))
@@ -233,7 +234,7 @@ def _entropy(logits) -> jax.Array:
     return -jnp.mean(jnp.sum(jnp.exp(logs) * logs, axis=-1))
 
 
-def _update(problem: common.Problem, functions: tuple[Callable, ...], rule, bounds: str | None, remat: bool):
+def compiled_step(problem: common.Problem, functions: tuple[Callable, ...], rule, bounds: str | None, remat: bool):
     """One jitted step: losses of all tasks, gradients, and an update of the coefficients."""
 
     def losses_and_gradients(of, argument, batch, rest):

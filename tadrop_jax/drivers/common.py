@@ -13,7 +13,7 @@ from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.steps import AnyStep, expand, output_of, over_tasks, patterns
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import check_patterns, is_mergeable, named_leaves, selected
+from tadrop_jax.trees import check_patterns, is_mergeable, is_traced, named_leaves, selected
 
 
 class Problem(NamedTuple):
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
         return len(self.models)
 
     def tree(self, merged: Mapping[str, Any], rest: Mapping[str, Any] | None = None):
-        """Merged tensors and the untouched leaves (None stands for them if ``rest`` is empty) as a tree like the base's."""
+        """Merged tensors and the untouched leaves as a tree like the base's; None for leaves that ``rest`` lacks."""
         leaves = {**(self.rest if rest is None else rest), **merged}
         return jax.tree_util.tree_unflatten(self.treedef, [leaves.get(n) for n in self.names])
 
@@ -134,7 +134,7 @@ def weights(method: str, value, tasks: int) -> jax.Array:
       ParameterError: as :func:`numbers`, and if they are all 0.
     """
     found = numbers(method, "weights", value, tasks, 0)
-    if not isinstance(found, jax.core.Tracer) and not bool(jnp.any(found > 0)):
+    if not is_traced(found) and not bool(jnp.any(found > 0)):
         raise ParameterError(f"{method}: weights are all 0")
     return found
 
@@ -200,6 +200,7 @@ def endless(method: str, source, task: int) -> Iterator[Any]:
     """
     if callable(source):
         yield from (source(step) for step in itertools.count())
+        return
     while True:
         batch = None
         for batch in source:

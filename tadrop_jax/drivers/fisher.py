@@ -181,9 +181,7 @@ def _diagonal(tree, apply_fn, model, rest, source, labels, chunk, key, progress,
         count = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(jax.random.key(0) if key is None else key, count)
         whole_chunks = count // chunk * chunk
-        parts = jax.tree.map(
-            lambda leaf: jnp.reshape(leaf[:whole_chunks], (-1, chunk, *leaf.shape[1:])), (batch, keys)
-        )
+        parts = jax.tree.map(lambda leaf: jnp.reshape(leaf[:whole_chunks], (-1, chunk, *leaf.shape[1:])), (batch, keys))
         total, _ = lax.scan(some, total, parts)
         if whole_chunks < count:
             total, _ = some(total, jax.tree.map(lambda leaf: leaf[whole_chunks:], (batch, keys)))
@@ -192,7 +190,7 @@ def _diagonal(tree, apply_fn, model, rest, source, labels, chunk, key, progress,
     total = {n: jnp.zeros(jnp.shape(leaf), jnp.float32) for n, leaf in model.items()}
     examples = 0
     with common.Bar(progress, f"fisher {task}", None) as bar:
-        for step, batch in zip(itertools.count(), common.once(source)):  # noqa: B905
+        for step, batch in zip(itertools.count(), common.once(source)):
             batch = jax.tree.map(jnp.asarray, batch)
             if labels == "given" and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise MergeError("fisher: labels='given' takes batches of (inputs, labels)")

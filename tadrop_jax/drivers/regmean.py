@@ -57,8 +57,8 @@ def regmean(
     The authors scale by .9 in most experiments, .1 for DeBERTa on emotions; other reports use .6 for GPT-2.
 
     Args:
-      capture_fns: ``(params, batch) -> {name of a kernel: inputs (..., in)}``, or a list of inputs for a layer that runs
-        several times; one for all tasks, or a list of T. :func:`tadrop_jax.linen_inputs` and
+      capture_fns: ``(params, batch) -> {name of a kernel: inputs (..., in)}``, or a list of inputs for a layer that
+        runs several times; one for all tasks, or a list of T. :func:`tadrop_jax.linen_inputs` and
         :func:`tadrop_jax.nnx_inputs` make it from a module. Leave out inputs that are padding.
       batches: a list of T: for each task an iterable of batches, or a function of the step that gives None when there
         are no more. Each is read once.
@@ -99,9 +99,7 @@ def regmean(
     if grams is None:
         functions = common.each("regmean", "capture_fns", capture_fns, problem.tasks)
         feeds = common.sources("regmean", batches, problem.tasks)
-        grams = [
-            _grams(problem, functions[t], model, feeds[t], progress, t) for t, model in enumerate(problem.models)
-        ]
+        grams = [_grams(problem, functions[t], model, feeds[t], progress, t) for t, model in enumerate(problem.models)]
     elif capture_fns is not None or batches is not None:
         raise ParameterError("regmean: grams= stands in place of capture_fns and batches: pass None for them")
     _check(problem, grams, out_in)

@@ -16,7 +16,9 @@ ENTRIES: tuple[Method, ...] = (
             Parameter("init", "numbers", 0.3, "what coefficients start at"),
             Parameter("steps", "whole", 500, "updates at most"),
             Parameter("learning_rate", "number", 1e-3, "of Adam"),
-            Parameter("bounds", "choice", "clip", "how coefficients stay in [0, 1]", ("clip", "project"), optional=True),
+            Parameter(
+                "bounds", "choice", "clip", "how coefficients stay in [0, 1]", ("clip", "project"), optional=True
+            ),
             Parameter("patience", "whole", None, "steps without progress before it stops", optional=True),
             Parameter("remat", "flag", True, "build the merged model anew for each task, to save memory"),
         ),

@@ -34,6 +34,4 @@ def trees():
 def inputs():
     """For each task a list of two batches."""
     rng = np.random.default_rng(1)
-    return [
-        [(rng.normal(size=(6, WIDTH)) * scale).astype(np.float32) for _ in range(2)] for scale in (1.0, 0.5)
-    ]
+    return [[(rng.normal(size=(6, WIDTH)) * scale).astype(np.float32) for _ in range(2)] for scale in (1.0, 0.5)]

@@ -40,7 +40,7 @@ def linear_adamerging(base, models, batches, steps, start, shared, bounds):
             row = used[0 if shared else i]
             theta[n] = base[n] + sum(row[t] * (models[t][n] - base[n]) for t in range(len(models)))
         gradient, found = np.zeros_like(raw), []
-        for task, batch in enumerate(batches):
+        for batch in batches:
             x = batch[(step - 1) % len(batch)].astype(np.float64)
             loss, by_logits = entropy_and_gradient(x @ theta["kernel"] + theta["bias"])
             found.append(loss)
@@ -64,9 +64,11 @@ def linear_adamerging(base, models, batches, steps, start, shared, bounds):
 def linear(trees):
     base, models = trees
     rng = np.random.default_rng(2)
-    return base["one"], [m["one"] for m in models], [
-        [rng.normal(size=(6, WIDTH)).astype(np.float32) for _ in range(2)] for _ in range(TASKS)
-    ]
+    return (
+        base["one"],
+        [m["one"] for m in models],
+        [[rng.normal(size=(6, WIDTH)).astype(np.float32) for _ in range(2)] for _ in range(TASKS)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,9 +122,7 @@ def test_pytorch_autograd_and_adam(trees, inputs):
     optimizer = torch.optim.Adam([raw], lr=1e-3)
     for step in range(4):
         used = raw.clamp(0, 1)
-        b1, k1, b2, k2 = (
-            b + sum(used[i, t] * taus[t][i] for t in range(TASKS)) for i, b in enumerate(theta0)
-        )
+        b1, k1, b2, k2 = (b + sum(used[i, t] * taus[t][i] for t in range(TASKS)) for i, b in enumerate(theta0))
         loss = 0
         for batches in inputs:
             z = torch.tanh(torch.tensor(batches[step % 2]) @ k1 + b1) @ k2 + b2
@@ -172,9 +172,7 @@ def test_any_sparsifier_and_excluded_tensors(trees, inputs):
     base, models = trees
     sparsifier = tj.dare(0.5)
     key = jax.random.key(3)
-    found = tj.adamerging(
-        mlp, inputs, base, models, steps=2, sparsifier=sparsifier, exclude="^two/bias", key=key
-    )
+    found = tj.adamerging(mlp, inputs, base, models, steps=2, sparsifier=sparsifier, exclude="^two/bias", key=key)
     assert found.coefficients["two"]["bias"] is None
     assert found.coefficients["step"] is None
     chex.assert_trees_all_equal(found.params["two"]["bias"], base["two"]["bias"])
