@@ -21,7 +21,9 @@ from tadrop_jax.drivers.adamerging import compiled_step
 def network(layers: int, width: int) -> dict[str, jax.Array]:
     """Parameters of a residual network of two matrices a layer."""
     rng = np.random.default_rng(0)
-    shapes = {f"{i}/{n}": s for i in range(layers) for n, s in (("up", (width, 4 * width)), ("down", (4 * width, width)))}
+    shapes = {
+        f"{i}/{n}": s for i in range(layers) for n, s in (("up", (width, 4 * width)), ("down", (4 * width, width)))
+    }
     shapes["head"] = (width, 100)
     return {n: jnp.asarray(rng.normal(size=s) / 50, jnp.float32) for n, s in shapes.items()}
 

@@ -120,6 +120,17 @@ def test_sampled_labels_approach_the_expectation(softmax, inputs):
     assert not np.allclose(once["bias"], other["bias"])
 
 
+def test_the_expected_loss_has_no_gradient(softmax, inputs):
+    """Why `fisher_variant: soft` of dataless-model-merging, which squares this gradient, says nothing."""
+    _, (model, _) = softmax
+
+    def loss(model):
+        logs = jax.nn.log_softmax(logits(model, inputs[0][0]))
+        return -jnp.mean(jnp.sum(jax.lax.stop_gradient(jnp.exp(logs)) * logs, axis=-1))
+
+    chex.assert_trees_all_close(jax.grad(loss)(model), jax.tree.map(jnp.zeros_like, model), atol=1e-6)
+
+
 def test_positions_add_up(softmax, inputs):
     """Logits of several positions: the joint likelihood's Fisher is the sum of theirs."""
     _, (model, _) = softmax
