@@ -17,7 +17,8 @@ from tadrop_jax.errors import ContentError, MergeError, MismatchError
 
 _ADVICE = {
     ContentError: " (--allow-nonfinite lets it pass)",
-    MismatchError: " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks)",
+    MismatchError: " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks; with a "
+    "method that gives one model per task --differing own lets them stay each task's own)",
 }
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -96,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--include", action="append", metavar="REGEX", help="merge these tensors only; may be repeated")
     merge.add_argument(
         "--exclude", action="append", metavar="REGEX", help="take these tensors from the base; may be repeated"
+    )
+    merge.add_argument(
+        "--differing",
+        choices=("refuse", "own"),
+        help="tensors that a model lacks, or has in another shape: refuse (default), or let them stay each task's own "
+        "(methods that give one model per task)",
     )
     merge.add_argument("--seed", type=int, metavar="N", help="seed of random methods (default 0)")
     merge.add_argument(
@@ -179,6 +186,7 @@ def _merge(options) -> int:
         recipe=described,
         include=tuple(described["include"]),
         exclude=tuple(described["exclude"]),
+        differing=described["differing"],
         seed=described["seed"],
         dtype=None if described["dtype"] is None else DTYPES[described["dtype"]],
         max_shard_size=size,
@@ -253,7 +261,7 @@ def _recipe(options, tell) -> dict:
         if given:
             raise MergeError(f"a recipe says what to merge: leave out {', '.join(given)}, or the recipe")
         described = recipes.load(options.recipe, tell)
-        for field in ("include", "exclude", "seed", "dtype"):
+        for field in ("include", "exclude", "differing", "seed", "dtype"):
             value = getattr(options, field)
             described[field] = described[field] if value is None else value
     else:
@@ -274,6 +282,7 @@ def _recipe(options, tell) -> dict:
                 "sparsify": options.sparsify,
                 "include": options.include,
                 "exclude": options.exclude,
+                "differing": options.differing or "refuse",
                 "seed": options.seed or 0,
                 "dtype": options.dtype,
             }

@@ -19,7 +19,7 @@ from tadrop_jax.checkpoints.opening import open_models
 from tadrop_jax.checkpoints.safetensors import Sink, Source, open_sink
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
-from tadrop_jax.planning import Plan, Request, make_plan, refuse_same_file, task_names
+from tadrop_jax.planning import Plan, Request, implausible, make_plan, refuse_same_file, task_names
 from tadrop_jax.report import REPORT, TensorLog, describe_input, versions
 from tadrop_jax.steps import expand, global_stages, output_of
 from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, measure, run
@@ -180,6 +180,8 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
     }
     same = [p for p, differs in zip(request.models, outcome.differs, strict=True) if not differs]
     report["warnings"] = [f"{p}: equals the base, its task vector is zero" for p in same if not skip]
+    if request.differing == "own":
+        report["warnings"] += implausible(sources, plan, request.models)
     _add_files(request, sink, tasks, steps[-1].kind, scalars, report, sources, plan)
     progress(total, total)
     sink.finish()

@@ -10,7 +10,7 @@ import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
 from tadrop_jax.errors import CheckpointError, MergeError
-from tadrop_jax.steps import AnyStep, patterns, per_task_patterns
+from tadrop_jax.steps import AnyStep, output_of, patterns, per_task_patterns
 from tadrop_jax.task_vector import check_alike, check_names
 from tadrop_jax.trees import check_patterns, selected
 
@@ -26,6 +26,8 @@ class Request(NamedTuple):
       recipe: the serialisable description, for the report and to recognise a merge that is resumed.
       include: regular expressions of tensors to merge; empty means all.
       exclude: regular expressions of tensors to take from the base.
+      differing: what becomes of tensors that a model lacks, or has in another shape: ``"refuse"``, or, for a per-task
+        rule, ``"own"``: each task keeps its own.
       seed: of the random numbers.
       dtype: of the output; None keeps the base's.
       max_shard_size: bytes a file.
@@ -42,6 +44,7 @@ class Request(NamedTuple):
     recipe: dict[str, Any]
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    differing: str = "refuse"
     seed: int = 0
     dtype: np.dtype | None = None
     max_shard_size: int = 5_000_000_000
@@ -79,14 +82,15 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     config = _config(request.base)
     ties = [tied_aliases(m, _config(p) or config) for p, m in zip(request.models, models, strict=True)]
     # A copy that some model trained apart is a tensor of its own.
-    apart = {n for m, tied in zip(models, ties, strict=True) for n in m.tensors if n not in tied}
-    aliases = {n: target for n, target in tied_aliases(base, config).items() if n not in apart}
+    untied = {n for m, tied in zip(models, ties, strict=True) for n in m.tensors if n not in tied}
+    aliases = {n: target for n, target in tied_aliases(base, config).items() if n not in untied}
     names = [n for n in base.tensors if n not in aliases]
     include, exclude = patterns(request.include), patterns(request.exclude)
     everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
     check_patterns((*include, *exclude), names)
     check_patterns(per_task, everywhere)
-    own = tuple(n for n in everywhere if per_task and selected(n, per_task))
+    apart = _differing(sources, request, names, everywhere)
+    own = tuple(n for n in everywhere if n in apart or (per_task and selected(n, per_task)))
     kept: dict[str, str] = {}
     for name in names:
         dtype = base.tensors[name].dtype
@@ -115,6 +119,44 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
         why = ", ".join(sorted({*kept.values(), *(["each task's own"] if own else [])}))
         raise MergeError(f"{request.base}: there is no float tensor to merge (all of its {len(names)}: {why})")
     return Plan(merged, kept, own, aliases)
+
+
+def _differing(sources, request: Request, names: list[str], everywhere) -> set[str]:
+    """The tensors that stay each task's own since they are not alike in the base and all models.
+
+    Raises:
+      MergeError: if the rule gives one model, which cannot keep them.
+    """
+    if request.differing != "own":
+        return set()
+    if output_of(request.chain) != "bundle":
+        raise MergeError("differing tensors can stay each task's own only with a method that gives one model per task")
+
+    def alike(name: str) -> bool:
+        return len({s.tensors[name].shape if name in s.tensors else None for s in sources}) == 1
+
+    merged = (n for n in everywhere if n in names or n not in sources[0].tensors)
+    return {n for n in merged if not alike(n) and selected(n, request.include, request.exclude)}
+
+
+def implausible(sources: Sequence[Source], plan: Plan, paths: Sequence[Path]) -> list[str]:
+    """Warnings of tensors that moved by more than their own size, as heads that were trained anew do.
+
+    Sampled: at most the first 65,536 entries of each tensor, and at most five lines.
+    """
+    lines = []
+    for name in plan.merged:
+        count = min(sources[0].tensors[name].size, 1 << 16)
+        base, *models = (s.read(name, 0, count).astype(np.float32) for s in sources)
+        size = float(np.linalg.norm(base))
+        for path, model in zip(paths, models, strict=True):
+            ratio = float(np.linalg.norm(model - base)) / size if size else 0.0
+            if ratio > 1:
+                lines.append(
+                    f"{path}: tensor {name!r} moved by {ratio:.1f} times its own size; "
+                    "if it was trained anew, let it stay the task's own (per_task)"
+                )
+    return lines[:5] + [f"and {len(lines) - 5} more such tensors"] * (len(lines) > 5)
 
 
 def task_names(models: Sequence[Path]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ _FIELDS = {
     "sparsify": "NAME, NAME:PARAMETER=VALUE,... or {name:, parameters:}",
     "include": "regular expression, or a list",
     "exclude": "regular expression, or a list",
+    "differing": "refuse or own: what becomes of tensors that are not alike in all models",
     "seed": "whole number",
     "dtype": "float32, bfloat16 or float16",
 }
@@ -99,11 +100,14 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
         for given in values:
             found.parameter(given)
         sparsifier = {"name": name, "parameters": {p.name: p.default for p in found.parameters} | values}
-        if any(p.name == "density" for p in rule.parameters) and "density" not in parameters:
+        if any(p.name == "density" and p.optional for p in rule.parameters) and "density" not in parameters:
             parameters["density"] = None
     seed = data.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ParameterError(f"seed must be a whole number, got {seed!r}")
+    differing = data.get("differing", "refuse")
+    if differing not in ("refuse", "own"):
+        raise ParameterError(f"differing must be refuse or own, got {differing!r}")
     dtype = data.get("dtype")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ParameterError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
@@ -115,6 +119,7 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
         "sparsify": sparsifier,
         "include": _regexes("include", data.get("include")),
         "exclude": _regexes("exclude", data.get("exclude")),
+        "differing": differing,
         "seed": seed,
         "dtype": dtype,
     }

@@ -22,6 +22,7 @@ def test_every_field_and_parameter_is_written_out():
         "sparsify": None,
         "include": [],
         "exclude": [],
+        "differing": "refuse",
         "seed": 0,
         "dtype": None,
     }

@@ -1,0 +1,68 @@
+"""Tensors that are not alike in all models, in the manner of EMR-Merging on BEiT3: each task keeps its own."""
+
+import numpy as np
+import pytest
+
+from tadrop_jax.cli import main
+from tests.helpers import merge, read_model, report_of, save_model
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Positions for other image sizes, a head that one model lacks, one that only the models have."""
+    base = {"layer.weight": normal(6, 4), "positions": normal(5, 4), "mlm_head": normal(3, 4)}
+    save_model(tmp_path / "base", base)
+    for t, size in enumerate((7, 5)):
+        model = {
+            "layer.weight": base["layer.weight"] + 0.1 * normal(6, 4),
+            "positions": normal(size, 4),
+            "head.weight": normal(2 + t, 4),
+        }
+        if t == 0:
+            model["mlm_head"] = normal(3, 4)
+        save_model(tmp_path / f"m{t}", model)
+    return tmp_path
+
+
+def test_differing_tensors_stay_each_tasks_own(root, capsys):
+    assert merge(root, "--differing", "own", method="emr") == 0
+    report = report_of(root / "out")
+    for name in ("positions", "mlm_head", "head.weight"):
+        assert report["tensors"][name] == {"from": "each task's own model"}
+    for t in range(2):
+        assert main(["task", str(root / "out"), "--task", f"m{t}", "--out", str(root / f"task{t}"), "--quiet"]) == 0
+        model, own = read_model(root / f"task{t}"), read_model(root / f"m{t}")
+        assert model.keys() == own.keys()
+        for name in own.keys() - {"layer.weight"}:
+            np.testing.assert_array_equal(model[name], own[name], err_msg=name)
+        assert not np.array_equal(model["layer.weight"], own["layer.weight"])
+
+
+def test_without_the_option_they_are_refused(root, capsys):
+    assert merge(root, method="emr") == 2
+    error = capsys.readouterr().err
+    assert "head.weight" in error
+    assert "--differing own" in error
+
+
+def test_one_model_cannot_keep_them(root, capsys):
+    assert merge(root, "--differing", "own", method="average") == 2
+    assert "one model per task" in capsys.readouterr().err
+
+
+def test_a_tensor_that_was_trained_anew_is_warned_of(root, capsys):
+    base = read_model(root / "base")
+    model = read_model(root / "m1") | {"layer.weight": 5 * base["layer.weight"]}
+    (root / "m1" / "model.safetensors").unlink()
+    (root / "m1").rmdir()
+    save_model(root / "m1", model)
+    assert merge(root, "--differing", "own", method="emr") == 0
+    (line,) = report_of(root / "out")["warnings"]
+    assert "m1: tensor 'layer.weight' moved by 4.0 times its own size" in line
+    assert line in capsys.readouterr().err
