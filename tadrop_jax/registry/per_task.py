@@ -1,6 +1,6 @@
 """Rules that give one model per task, as a bundle."""
 
-from tadrop_jax.registry.schema import SMOOTH, TALL_LAMBDA, Method, Parameter
+from tadrop_jax.registry.schema import MULTI_TASK, SMOOTH, TALL_LAMBDA, Method, Parameter
 
 _PER_TASK = Parameter("per_task", "patterns", (), "regular expression(s) of tensors that stay each task's own")
 
@@ -29,7 +29,7 @@ ENTRIES = (
         "arXiv 2405.07813",
         "entry",
         "one model per task",
-        (TALL_LAMBDA, _PER_TASK),
+        (TALL_LAMBDA, MULTI_TASK, _PER_TASK),
         properties=SMOOTH | {"local"},
     ),
     Method(

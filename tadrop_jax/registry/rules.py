@@ -3,6 +3,7 @@
 from tadrop_jax.registry.schema import (
     COEFFICIENT,
     KEEP,
+    MULTI_TASK,
     NORMALIZE,
     SMOOTH,
     TALL_LAMBDA,
@@ -106,6 +107,7 @@ ENTRIES = (
             Parameter("agree", "whole", 2, "how many masks have to hold an entry"),
             TALL_LAMBDA,
             COEFFICIENT,
+            MULTI_TASK,
         ),
         models=(2, None),
         properties=SMOOTH | {"local"},

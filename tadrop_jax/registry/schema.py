@@ -89,6 +89,13 @@ class Method(NamedTuple):
 KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")
 NORM = Parameter("norm", "choice", 2, "norm to restore after pruning: 2, 1 or none", (1, 2), optional=True)
 WEIGHTS = Parameter("weights", "numbers", 1.0, "weight of each task")
+MULTI_TASK = Parameter(
+    "multi_task",
+    "rule",
+    None,
+    "rule whose vector takes the place of the sum, e.g. ties:density=.2;combine=sum",
+    optional=True,
+)
 TALL_LAMBDA = Parameter("tall_lambda", "numbers", 0.4, "threshold of the TALL masks; one number, or one per task")
 NORMALIZE = Parameter("normalize", "flag", False, "divide by the sum of the weights")
 COEFFICIENT = Parameter("coefficient", "number", 1.0, "multiplies the merged vector")

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import lengths, number, whole
-from tadrop_jax.rules.tall import sum_and_masks
-from tadrop_jax.steps import Step, over_tasks, spec
+from tadrop_jax.rules.tall import after, vector_and_masks
+from tadrop_jax.steps import AnyStep, Chain, Step, over_tasks, spec
 
 
-def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0) -> Step:
+def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0, *, multi_task: AnyStep | None = None) -> Chain:
     r"""Keeps of the sum of the task vectors the entries that at least ``agree`` TALL masks hold.
 
     .. math::
@@ -24,12 +24,14 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0) -> Step:
         what only one does. More than there are tasks would leave nothing: that is refused.
       tall_lambda: :math:`\lambda_t` of the masks, at least 0; a number or one per task.
       coefficient: multiplies the merged vector.
+      multi_task: a merge rule whose vector takes the place of the sum, as for :func:`tadrop_jax.tall`.
 
     Returns:
       A merge rule for at least ``agree`` models.
 
     Raises:
       ParameterError: for values out of range.
+      MergeError: if ``multi_task`` is no rule that gives one model.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -44,14 +46,21 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0) -> Step:
         raise ParameterError("consensus: coefficient is one number for the merged vector")
 
     def apply(x, carry):
-        total, masks = sum_and_masks(x, tall_lambda)
+        vector, masks = vector_and_masks(x, tall_lambda, multi_task is not None)
         votes = over_tasks(jnp.add, masks.astype(jnp.int32))
-        return coefficient * jnp.where(votes >= agree, total, 0)
+        return coefficient * jnp.where(votes >= agree, vector, 0)
 
-    return Step(
+    step = Step(
         apply=apply,
         output="vector",
         lengths=lengths(tall_lambda=tall_lambda),
         models=("consensus", max(agree, 1), None),
-        spec=spec("consensus", agree=agree, tall_lambda=tall_lambda, coefficient=coefficient),
+        spec=spec(
+            "consensus",
+            agree=agree,
+            tall_lambda=tall_lambda,
+            coefficient=coefficient,
+            of_sum=multi_task is None,
+        ),
     )
+    return after(multi_task, step, "consensus")

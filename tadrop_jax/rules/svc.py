@@ -1,13 +1,12 @@
 """SVC, Singular Value Calibration (arXiv 2602.05536): a second look at what any rule merged."""
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from tadrop_jax import linalg
-from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, number
-from tadrop_jax.steps import AnyStep, Chain, Step, chain, output_of, patterns, spec
+from tadrop_jax.rules.on_top import parts_of, put_on_top
+from tadrop_jax.steps import AnyStep, Chain, Step, chain, patterns, spec
 from tadrop_jax.trees import selected
 
 
@@ -53,43 +52,13 @@ def svc(rule: AnyStep, alpha=None, *, calibrate_on: str = "dense", exclude=()) -
       >>> tj.merge_task_vectors(stack, tj.svc(tj.task_arithmetic(1.0)))["w"].tolist()
       [[3.0, 0.0], [0.0, 1.0]]
     """
-    if output_of(rule) not in ("vector", "parameters"):
-        raise MergeError("svc takes a merge rule that gives one model, for example svc(task_arithmetic(0.3))")
+    *before, last = parts_of(rule, "svc")
     choice("svc", "calibrate_on", calibrate_on, ("dense", "sparse"))
     if alpha is not None:
         alpha = number("svc", "alpha", alpha, 0)
         if isinstance(alpha, tuple) or (isinstance(alpha, (int, float)) and alpha == 0):
             raise ParameterError(f"svc: alpha must be one number above 0, got {alpha}")
-    *before, last = _parts(rule)
-    return chain(*before, _on_top(last), _calibrate(last, alpha, calibrate_on == "dense", patterns(exclude)))
-
-
-def _parts(rule) -> list:
-    if isinstance(rule, Chain):
-        return [part for inner in rule.parts for part in _parts(inner)]
-    return [rule]
-
-
-def _on_top(rule: Step) -> Step:
-    """The rule's last step, with its merged vector put on top of the stack: ``(1 + T, *S)``."""
-
-    def apply(x, carry):
-        merged = rule.apply(x, carry)
-        if rule.output == "parameters":
-            merged = merged - x.base
-        return jnp.concatenate([merged[None], x.stack])
-
-    def instead(path, shape, tasks):
-        other = rule.for_tensor(path, shape, tasks)
-        return None if other is rule else _on_top(other)
-
-    return dataclasses.replace(
-        rule,
-        apply=apply,
-        output="stack",
-        instead=instead if rule.instead else None,
-        spec=None if rule.spec is None else ("svc on top", rule.spec),
-    )
+    return chain(*before, put_on_top(last), _calibrate(last, alpha, calibrate_on == "dense", patterns(exclude)))
 
 
 def _calibrate(rule: Step, alpha, dense: bool, exclude: tuple[str, ...]) -> Step:

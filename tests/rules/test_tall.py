@@ -62,6 +62,33 @@ def test_consensus_of_no_masks_is_task_arithmetic(make_stacks, nest, flatten):
         np.testing.assert_allclose(merged[name], value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["tall", "consensus"])
+def test_another_vector_in_place_of_the_sum(rule, make_stacks, nest, flatten):
+    """The authors' use_ties: the vector of TIES, masks from the task vectors before its trim."""
+    stacks = make_stacks("exact", 3)
+    ties = tj.ties(0.3, combine="sum")
+    inner = flatten(tj.merge_task_vectors(nest(stacks), ties))
+    step = {"tall": tj.tall, "consensus": tj.consensus}[rule](tall_lambda=[0.2, 0.4, 0.6], multi_task=ties)
+    found = tj.merge_task_vectors(nest(stacks), step)
+    for name, stack in stacks.items():
+        lambdas = np.float32([0.2, 0.4, 0.6]).reshape(3, *(1,) * (stack.ndim - 1))
+        masks = np.abs(stack) > lambdas * np.abs(inner[name] - stack)
+        if rule == "consensus":
+            np.testing.assert_array_equal(flatten(found)[name], np.where(masks.sum(axis=0) >= 2, inner[name], 0))
+            continue
+        np.testing.assert_array_equal(flatten(found.unified)[name], inner[name])
+        for t in range(3):
+            np.testing.assert_array_equal(flatten(found.mask(t))[name], masks[t])
+    base, models = family(3)
+    streamed, _, _ = run_streamed(base, models, step)
+    wanted = tj.merge(base, models, step)
+    for i, name in enumerate(sorted(base)):
+        if rule == "tall":
+            np.testing.assert_array_equal(streamed[name]["masks"], wanted.parts[i]["masks"])
+        else:
+            np.testing.assert_allclose(streamed[name], wanted[name], rtol=2e-6, atol=1e-6)
+
+
 def test_consensus_streamed():
     base, models = family(3)
     rule = tj.consensus(tall_lambda=[0.2, 0.4, 0.6])
@@ -86,6 +113,13 @@ def test_consensus_streamed():
 def test_bad_values(make, said):
     with pytest.raises(tj.ParameterError, match=said):
         make()
+
+
+@pytest.mark.parametrize("make", [tj.tall, tj.consensus])
+def test_a_vector_takes_a_rule(make):
+    for wrong in (tj.tadrop(), tj.emr()):
+        with pytest.raises(tj.MergeError, match=f"{make.__name__}: multi_task takes a merge rule that gives one model"):
+            make(multi_task=wrong)
 
 
 def test_what_the_number_of_tasks_decides():
