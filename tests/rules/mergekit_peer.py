@@ -8,9 +8,14 @@ import tadrop_jax as tj
 Tree = dict[str, np.ndarray]
 
 
-def family(make_stacks, kind: str, tasks: int, dtype=np.float32) -> tuple[Tree, list[Tree]]:
+ALL = ("block/bias", "block/kernel", "conv/kernel", "scale")
+# Where the shape does not matter: every further one is a compilation.
+ONE = ("block/kernel",)
+
+
+def family(make_stacks, kind: str, tasks: int, dtype=np.float32, names=ALL) -> tuple[Tree, list[Tree]]:
     """A base and T models, by name; the models of kind "exact" have ties, zero task vectors and opposite entries."""
-    stacks = make_stacks(kind, tasks)
+    stacks = {n: s for n, s in make_stacks(kind, tasks).items() if n in names}
     rng = np.random.default_rng(tasks)
     base = {n: (rng.integers(-64, 65, s.shape[1:]) / 64).astype(dtype) for n, s in stacks.items()}
     models = [{n: (base[n].astype(np.float32) + s[t]).astype(dtype) for n, s in stacks.items()} for t in range(tasks)]

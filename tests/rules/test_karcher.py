@@ -7,7 +7,7 @@ import pytest
 
 import tadrop_jax as tj
 from tests.helpers import run_streamed
-from tests.rules.mergekit_peer import assert_close, family, ours, theirs
+from tests.rules.mergekit_peer import ALL, ONE, assert_close, family, ours, theirs
 
 WEIGHTS = (0.3, 0.9, 1.0, 0.2, 0.5)
 
@@ -43,19 +43,19 @@ def transcription(models, weights, rounds=10, tol=1e-5):
 @pytest.mark.parametrize("kind", ["exact", "normal"])
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 def test_formula(kind, tasks, make_stacks):
-    base, models = family(make_stacks, kind, tasks)
+    base, models = family(make_stacks, kind, tasks, names=ALL if tasks == 3 else ONE)
     rule = tj.karcher(WEIGHTS[:tasks])
     expected = {n: transcription([m[n] for m in models], WEIGHTS[:tasks]) for n in base}
     merged = ours(base, models, rule)
     assert_close(merged, expected)
-    if kind == "exact":
+    if kind == "exact" and tasks == 3:
         assert_close(run_streamed(base, models, rule)[0], merged)
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 def test_mergekit(tasks, make_stacks):
-    base, models = family(make_stacks, "normal", tasks)
+    base, models = family(make_stacks, "normal", tasks, names=ALL if tasks == 5 else ONE)
     assert_close(ours(base, models, tj.karcher()), theirs("karcher", None, models))
 
 
@@ -71,7 +71,7 @@ def test_mergekit_where_models_lie_close(scale, make_stacks):
 
 @pytest.mark.peers
 def test_mergekit_with_other_limits(make_stacks):
-    base, models = family(make_stacks, "normal", 5)
+    base, models = family(make_stacks, "normal", 5, names=ONE)
     for limits in ({"max_iter": 0}, {"max_iter": 1}, {"tol": 0.1}):
         assert_close(ours(base, models, tj.karcher(**limits)), theirs("karcher", None, models, **limits))
 
@@ -108,7 +108,7 @@ def test_it_is_the_nearest_point_of_the_sphere():
 
 
 def test_the_base_does_not_enter(make_stacks):
-    base, models = family(make_stacks, "exact", 2)
+    base, models = family(make_stacks, "exact", 5, names=ONE)
     elsewhere = {n: b + 1 for n, b in base.items()}
     assert_close(ours(base, models, tj.karcher()), ours(elsewhere, models, tj.karcher()))
 
@@ -118,6 +118,7 @@ def test_gradients_are_finite_and_right():
         models = [{"w": m} for m in stack]
         return jnp.sum(tj.merge({"w": jnp.zeros(3)}, models, tj.karcher(weights))["w"] ** 3)
 
+    loss = jax.jit(loss)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     v = np.float32([1, 2, 2])
     for stack in ([v, v, v], [v, -v, 0 * v], [0 * v] * 3, [v, -2 * v, v[::-1]]):

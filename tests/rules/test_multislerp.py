@@ -7,7 +7,7 @@ import pytest
 
 import tadrop_jax as tj
 from tests.helpers import run_streamed
-from tests.rules.mergekit_peer import assert_close, family, ours, theirs
+from tests.rules.mergekit_peer import ALL, ONE, assert_close, family, ours, theirs
 
 WEIGHTS = (0.3, 0.9, 1.0, 0.2, 0.5)
 
@@ -31,19 +31,19 @@ def transcription(vectors, weights):
 @pytest.mark.parametrize("kind", ["exact", "normal"])
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 def test_formula(kind, tasks, make_stacks):
-    base, models = family(make_stacks, kind, tasks)
+    base, models = family(make_stacks, kind, tasks, names=ALL if tasks == 3 else ONE)
     weights = np.array(WEIGHTS[:tasks]) / sum(WEIGHTS[:tasks])
     expected = {n: b + transcription([m[n] - b for m in models], weights) for n, b in base.items()}
     merged = ours(base, models, tj.multislerp(WEIGHTS[:tasks]))
     assert_close(merged, expected)
-    if kind == "exact":
+    if kind == "exact" and tasks == 3:
         assert_close(run_streamed(base, models, tj.multislerp(WEIGHTS[:tasks]))[0], merged)
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 def test_mergekit(tasks, make_stacks):
-    base, models = family(make_stacks, "normal", tasks)
+    base, models = family(make_stacks, "normal", tasks, names=ALL if tasks == 5 else ONE)
     weights = list(WEIGHTS[:tasks])
     assert_close(ours(base, models, tj.multislerp(weights)), theirs("multislerp", base, models, weight=weights))
     rule = tj.multislerp(weights, space="weights", normalize=False)

@@ -7,7 +7,7 @@ import pytest
 
 import tadrop_jax as tj
 from tests.helpers import run_streamed
-from tests.rules.mergekit_peer import assert_close, family, ours, theirs
+from tests.rules.mergekit_peer import ALL, ONE, assert_close, family, ours, theirs
 from tests.rules.test_slerp import transcription
 
 WEIGHTS = [0.3, 0.9]
@@ -40,7 +40,7 @@ def test_formula(granularity, make_stacks):
 @pytest.mark.parametrize("granularity", MERGEKIT)
 def test_mergekit(granularity, space, make_stacks):
     for kind in ("exact", "normal"):
-        base, models = family(make_stacks, kind, 2)
+        base, models = family(make_stacks, kind, 2, names=ALL if space == "task vectors" else ("conv/kernel", "scale"))
         rule = tj.nuslerp(WEIGHTS, space=space, granularity=granularity)
         start = base if space == "task vectors" else None
         expected = theirs("nuslerp", start, models, weight=WEIGHTS, **MERGEKIT[granularity])
@@ -51,7 +51,7 @@ def test_mergekit(granularity, space, make_stacks):
 @pytest.mark.peers
 @pytest.mark.parametrize("weights", [[1.0, -1.0], [2.0, -1.0], [0.0, 1.0]])
 def test_mergekit_with_odd_weights(weights, make_stacks):
-    base, models = family(make_stacks, "normal", 2)
+    base, models = family(make_stacks, "normal", 2, names=ONE)
     assert_close(ours(base, models, tj.nuslerp(weights)), theirs("nuslerp", base, models, weight=weights))
 
 
