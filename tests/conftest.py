@@ -69,6 +69,18 @@ def make_stacks():
     return make
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Streamed blocks of a thousandth of the usual size, and as little for a search to collect."""
+    from tadrop_jax import sampling, streaming
+
+    monkeypatch.setattr(streaming, "BLOCK", 128)
+    monkeypatch.setattr(streaming, "SMALL", 128)
+    monkeypatch.setattr(sampling, "_COLLECT", 300)
+    monkeypatch.setattr(sampling, "_MOST", 2000)
+    monkeypatch.setattr(sampling, "_SAMPLES", 4)
+
+
 @pytest.fixture(scope="session")
 def nest():
     """A function from a dict of '/'-joined names to the nested dict."""

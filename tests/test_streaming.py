@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
-from tadrop_jax import sampling, streaming
+from tadrop_jax import streaming
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.merging import with_sparsifier
 from tests.helpers import DTYPES, family, run_streamed, streams_of
@@ -42,14 +42,7 @@ PAIRS += [(s, r) for r in RULES for s in ("none", "tadrop") if (s, r) not in PAI
 PAIRS += [("magnitude-global", "ties-authors"), ("n_m-ceil", "ties-mergekit")]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """One block is a thousandth of the usual, and so is what a search may collect."""
-    monkeypatch.setattr(streaming, "BLOCK", 128)
-    monkeypatch.setattr(streaming, "SMALL", 128)
-    monkeypatch.setattr(sampling, "_COLLECT", 300)
-    monkeypatch.setattr(sampling, "_MOST", 2000)
-    monkeypatch.setattr(sampling, "_SAMPLES", 4)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @functools.cache

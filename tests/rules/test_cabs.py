@@ -85,7 +85,7 @@ def test_later_tasks_get_what_is_left():
     np.testing.assert_array_equal(merged, first)
 
 
-def test_streamed_equals_in_memory():
+def test_streamed_equals_in_memory(small_blocks):
     base, models = family(2)
     rule = tj.cabs(5, 8, 0.5, overlap="exact")
     streamed, *_ = run_streamed(base, models, rule)

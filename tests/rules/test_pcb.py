@@ -56,8 +56,8 @@ def test_pcb(name, make_stacks, nest, flatten):
 
 
 @pytest.mark.parametrize("version", ["repository", "vision"])
-def test_streamed_equals_in_memory(version):
-    """Blocks of 64 on real-looking values; the weights of the entry at the floor are 0 in both."""
+def test_streamed_equals_in_memory(version, small_blocks):
+    """The weight of the entry at the floor is 0 in both."""
     base, models = family(TASKS)
     rule = tj.pcb(0.3, version)
     streamed, *_ = run_streamed(base, models, rule)

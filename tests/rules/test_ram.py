@@ -70,7 +70,7 @@ def test_without_a_unique_entry_nothing_is_scaled():
         np.testing.assert_array_equal(merged, [2.0, -1.0])
 
 
-def test_streamed_equals_in_memory():
+def test_streamed_equals_in_memory(small_blocks):
     base, models = family(TASKS)
     rule = tj.ram_plus(0.5, threshold=0.1, granularity="global")
     streamed, *_ = run_streamed(base, models, rule)

@@ -74,7 +74,7 @@ def test_a_vmap_over_densities_equals_a_loop(make_stacks):
         np.testing.assert_allclose(value, tj.merge_task_vectors(stack, tj.sce(density))["w"], rtol=1e-6)
 
 
-def test_streamed_equals_in_memory():
+def test_streamed_equals_in_memory(small_blocks):
     base, models = family(TASKS)
     streamed, *_ = run_streamed(base, models, tj.sce(0.3))
     for name, value in tj.merge(base, models, tj.sce(0.3)).items():

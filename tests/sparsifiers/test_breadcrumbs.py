@@ -7,6 +7,7 @@ import pytest
 
 import tadrop_jax as tj
 from tests import oracles
+from tests.helpers import family, run_streamed
 
 TASKS = 3
 
@@ -116,3 +117,12 @@ def test_breadcrumbs_is_mergekit(kind, make_stacks, nest, flatten):
                 if kind == "exact":
                     ours, expected = (np.sort(np.abs(x), axis=None) for x in (ours, expected))
                 np.testing.assert_array_equal(ours, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("flavour", ["authors", "mergekit"])
+def test_streamed_equals_in_memory(flavour, small_blocks):
+    base, models = family(TASKS)
+    rule = tj.chain(tj.breadcrumbs(0.5, 0.1, flavour=flavour), tj.task_arithmetic(0.5))
+    streamed, *_ = run_streamed(base, models, rule)
+    for name, value in tj.merge(base, models, rule).items():
+        np.testing.assert_allclose(streamed[name], value, rtol=1e-6, atol=1e-6, err_msg=name)

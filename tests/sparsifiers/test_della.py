@@ -8,6 +8,7 @@ import pytest
 import tadrop_jax as tj
 from tadrop_jax import randomness
 from tests import oracles
+from tests.helpers import family, run_streamed
 
 TASKS = 3
 KEY = jax.random.key(5)
@@ -131,3 +132,12 @@ def test_della_is_mergekit(make_stacks, nest, flatten, monkeypatch):
             monkeypatch.setattr(torch, "bernoulli", lambda p, u=drawn: (u.reshape(p.shape) < p).to(p.dtype))
             theirs = sparsify.della_magprune(torch.from_numpy(x), 0.5, 0.3, sparsify.RescaleNorm.l1).numpy()
             np.testing.assert_allclose(out[name][t], theirs, rtol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_streamed_equals_in_memory(granularity, small_blocks):
+    base, models = family(TASKS)
+    rule = tj.chain(tj.della(0.5, 0.3, granularity=granularity, rescale="l1"), tj.task_arithmetic(0.5))
+    streamed, *_ = run_streamed(base, models, rule)
+    for name, value in tj.merge(base, models, rule, key=jax.random.key(0)).items():
+        np.testing.assert_allclose(streamed[name], value, rtol=1e-6, atol=1e-6, err_msg=name)

@@ -58,7 +58,7 @@ def test_tensors_that_the_inner_sparsifier_leaves_alone_keep_their_bits(make_sta
         np.testing.assert_array_equal(out[name], value, err_msg=name)
 
 
-def test_streamed_equals_in_memory():
+def test_streamed_equals_in_memory(small_blocks):
     base, models = family()
     rule = tj.chain(tj.rescale(tj.chain(*CHAIN), 1, "global"), tj.task_arithmetic(0.5))
     streamed, *_ = run_streamed(base, models, rule)
