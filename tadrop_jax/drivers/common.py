@@ -98,20 +98,19 @@ def vectors(of: Problem, sparsifier: AnyStep | None, layout, key) -> dict[str, t
     for name, leaf in of.base.items():
         order, seed_name = merging.laid_out(layout, name, np.ndim(leaf))
         models = tuple(jnp.asarray(m[name]) for m in of.models)
-        tensors.append(memory.Tensor(name, (_stack(leaf, *models),), None, order, seed_name))
+        tensors.append(memory.Tensor(name, models, jnp.asarray(leaf), order, seed_name))
     results = memory.run(expand(sparsifier, of.tasks), tensors, of.tasks, key)
-    return {t.path: tuple(r.value[i] for i in range(of.tasks)) for t, r in zip(tensors, results, strict=True)}
+    found = {}
+    for tensor in reversed(tensors):  # a stack is let go as soon as it is parted
+        stack = results.pop().value
+        found[tensor.path] = tuple(stack[t] for t in range(of.tasks))
+    return found
 
 
 @jax.jit
 def _differences(base, *models):
     base = jnp.asarray(base, jnp.float32)
     return tuple(jnp.asarray(m, jnp.float32) - base for m in models)
-
-
-@jax.jit
-def _stack(base, *models):
-    return jnp.stack(_differences(base, *models))
 
 
 def numbers(method: str, name: str, value, tasks: int, low: float = -float("inf")) -> jax.Array:

@@ -12,6 +12,8 @@ from flax import linen, nnx
 
 import tadrop_jax as tj
 from tadrop_jax import plots
+from tadrop_jax.drivers import common
+from tadrop_jax.drivers.adamerging import compiled_step
 
 from .conftest import TASKS, WIDTH, mlp
 
@@ -191,6 +193,27 @@ def test_bfloat16_models_stay_bfloat16(trees, inputs):
     assert found.coefficients.dtype == jnp.float32
 
 
+def test_sharded_models_are_merged_where_they_lie(linear):
+    """Equal to one device's, sharded alike, and no parameter crosses devices."""
+    base, models, batches = linear
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))  # noqa: E731
+    there = {"kernel": over("d", None), "bias": over()}
+    spread_base, *spread = (jax.device_put(tree, there) for tree in (base, *models))
+    function = lambda p, x: x @ p["kernel"] + p["bias"]  # noqa: E731
+    found = tj.adamerging(function, batches, spread_base, spread, steps=2)
+    chex.assert_trees_all_close(found.params, tj.adamerging(function, batches, base, models, steps=2).params, rtol=1e-6)
+    assert found.params["kernel"].sharding.is_equivalent_to(there["kernel"], 2)
+    problem = common.problem("adamerging", spread_base, spread)
+    raw = {name: jnp.full(TASKS, 0.3) for name in base}
+    step = compiled_step(problem, (function,) * TASKS, optax.sgd(1.0), "clip", True)
+    arguments = (raw, optax.sgd(1.0).init(raw), problem.base, common.vectors(problem, None, None, None), {})
+    text = step.lower(*arguments, tuple(b[0] for b in batches)).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+
+
 def test_early_stop_and_own_optimizer(trees, inputs):
     """With a rate of 0 the loss never falls: patience ends it."""
     base, models = trees
@@ -265,6 +288,4 @@ def test_with_coefficients_refuses_others(trees):
 
 
 def test_endless_batches_begin_again():
-    from tadrop_jax.drivers.common import endless
-
-    assert list(itertools.islice(endless("x", [1, 2], 0), 5)) == [1, 2, 1, 2, 1]
+    assert list(itertools.islice(common.endless("x", [1, 2], 0), 5)) == [1, 2, 1, 2, 1]
