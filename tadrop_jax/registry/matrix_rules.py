@@ -91,7 +91,7 @@ ENTRIES: tuple[Method, ...] = (
             Parameter("solver", "choice", "adam", "early-stopped Adam, or the exact minimiser", ("adam", "closed")),
             Parameter("learning_rate", "number", 1e-5, "of Adam"),
             Parameter("steps", "whole", 300, "of Adam"),
-            Parameter("cutoff", "number", None, "of the pseudo-inverse, as a share of the largest", optional=True),
+            Parameter("cutoff", "number", 2e-3, "of the exact minimiser: singular values that count as zero"),
             _INPUT_AXIS,
             _MEAN_ONLY,
         ),

@@ -35,14 +35,14 @@ def loss(m, stack):
     return total
 
 
-def pseudo_inverse(stack):
+def pseudo_inverse(stack, rcond=1e-9):
     """The minimiser of least norm, in float64."""
     gram, pull = np.zeros((stack.shape[2],) * 2), np.zeros(stack.shape[1:])
     for tau in stack.astype(np.float64):
         square = (tau**2).sum()
         if square > 0:
             gram, pull = gram + tau.T @ tau / square, pull + tau @ tau.T @ tau / square
-    return pull @ np.linalg.pinv(gram, rcond=1e-9)
+    return pull @ np.linalg.pinv(gram, rcond=rcond)
 
 
 def adam(stack, rate, steps):
@@ -105,6 +105,20 @@ def test_closed_form_of_low_rank():
     np.testing.assert_allclose(run(stack, tj.wudi(solver="closed")), pseudo_inverse(stack), rtol=1e-4, atol=1e-5)
     # A cutoff of 1 leaves nothing but what is above the largest: zero.
     np.testing.assert_array_equal(run(stack, tj.wudi(solver="closed", cutoff=1.0)), 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 12), (2, 5, 24)], ids=["tall", "wide"])
+def test_closed_form_of_an_uneven_spectrum(shape):
+    """Singular values over two decades, and directions far below the cutoff, which stay out."""
+    rng = np.random.default_rng(2)
+    tasks, out, inputs = shape
+    u, _, vt = np.linalg.svd(rng.normal(size=(tasks * out, inputs)), full_matrices=False)
+    s = np.geomspace(1, 1e-2, min(tasks * out, inputs))
+    s[-3:] = 1e-5
+    stack = ((u * s) @ vt).reshape(shape).astype(np.float32)
+    expected = pseudo_inverse(stack, 1e-6)
+    merged = run(stack, tj.wudi(solver="closed"))
+    np.testing.assert_allclose(merged, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def test_closed_form_does_not_depend_on_the_scale():
@@ -176,6 +190,19 @@ def test_gradients_are_finite(solver, kind):
         assert np.isfinite(g).all()
 
 
+@pytest.mark.parametrize("shape", [TALL, (2, 3, 7)], ids=["tall", "wide"])
+def test_gradient_of_the_closed_form_matches_differences(shape):
+    """Also where singular values repeat: the first case has one task twice."""
+    stack, step = make(shape), make(shape, 5) * 1e-3
+    stack[1] = stack[0]
+
+    def total(stack):
+        return jnp.sum(jnp.sin(tj.merge_task_vectors({"w": stack}, tj.wudi(solver="closed"))["w"]))
+
+    along = float(jnp.sum(jax.grad(total)(jnp.asarray(stack)) * step))
+    np.testing.assert_allclose(along, float(total(stack + step) - total(stack - step)) / 2, rtol=2e-2, atol=1e-4)
+
+
 def test_gradient_in_the_learning_rate():
     stack = jnp.asarray(make(TALL))
 
@@ -199,7 +226,7 @@ def test_one_model_is_refused():
         {"steps": -1},
         {"learning_rate": -1.0},
         {"learning_rate": [1.0, 2.0]},
-        {"cutoff": 2.0},
+        {"cutoff": 0.0},
         {"coefficient": [1.0, 2.0]},
     ],
     ids=lambda v: next(iter(v)),
