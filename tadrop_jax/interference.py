@@ -10,6 +10,7 @@ over matrices (out, in): the rows of a task vector stand for the inputs of its t
 has no part in it.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from tadrop_jax import linalg
 from tadrop_jax.parameters import choice
-from tadrop_jax.steps import over_tasks, safe_ratio
+from tadrop_jax.steps import Step, Sums, over_tasks, safe_ratio, safe_sqrt
 
 Merge = Callable[[jax.Array], jax.Array]
 
@@ -34,13 +35,17 @@ def over_inputs(method: str, merge: Merge, input_axis: int) -> Merge:
     return lambda stack: merge(jnp.swapaxes(stack, -1, -2)).swapaxes(-1, -2)
 
 
+def with_norms(rule: Step, **changes) -> Step:
+    """The rule with the norms of the task vectors in its report: where they differ much, these rules do badly."""
+    squares = Sums(lambda x, carry, n: {"squares": x.stack * x.stack})
+    return dataclasses.replace(rule, stages=(squares,), report=lambda c: {"norm": safe_sqrt(c["squares"])}, **changes)
+
+
 def directions(stack) -> jax.Array:
     """The task vectors ``(T, out, in)`` at Frobenius norm 1; a zero task vector stays zero."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(stack), axis=(1, 2), keepdims=True))
     stack = safe_ratio(stack, largest)  # squares of small entries would underflow
-    squares = jnp.sum(stack * stack, axis=(1, 2), keepdims=True)
-    zero = squares == 0
-    return jnp.where(zero, 0, stack / jnp.sqrt(jnp.where(zero, 1, squares)))
+    return safe_ratio(stack, safe_sqrt(jnp.sum(stack * stack, axis=(1, 2), keepdims=True)))
 
 
 def quadratic(stack) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tadrop_jax import linalg
-from tadrop_jax.interference import over_inputs
+from tadrop_jax.interference import over_inputs, with_norms
 from tadrop_jax.matrices import matrix_rule
 from tadrop_jax.parameters import single
 from tadrop_jax.steps import Step, over_tasks
@@ -69,7 +69,7 @@ def ace(
     def merge(stack):
         return solved(stack, epsilon, threshold, share)
 
-    return matrix_rule(
+    rule = matrix_rule(
         "ace",
         over_inputs("ace", merge, input_axis),
         coefficient=single("ace", "coefficient", coefficient),
@@ -79,6 +79,7 @@ def ace(
         share=share,
         input_axis=input_axis,
     )
+    return with_norms(rule)
 
 
 def solved(stack, epsilon, threshold, share: float):

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from tadrop_jax import linalg
-from tadrop_jax.interference import over_inputs, quadratic
+from tadrop_jax.interference import over_inputs, quadratic, with_norms
 from tadrop_jax.matrices import matrix_rule
 from tadrop_jax.parameters import choice, single
 from tadrop_jax.steps import Step, over_tasks
@@ -173,7 +173,7 @@ def _spectral(method, gains, coefficient, start, input_axis, mean_only, **parame
         push = linalg.matmul(pull - linalg.matmul(first, gram), vectors)
         return first + linalg.matmul(push * gain, vectors.T)
 
-    return matrix_rule(
+    rule = matrix_rule(
         method,
         over_inputs(method, merge, input_axis),
         coefficient=single(method, "coefficient", coefficient),
@@ -182,3 +182,4 @@ def _spectral(method, gains, coefficient, start, input_axis, mean_only, **parame
         input_axis=input_axis,
         **parameters,
     )
+    return with_norms(rule)

@@ -1,6 +1,5 @@
 r"""WUDI-Merging: a merged matrix that interferes least with each task's inputs (arXiv 2503.08099)."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,7 @@ import optax
 from jax import lax
 
 from tadrop_jax import linalg
-from tadrop_jax.interference import directions, over_inputs, quadratic
+from tadrop_jax.interference import directions, over_inputs, quadratic, with_norms
 from tadrop_jax.matrices import matrix_rule
 from tadrop_jax.parameters import choice, single, whole
 from tadrop_jax.steps import Step, over_tasks
@@ -36,7 +35,7 @@ def wudi(
     less (ViT-B/32, 8 tasks). Tensors that are no matrix get the mean of the task vectors, as in the port
     ``yongxianwei_merging`` of MLLMerging; the authors' vision code leaves them, and all but the attention and MLP
     weights, at the base: ``tadrop_jax.merge(..., include=...)``. Early-stopped Adam depends on the size of the task
-    vectors, and on how different they are in size: see the norms in the report.
+    vectors, and on how different they are in size: the report has their norms.
 
     Args:
       coefficient: multiplies the merged vector.
@@ -81,7 +80,7 @@ def wudi(
         cutoff=cutoff,
         input_axis=input_axis,
     )
-    return dataclasses.replace(rule, models=("wudi", 2, None))
+    return with_norms(rule, models=("wudi", 2, None))
 
 
 def descended(stack, learning_rate, steps: int):

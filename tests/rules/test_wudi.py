@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
-from tests.helpers import merge, read_model, save_family
+from tests.helpers import merge, read_model, report_of, save_family
 
 # Tall and wide; five tasks of rank 1 do not fill the inputs of the wide one.
 TALL, WIDE = (3, 9, 6), (3, 5, 20)
@@ -244,3 +244,11 @@ def test_from_directories(tmp_path):
     expected = tj.merge(base, models, tj.wudi(solver="closed", mean_only="^embed"))
     for name, value in read_model(tmp_path / "out").items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    rows = report_of(tmp_path / "out")["tensors"]
+    assert {name: row["treated"] for name, row in rows.items()} == {
+        "layer.weight": "matrix",
+        "layer.bias": "mean",
+        "embed.weight": "mean",
+    }
+    norms = [np.linalg.norm(m["layer.weight"] - base["layer.weight"]) for m in models]
+    np.testing.assert_allclose(rows["layer.weight"]["norm"], norms, rtol=1e-5)
