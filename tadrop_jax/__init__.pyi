@@ -39,6 +39,7 @@ from tadrop_jax.rules.cart import cart as cart
 from tadrop_jax.rules.consensus import consensus as consensus
 from tadrop_jax.rules.dare_merging import dare_linear as dare_linear
 from tadrop_jax.rules.dare_merging import dare_ties as dare_ties
+from tadrop_jax.rules.dc_merge import dc_merge as dc_merge
 from tadrop_jax.rules.della_merging import della_linear as della_linear
 from tadrop_jax.rules.della_merging import della_merging as della_merging
 from tadrop_jax.rules.emr import emr as emr

@@ -60,6 +60,18 @@ def single(method: str, name: str, value: Any, low: float = -float("inf"), high:
     return value
 
 
+def fixed(method: str, name: str, value: Any, low: float, high: float) -> float:
+    """One number in [low, high] that shapes depend on, so that it cannot be an array.
+
+    Raises:
+      ParameterError: naming method, parameter, value and range.
+    """
+    value = single(method, name, value, low, high)
+    if not _concrete(value):
+        raise ParameterError(f"{method}: {name} decides on shapes and must be a Python number, got {value!r}")
+    return float(value)
+
+
 def whole(method: str, name: str, value: Any, low: int, high: int | None = None) -> int:
     """An integer in [low, high].
 

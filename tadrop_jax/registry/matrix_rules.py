@@ -61,6 +61,27 @@ ENTRIES: tuple[Method, ...] = (
         properties=SMOOTH | {"local", "copies"},
     ),
     Method(
+        "dc_merge",
+        "rule",
+        "tadrop_jax.rules.dc_merge:dc_merge",
+        "merges the tasks in a common orthogonal frame, in which each has a block of its own",
+        "arXiv 2603.06242",
+        "tensor",
+        "one model",
+        (
+            Parameter("keep", "number", 0.001, "share of the entries that are kept in the frame"),
+            _COEFFICIENT,
+            Parameter(
+                "smoothing", "choice", None, "of the singular values of a task", ("average", "linear"), optional=True
+            ),
+            Parameter("ratio", "number", 5.0, "of the singular values, at most, for linear smoothing"),
+            Parameter("rank", "whole", None, "triples of each task; none means min(out, in) / T", optional=True),
+            _MEAN_ONLY,
+            _NULL,
+        ),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
         "svc",
         "rule",
         "tadrop_jax.rules.svc:svc",

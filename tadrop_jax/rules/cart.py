@@ -5,9 +5,8 @@ import functools
 import jax.numpy as jnp
 
 from tadrop_jax import linalg
-from tadrop_jax.errors import ParameterError
 from tadrop_jax.matrices import matrix_rule
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import fixed, single
 from tadrop_jax.steps import Step, over_tasks
 
 
@@ -43,12 +42,8 @@ def cart(rank=0.12, strength=2.0, coefficient=1.0, *, mean_only=()) -> Step:
       >>> tj.merge_task_vectors(stack, tj.cart(rank=0.5, strength=1.0))["w"].tolist()  # differences 3, -2 and 4 remain
       [[6.0, 0.0], [0.0, 5.0]]
     """
-    rank = number("cart", "rank", rank, 0, 1)
-    if not isinstance(rank, (int, float)):
-        raise ParameterError(f"cart: rank must be one Python number, since it decides on shapes; got {rank!r}")
-    strength = number("cart", "strength", strength)
-    if isinstance(strength, tuple):
-        raise ParameterError("cart: strength is one number for the sum over tasks")
+    rank = fixed("cart", "rank", rank, 0, 1)
+    strength = single("cart", "strength", strength)
     return matrix_rule(
         "cart",
         functools.partial(merge, rank=rank, strength=strength),

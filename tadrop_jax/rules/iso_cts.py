@@ -5,9 +5,8 @@ import functools
 import jax.numpy as jnp
 
 from tadrop_jax import linalg
-from tadrop_jax.errors import ParameterError
 from tadrop_jax.matrices import matrix_rule
-from tadrop_jax.parameters import choice, number
+from tadrop_jax.parameters import choice, fixed
 from tadrop_jax.steps import Step, over_tasks
 
 
@@ -51,9 +50,7 @@ def iso_cts(common=0.8, coefficient=1.0, *, mean_only=(), null_directions: str =
       >>> tj.merge_task_vectors(stack, tj.iso_cts(common=0.5))["w"].tolist()
       [[2.0, 0.0], [0.0, 2.0]]
     """
-    common = number("iso_cts", "common", common, 0, 1)
-    if not isinstance(common, (int, float)):
-        raise ParameterError(f"iso_cts: common must be one Python number, since it decides on shapes; got {common!r}")
+    common = fixed("iso_cts", "common", common, 0, 1)
     choice("iso_cts", "null_directions", null_directions, ("drop", "keep"))
     return matrix_rule(
         "iso_cts",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from tadrop_jax import linalg
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import choice, number
+from tadrop_jax.parameters import choice, single
 from tadrop_jax.rules.on_top import parts_of, put_on_top
 from tadrop_jax.steps import AnyStep, Chain, Step, chain, patterns, spec
 from tadrop_jax.trees import selected
@@ -55,8 +55,8 @@ def svc(rule: AnyStep, alpha=None, *, calibrate_on: str = "dense", exclude=()) -
     *before, last = parts_of(rule, "svc")
     choice("svc", "calibrate_on", calibrate_on, ("dense", "sparse"))
     if alpha is not None:
-        alpha = number("svc", "alpha", alpha, 0)
-        if isinstance(alpha, tuple) or (isinstance(alpha, (int, float)) and alpha == 0):
+        alpha = single("svc", "alpha", alpha, 0)
+        if isinstance(alpha, (int, float)) and alpha == 0:
             raise ParameterError(f"svc: alpha must be one number above 0, got {alpha}")
     return chain(*before, put_on_top(last), _calibrate(last, alpha, calibrate_on == "dense", patterns(exclude)))
 

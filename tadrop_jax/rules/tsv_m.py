@@ -79,8 +79,13 @@ def orthogonal_sum(u, s, vt, real, keep_null: bool):
       real: bool ``(B, r)``: which triples are more than rounding.
       keep_null: let the others take part.
     """
+    left, right = side_by_side(u, vt, real, keep_null)
+    return linalg.matmul(linalg.polar(left, keep_null) * jnp.reshape(s, -1), linalg.polar(right, keep_null))
+
+
+def side_by_side(u, vt, real, keep_null: bool):
+    """``[U_1 ... U_B]`` and ``[V_1 ... V_B]^T``, see :func:`orthogonal_sum`."""
     if not keep_null:
         u, vt = u * real[:, None, :], vt * real[:, :, None]
     left = jnp.reshape(jnp.moveaxis(u, 0, 1), (u.shape[1], -1))
-    right = jnp.reshape(vt, (-1, vt.shape[-1]))
-    return linalg.matmul(linalg.polar(left, keep_null) * jnp.reshape(s, -1), linalg.polar(right, keep_null))
+    return left, jnp.reshape(vt, (-1, vt.shape[-1]))

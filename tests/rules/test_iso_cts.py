@@ -1,5 +1,6 @@
 """Iso-CTS against the formula in NumPy, and its ranks."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,7 +67,9 @@ def test_a_task_inside_the_common_subspace_adds_nothing():
 def test_bad_shares_are_refused():
     with pytest.raises(tj.ParameterError, match=r"common must lie in \[0, 1\], got 1.5"):
         tj.iso_cts(1.5)
-    with pytest.raises(tj.ParameterError, match="common must be one Python number"):
+    with pytest.raises(tj.ParameterError, match="common is one number, got 2"):
         tj.iso_cts([0.5, 0.5])
+    with pytest.raises(tj.ParameterError, match="common decides on shapes and must be a Python number"):
+        tj.iso_cts(jnp.float32(0.5))
     with pytest.raises(tj.ParameterError, match="null_directions"):
         tj.iso_cts(null_directions="skip")

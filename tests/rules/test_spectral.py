@@ -16,6 +16,7 @@ RULES = {
     "iso_c": tj.iso_c,
     "iso_cts": lambda **options: tj.iso_cts(0.4, **options),
     "cart": lambda **options: tj.cart(0.4, 1.5, **options),
+    "dc_merge": lambda **options: tj.dc_merge(0.1, **options),
     "svc": lambda **options: tj.svc(tj.average(), 0.1),
 }
 by_rule = pytest.mark.parametrize("name", RULES)
@@ -67,6 +68,7 @@ def test_gradients_match_finite_differences(name, stack):
             "iso_c": lambda s: _merge("iso_c", s),
             "iso_cts": lambda s: _merge("iso_cts", s, common=0.4),
             "cart": lambda s: _merge("cart", s, rank=0.4, strength=1.5),
+            "dc_merge": lambda s: _merge("dc_merge", s, keep=0.1, smoothing="linear"),
             "svc": lambda s: _calibrated(s),
         }
         scalar = jax.jit(lambda s: jnp.sum(jnp.sin(functions[name](s))))
