@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
     """As Ctrl-C, which may come at any block."""
 
 
-@pytest.mark.parametrize("method", ["ties", "emr"])
+@pytest.mark.parametrize("method", ["ties", "emr", "t_switch", "tsv_c"])
 @pytest.mark.parametrize("after", [1, 4])
 def test_resume_gives_the_same_bytes(after, method, root, capsys, monkeypatch):
     monkeypatch.setattr(streaming, "BLOCK", 64)
