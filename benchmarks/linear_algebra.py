@@ -6,7 +6,10 @@ Three problems that the rules pose: the thin SVD of a long narrow matrix, the SV
 transformer block), and the polar factor of the singular vectors of several tasks side by side (TSV-M, Iso-CTS), for
 tasks that share nothing, half of their directions, or one direction exactly. Errors are against NumPy in float64:
 ``error`` is the largest deviation of what the rules use (the product of the factors, or the polar factor),
-``orthogonality`` the largest entry of :math:`U^T U - I`.
+``orthogonality`` the largest entry of :math:`U^T U - I` (where the rank is full: a partial isometry has 1 there).
+
+Seconds are processor seconds of all threads, which other load on the machine changes little; for a comparison across
+devices measure the wall.
 """
 
 import argparse
@@ -96,14 +99,14 @@ def routes(problem: str) -> dict[str, Callable]:
 
 
 def measure(function: Callable, a: jax.Array, repeats: int) -> tuple[float, Any]:
-    """The best of several runs in seconds, after one to compile, and the result."""
+    """The best of several runs in processor seconds, after one to compile, and the result."""
     compiled = jax.jit(function)
     result = jax.block_until_ready(compiled(a))
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         jax.block_until_ready(compiled(a))
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times), result
 
 
