@@ -2,8 +2,7 @@ r"""Consensus merging: the sum of the task vectors where several tasks need it (
 
 import jax.numpy as jnp
 
-from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import lengths, number, whole
+from tadrop_jax.parameters import lengths, number, single, whole
 from tadrop_jax.rules.tall import after, vector_and_masks
 from tadrop_jax.steps import AnyStep, Chain, Step, over_tasks, spec
 
@@ -41,9 +40,7 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0, *, multi_task: A
     """
     agree = whole("consensus", "agree", agree, 0)
     tall_lambda = number("consensus", "tall_lambda", tall_lambda, 0)
-    coefficient = number("consensus", "coefficient", coefficient)
-    if isinstance(coefficient, tuple):
-        raise ParameterError("consensus: coefficient is one number for the merged vector")
+    coefficient = single("consensus", "coefficient", coefficient)
 
     def apply(x, carry):
         vector, masks = vector_and_masks(x, tall_lambda, multi_task is not None)

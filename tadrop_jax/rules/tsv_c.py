@@ -1,9 +1,8 @@
 r"""TSV-Compress: the leading singular triples of each task's matrices (arXiv 2412.00081)."""
 
 from tadrop_jax import linalg
-from tadrop_jax.errors import ParameterError
 from tadrop_jax.kinds import Kind, Part
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import fixed
 from tadrop_jax.steps import Step, patterns, spec
 
 
@@ -36,9 +35,7 @@ def tsv_c(*, share=None, per_task=()) -> Step:
       [[3.0, 0.0], [0.0, 0.0]]
     """
     if share is not None:
-        share = number("tsv_c", "share", share, 0, 1)
-        if not isinstance(share, (int, float)):
-            raise ParameterError("tsv_c: share is one Python number for all tasks: shapes depend on it")
+        share = fixed("tsv_c", "share", share, 0, 1)
 
     def apply(x, carry):
         if x.stack.ndim != 3:

@@ -57,7 +57,7 @@ def test_has_neither_masks_nor_a_shared_vector(make_stacks, nest):
 
 
 @pytest.mark.parametrize(
-    ("share", "said"), [(1.5, r"share must lie in \[0, 1\], got 1.5"), ([0.5, 0.5], "share is one Python number")]
+    ("share", "said"), [(1.5, r"share must lie in \[0, 1\], got 1.5"), ([0.5, 0.5], "share is one number, got 2")]
 )
 def test_bad_values(share, said):
     with pytest.raises(tj.ParameterError, match=said):
