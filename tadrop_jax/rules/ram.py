@@ -3,8 +3,7 @@ r"""RAM: reinforced agent merging (arXiv 2601.13572)."""
 import jax
 import jax.numpy as jnp
 
-from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import single
 from tadrop_jax.selection import magnitude
 from tadrop_jax.steps import Step, over_tasks, spec
 
@@ -34,26 +33,14 @@ def ram(threshold=1e-5, coefficient=1.0) -> Step:
       >>> tj.merge_task_vectors({"w": jnp.array([[1.0, 0.0, 2.0], [0.0, 0.0, 4.0]])}, tj.ram())["w"].tolist()
       [1.0, 0.0, 3.0]
     """
-    threshold = one_number("ram", "threshold", threshold, low=0)
-    coefficient = one_number("ram", "coefficient", coefficient)
+    threshold = single("ram", "threshold", threshold, low=0)
+    coefficient = single("ram", "coefficient", coefficient)
 
     def apply(x, carry):
         active, count = changed(x, threshold)
         return coefficient * over_tasks(jnp.add, jnp.where(active, x.stack, 0)) / jnp.maximum(count, 1)
 
     return Step(apply=apply, output="vector", spec=spec("ram", threshold=threshold, coefficient=coefficient))
-
-
-def one_number(method: str, name: str, value, low: float = -float("inf")):
-    """One number for all tasks, at least ``low``.
-
-    Raises:
-      ParameterError: for several numbers, or one out of range.
-    """
-    value = number(method, name, value, low)
-    if isinstance(value, tuple):
-        raise ParameterError(f"{method}: {name} is one number for all tasks, got {len(value)}")
-    return value
 
 
 def changed(x, threshold) -> tuple[jax.Array, jax.Array]:

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import choice
-from tadrop_jax.rules.ram import changed, one_number
+from tadrop_jax.parameters import choice, single
+from tadrop_jax.rules.ram import changed
 from tadrop_jax.steps import Step, Sums, over_tasks, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
@@ -56,10 +56,10 @@ def ram_plus(
     """
     choice("ram_plus", "flavour", flavour, (None, *FLAVOURS))
     preset = FLAVOURS[flavour or "mergekit"]
-    r = one_number("ram_plus", "r", r, low=0)
-    alpha = one_number("ram_plus", "alpha", preset["alpha"] if alpha is None else alpha, low=0)
-    threshold = one_number("ram_plus", "threshold", threshold, low=0)
-    coefficient = one_number("ram_plus", "coefficient", coefficient)
+    r = single("ram_plus", "r", r, low=0)
+    alpha = single("ram_plus", "alpha", preset["alpha"] if alpha is None else alpha, low=0)
+    threshold = single("ram_plus", "threshold", threshold, low=0)
+    coefficient = single("ram_plus", "coefficient", coefficient)
     granularity = choice("ram_plus", "granularity", granularity or preset["granularity"], ("tensor", "global"))
 
     def counts(x, carry, n):

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import choice, lengths, number
+from tadrop_jax.parameters import choice, lengths, number, single
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
 from tadrop_jax.steps import AnyStep, Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
@@ -110,9 +109,7 @@ def ties(
         if keep is None and granularity == "global" and chosen["keep"].startswith("exact"):
             # Exact counts break ties by position in a tensor; over the tree ties are kept.
             chosen["keep"] = "at_least_one" if chosen["keep"].endswith("at_least_one") else "floor"
-    coefficient = number("ties", "coefficient", coefficient)
-    if isinstance(coefficient, tuple):
-        raise ParameterError("ties: coefficient is one number for the merged vector; weights are per task")
+    coefficient = single("ties", "coefficient", coefficient)
     rule = _elect_and_merge(
         coefficient,
         number("ties", "weights", weights),
@@ -137,9 +134,7 @@ def linear_or_elected(method: str, elect: bool, normalize: bool, coefficient, we
     Raises:
       ParameterError: for values that are no numbers.
     """
-    coefficient, weights = number(method, "coefficient", coefficient), number(method, "weights", weights)
-    if isinstance(coefficient, tuple):
-        raise ParameterError(f"{method}: coefficient is one number for the merged vector; weights are per task")
+    coefficient, weights = single(method, "coefficient", coefficient), number(method, "weights", weights)
     if not elect:
         return task_arithmetic(coefficient, weights=weights, normalize=normalize)
     combine = "mean" if normalize else "sum"

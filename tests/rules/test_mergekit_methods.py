@@ -120,7 +120,7 @@ def test_a_bfloat16_checkpoint_is_merged_in_float32(make_stacks):
 
 
 def test_coefficients_per_task_are_refused():
-    with pytest.raises(tj.ParameterError, match="dare_ties: coefficient is one number for the merged vector"):
+    with pytest.raises(tj.ParameterError, match="dare_ties: coefficient is one number, got"):
         tj.dare_ties(coefficient=[1.0, 2.0])
 
 

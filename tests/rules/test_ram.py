@@ -82,7 +82,7 @@ def test_streamed_equals_in_memory(small_blocks):
     ("make", "said"),
     [
         (lambda: tj.ram(-1.0), r"ram: threshold must lie in \[0, inf\], got -1.0"),
-        (lambda: tj.ram(coefficient=[1.0, 2.0]), "ram: coefficient is one number for all tasks, got 2"),
+        (lambda: tj.ram(coefficient=[1.0, 2.0]), "ram: coefficient is one number, got 2"),
         (lambda: tj.ram_plus(-0.1), r"ram_plus: r must lie in \[0, inf\], got -0.1"),
         (lambda: tj.ram_plus(granularity="row"), "ram_plus: granularity must be one of 'tensor', 'global', got 'row'"),
         (lambda: tj.ram_plus(flavour="peft"), "ram_plus: flavour must be one of"),
