@@ -8,8 +8,8 @@ Importing this package imports neither jax nor flax nor torch.
 
 from converters.errors import ConversionError
 from converters.files import read_tensors
-from converters.loading import load
-from converters.mapping import Row, Transform, layout, to_flax, to_torch
+from converters.loading import load, read_config
+from converters.mapping import Row, Transform, fused, layout, to_flax, to_torch
 from converters.saving import convert, save
 from converters.sharding import partition_specs, shard
 
@@ -18,9 +18,11 @@ __all__ = [
     "Row",
     "Transform",
     "convert",
+    "fused",
     "layout",
     "load",
     "partition_specs",
+    "read_config",
     "read_tensors",
     "save",
     "shard",

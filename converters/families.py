@@ -170,6 +170,20 @@ def package_of(entry: Architecture) -> Any:
     return importlib.import_module(entry.package)
 
 
+def counterpart(entry: Architecture) -> Architecture:
+    """The architecture of transformers with the module of another layout.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    models = package_of(entry).MODELS
+    for other in ARCHITECTURES.values():
+        same = other.package == entry.package and models[other.name] is models[entry.name]
+        if same and other.layout == "transformers":
+            return other
+    raise ConversionError(f"pass architecture=: none of transformers has the module of {entry.name}")
+
+
 def offered(package: Any, what: str, default: Any, *arguments: Any) -> Any:
     """Calls an optional function of a family's package; the default where the package has none."""
     function = getattr(package, what, None)

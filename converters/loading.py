@@ -49,7 +49,7 @@ def load(source: str | os.PathLike, *, config: Any = None, architecture: str | N
     Args:
         source: a directory with its `config.json`, or a file beside which there may be one: safetensors, a torch pickle
             (read without running it), an Orbax checkpoint, msgpack or npz.
-        config: a Config of the family, in place of what the files say.
+        config: a Config of the family, or the contents of a `config.json`, in place of what the files say.
         architecture: a name of `converters.families.ARCHITECTURES`; None finds it out.
 
     Returns:
@@ -81,6 +81,8 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     source = Path(source)
     folder = source if source.is_dir() else source.parent
     raw, note = read_json(folder / "config.json"), read_json(folder / NOTE)
+    if isinstance(config, Mapping):
+        raw, config = dict(config), None
     name = architecture or note.get("architecture")
     if name is None and raw.get("architectures"):
         # An unsupported architecture is told before files are looked at.
@@ -153,6 +155,18 @@ def _of_tree(
     readings = [_mapped(tensors, rows, expect) for rows in (own, old) if rows is not None]
     readings.append(_mapped(spelled_tensors, package.table(config, entry.name), expect))
     return min(readings, key=lambda reading: len(reading[1]))
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The contents of a `config.json`.
+
+    Raises:
+        ConversionError: there is none, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConversionError(f"{path}: no such file")
+    return read_json(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -154,23 +154,25 @@ def translate(tensors: Mapping[str, Any], table: Table, *, forward: bool, expect
     return found
 
 
-def layout(table: Table) -> Callable[[str], tuple[str, tuple[int, ...] | None] | None]:
+def layout(source: Any) -> Callable[[str], tuple[str, tuple[int, ...] | None] | None]:
     """Gives, for a Flax path, the tensor's PyTorch name and the permutation of its axes into PyTorch order.
 
-    That is what `tadrop_jax.merge(layout=)` takes, so that groups, rows and random numbers follow the PyTorch tensor.
+    That is what `tadrop_jax.merge(layout=)` takes, so that groups, rows and random numbers follow the PyTorch tensor
+    and a merge gives the same weights before and after conversion.
 
     Args:
-        table: a family's rows.
+        source: a module of ours, or a family's rows.
 
     Returns:
         A function of a path: (name, order), where order is None if nothing moves; None for a path that no row maps. The
         parts of a fused tensor have no tensor of their own in PyTorch: theirs is (path, order), and a merge by rows,
-        groups or random numbers differs from one of the fused tensor.
+        groups or random numbers differs from one of the fused tensor. `fused` names them.
 
     Example:
         >>> layout(linear("fc", "fc"))("fc/kernel")
         ('fc.weight', (1, 0))
     """
+    table = _rows_of(source)
     rules = _compile(table, forward=False)
 
     def place(path: str) -> tuple[str, tuple[int, ...] | None] | None:
@@ -181,6 +183,28 @@ def layout(table: Table) -> Callable[[str], tuple[str, tuple[int, ...] | None] |
         return None
 
     return place
+
+
+def fused(source: Any) -> dict[str, tuple[str, ...]]:
+    """The tensors that hold several of the module's: their PyTorch names, and the paths of the parts, as templates.
+
+    Args:
+        source: a module of ours, or a family's rows.
+
+    Example:
+        >>> fused([Row("in_proj", ("q", "k", "v")), Row("out", "out")])
+        {'in_proj': ('q', 'k', 'v')}
+    """
+    return {row.torch: row.flax for row in _rows_of(source) if not isinstance(row.flax, str)}
+
+
+def _rows_of(source: Any) -> Table:
+    if not hasattr(source, "config"):
+        return source
+    from converters import families
+
+    entry = families.architecture_of(source)
+    return families.package_of(entry).table(source.config, entry.name)
 
 
 def _compare(paths: Mapping[str, tuple[tuple[int, ...], str]], expect: Any, table: Table) -> list[str]:

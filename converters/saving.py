@@ -46,6 +46,7 @@ def save(
 
     Raises:
         ConversionError: the directory is not empty, the configuration is missing, or a parameter is unmapped.
+        OSError: it cannot be written; nothing is left behind.
 
     Example:
         >>> save("models/my-vit", module)  # doctest: +SKIP
@@ -81,7 +82,7 @@ def convert(
         to: "torch" or "flax", as in `converters.save`.
         format: as in `converters.save`.
         architecture: what to write; it must have the same module as what is read. None writes what is read.
-        config: a Config of the family, where the files do not tell it.
+        config: a Config of the family, or the contents of a `config.json`, where the files do not tell it.
         max_shard_size: bytes of a safetensors file.
 
     Returns:
@@ -89,6 +90,7 @@ def convert(
 
     Raises:
         ConversionError: as `converters.load` and `converters.save`.
+        OSError: it cannot be written; nothing is left behind.
 
     Example:
         >>> convert("models/gpt2", "models/gpt2-flax", to="flax")  # doctest: +SKIP
@@ -97,6 +99,12 @@ def convert(
     _check(directory, to, format)
     opened = open_model(source, config=config)
     entry = families.architecture(architecture) if architecture else opened.entry
+    if (
+        not architecture
+        and to == "torch"
+        and any("/" in row.torch for row in opened.package.table(opened.config, entry.name))
+    ):
+        entry = families.counterpart(entry)  # a layout of trees: PyTorch has other names for it
     if entry.package != opened.entry.package:
         raise ConversionError(f"{source}: is {opened.entry.name}, which cannot be written as {entry.name}")
     _write(
@@ -200,7 +208,5 @@ def _appear(directory: Path, files: Iterable[tuple[str, bytes | Path]], write: A
                 (partial / name).write_bytes(data)
         write(partial)
         os.replace(partial, directory)
-    except OSError as error:
-        raise ConversionError(f"{directory}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The command line: ``tadrop merge``, ``inspect``, ``task``, ``methods`` and ``demo``.
+"""The command line: ``tadrop merge``, ``inspect``, ``task``, ``convert``, ``methods`` and ``demo``.
 
 jax, rich and yaml are imported inside the commands, so that ``tadrop --help`` answers at once.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tadrop_jax import __version__, console, registry
-from tadrop_jax.errors import ContentError, MergeError, MismatchError
+from tadrop_jax.errors import ContentError, MergeError, MismatchError, checkpoint_errors
 
 _ADVICE = {
     ContentError: " (--allow-nonfinite lets it pass)",
@@ -148,6 +148,33 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--quiet", action="store_true", help="no summary")
     task.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory")
     task.set_defaults(run=_task)
+
+    convert = commands.add_parser(
+        "convert",
+        help="convert checkpoints between PyTorch and Flax",
+        description="Convert a checkpoint of PyTorch or Flax, whatever its format; architecture and format are found "
+        "out. One tensor is in memory at a time. config.json, tokenizer and processor files travel along.",
+        epilog="Examples:\n"
+        "  tadrop convert gpt2 gpt2-flax --to flax\n"
+        "  tadrop convert gpt2-flax gpt2-torch --to torch\n"
+        "  tadrop convert ViT-B-32.pt clip --to torch --architecture CLIPModel",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("source", type=Path, metavar="SRC", help="directory, or a file")
+    convert.add_argument("out", type=Path, metavar="DST", help="new directory")
+    convert.add_argument("--to", required=True, choices=("flax", "torch"), help="whose names and axes to write")
+    convert.add_argument(
+        "--format",
+        choices=("orbax", "safetensors", "msgpack", "npz"),
+        help="of the files (default: orbax for flax, safetensors for torch)",
+    )
+    convert.add_argument(
+        "--architecture", metavar="NAME", help="write the layout of this architecture (default: that of SRC)"
+    )
+    convert.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, if SRC has none")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
+    convert.add_argument("--quiet", action="store_true", help="no summary")
+    convert.set_defaults(run=_convert)
 
     methods = commands.add_parser("methods", help="list sparsifiers and merge rules, with parameters and sources")
     methods.add_argument("name", nargs="?", metavar="NAME", help="tell all of one method")
@@ -298,6 +325,32 @@ def _task(options) -> int:
     size = write_task(options.bundle, options.task, options.out, _size(options.max_shard_size))
     if not options.quiet:
         print(f"{options.out}: the model of task {options.task!r}, {console.size(size)}")
+    return 0
+
+
+def _convert(options) -> int:
+    _checked_out(options.out, resume=False)
+    size = _size(options.max_shard_size)
+    _start_jax()
+    import converters
+
+    try:
+        with checkpoint_errors():
+            config = None if options.config is None else converters.read_config(options.config)
+            opened = converters.convert(
+                options.source,
+                options.out,
+                to=options.to,
+                format=options.format,
+                architecture=options.architecture,
+                config=config,
+                max_shard_size=size,
+            )
+    except OSError as error:
+        print(f"tadrop convert: {options.out}: cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
+    if not options.quiet:
+        console.print_conversion(opened, options.out, options.to)
     return 0
 
 

@@ -121,3 +121,16 @@ def size(n: int) -> str:
         if n >= factor:
             return f"{n / factor:.2f} {unit}"
     return f"{n} bytes"
+
+
+def print_conversion(opened, out: Path, to: str) -> None:
+    """What was converted, and which of its tensors merge otherwise in Flax than in PyTorch."""
+    count, nbytes = len(opened.leaves), sum(leaf.nbytes for leaf in opened.leaves.values())
+    print(f"{out}: {opened.entry.name} from {opened.stored.format} for {to}, {count} parameters, {size(nbytes)}")
+    from converters import fused
+
+    if names := ", ".join(fused(opened.rows)):
+        print(
+            f"fused in PyTorch and apart in Flax: {names}; methods that go by rows, groups, ranks within a tensor or "
+            "random numbers give other weights for these in Flax"
+        )

@@ -20,7 +20,7 @@ from converters.leaves import Leaf
 METADATA = "_METADATA"
 # Where the tree lies below a directory: itself, an item of the v1 interface, of a CheckpointManager.
 _ITEMS = ("", "state", "default", "params", "model", "pytree")
-_GROUP_BYTES = 1 << 28
+_GROUP_BYTES = 1 << 26
 
 
 def find(directory: Path) -> Path | None:

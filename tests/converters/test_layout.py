@@ -1,0 +1,106 @@
+"""A merge gives the same weights before and after conversion, wherever the mapping is one to one."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import converters
+import tadrop_jax as tj
+from converters.mapping import Row, flatten, nest
+from converters.vit import Config, ViTForImageClassification
+
+NAME = "ViTForImageClassification"
+CONFIG = Config(
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=12,
+    image_size=8,
+    patch_size=4,
+    num_channels=3,
+)
+MODULE = ViTForImageClassification(CONFIG, rngs=nnx.Rngs(0))
+ROWS = converters.vit.table(CONFIG, NAME)
+
+
+def trees(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    state = nnx.to_pure_dict(nnx.state(MODULE, nnx.Param))
+    return nest({p: rng.normal(size=leaf.shape).astype(np.float32) for p, leaf in flatten(state).items()})
+
+
+FLAX = [trees(seed) for seed in range(3)]
+TORCH = [converters.to_torch(tree, ROWS) for tree in FLAX]
+# Few tensors: each shape is compiled.
+KERNEL = r"intermediate\Wdense\W(weight|kernel)"
+CONVOLUTION = r"projection\W(weight|kernel)"
+
+METHODS = {
+    "dare": (tj.average(), lambda: tj.dare(0.5)),
+    "della": (tj.average(), lambda: tj.della(0.5, 0.2)),
+    "n_m": (tj.average(), lambda: tj.n_m(2, 4)),
+    "tadrop": (tj.task_arithmetic(0.4), tj.tadrop),
+    "wudi": (tj.wudi(steps=3), lambda: None),
+    "iso_c": (tj.iso_c(), lambda: None),
+}
+
+
+def merged(models, rule, sparsifier, layout, include=KERNEL):
+    base, *models = models
+    key = jax.random.key(3)
+    return tj.merge(base, models, rule, sparsifier=sparsifier, include=include, layout=layout, key=key)
+
+
+@pytest.mark.parametrize(("name", "include"), [*((name, KERNEL) for name in METHODS), ("n_m", CONVOLUTION)])
+def test_before_or_after_conversion(name, include):
+    rule, sparsifier = METHODS[name][0], METHODS[name][1]()
+    before = merged(TORCH, rule, sparsifier, None, include)
+    after = converters.to_torch(merged(FLAX, rule, sparsifier, converters.layout(MODULE), include), ROWS)
+    assert after.keys() == before.keys()
+    for tensor, want in before.items():
+        np.testing.assert_allclose(after[tensor], want, rtol=2e-6, atol=2e-7, err_msg=tensor)
+        np.testing.assert_array_equal(after[tensor] == TORCH[0][tensor], want == TORCH[0][tensor], err_msg=tensor)
+
+
+def test_without_the_layout_the_mask_is_another():
+    before = merged(TORCH, tj.average(), tj.dare(0.5), None)
+    after = converters.to_torch(merged(FLAX, tj.average(), tj.dare(0.5), None), ROWS)
+    kernel = "vit.encoder.layer.0.intermediate.dense.weight"
+    assert not np.array_equal(before[kernel], after[kernel])
+
+
+def test_a_pair_is_a_layout():
+    w, turned = np.arange(6, dtype=np.float32).reshape(2, 3), (1, 0)
+    for given in (("w.weight", turned), tj.Layout("w.weight", turned)):
+        out = tj.merge(
+            {"w": 0 * w.T},
+            [{"w": w.T}],
+            tj.average(),
+            sparsifier=tj.dare(0.5),
+            layout={"w": given},
+            key=jax.random.key(0),
+        )
+        plain = tj.merge(
+            {"w.weight": 0 * w}, [{"w.weight": w}], tj.average(), sparsifier=tj.dare(0.5), key=jax.random.key(0)
+        )
+        np.testing.assert_array_equal(out["w"].T, plain["w.weight"])
+    vector = tj.merge(
+        {"b": np.zeros(8, np.float32)},
+        [{"b": np.ones(8, np.float32)}],
+        tj.average(),
+        sparsifier=tj.dare(0.5),
+        layout={"b": ("w.bias", None)},
+        key=jax.random.key(0),
+    )
+    assert vector["b"].shape == (8,)
+    with pytest.raises(tj.MergeError, match="permutation of its 2 axes"):
+        tj.merge({"w": w}, [{"w": w + 1}], tj.average(), layout={"w": ("w", (0, 0))})
+
+
+def test_what_is_fused_is_told():
+    rows = [Row("in_proj", ("q/kernel", "k/kernel"), converters.Transform.LINEAR), *ROWS]
+    assert converters.fused(rows) == {"in_proj": ("q/kernel", "k/kernel")}
+    assert converters.fused(MODULE) == {}
+    assert converters.layout(rows)("k/kernel") == ("k/kernel", (1, 0))
+    assert converters.layout(MODULE)("classifier/bias") == ("classifier.bias", None)

@@ -1,0 +1,113 @@
+"""`tadrop convert`: there and back, what it says, and what it refuses."""
+
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import converters
+from converters.vit import Config, ViTForImageClassification
+from tadrop_jax.cli import main
+from tests.converters.files.torch_files import Call, save_zip
+
+CONFIG = Config(
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=12,
+    image_size=8,
+    patch_size=4,
+    num_channels=1,
+)
+
+
+@pytest.fixture
+def root(tmp_path):
+    converters.save(tmp_path / "vit", ViTForImageClassification(CONFIG, rngs=nnx.Rngs(0)))
+    (tmp_path / "vit" / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def convert(root, source, out, *more) -> int:
+    return main(["convert", str(root / source), str(root / out), *more])
+
+
+def refused(root, capsys, code, *words, out="out") -> None:
+    said = capsys.readouterr()
+    assert code == 2, said
+    assert said.out == ""
+    assert said.err.startswith("tadrop convert: ")
+    assert "Traceback" not in said.err
+    for word in words:
+        assert word in said.err, (word, said.err)
+    assert not (root / out).exists()
+    assert not [path.name for path in root.iterdir() if path.name.startswith(f".{out}")]
+
+
+@pytest.mark.parametrize("format", [None, "safetensors", "msgpack", "npz"])
+def test_there_and_back(format, root, capsys):
+    more = () if format is None else ("--format", format)
+    assert convert(root, "vit", "flax", "--to", "flax", *more) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "flax: ViTForImageClassification from safetensors for flax, 24 parameters" in said.out
+    assert convert(root, "flax", "back", "--to", "torch", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    for file in (root / "vit").iterdir():
+        assert (root / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_tree_without_a_configuration(root, capsys):
+    assert convert(root, "vit", "flax", "--to", "flax", "--format", "npz") == 0
+    (root / "bare").mkdir()
+    shutil.move(root / "flax" / "model.npz", root / "bare" / "model.npz")
+    capsys.readouterr()
+    refused(root, capsys, convert(root, "bare", "out", "--to", "torch"), "bare", "ViTForImageClassification")
+    config = ("--config", str(root / "vit" / "config.json"))
+    assert convert(root, "bare", "out", "--to", "torch", *config) == 0
+    assert (root / "out" / "model.safetensors").read_bytes() == (root / "vit" / "model.safetensors").read_bytes()
+    assert convert(root, "vit", "other", "--to", "torch", "--config", str(root / "absent.json")) == 2
+    assert "absent.json: no such file" in capsys.readouterr().err
+
+
+def test_shards(root):
+    assert convert(root, "vit", "out", "--to", "torch", "--max-shard-size", "1KB") == 0
+    assert len(list((root / "out").glob("model-*.safetensors"))) > 2
+    module, _ = converters.load(root / "out")
+    assert module(np.ones((1, 8, 8, 1), np.float32)).shape == (1, 2)
+
+
+def test_what_is_wrong(root, capsys):
+    refused(root, capsys, convert(root, "absent", "out", "--to", "flax"), "absent", "no such file or directory")
+    code = convert(root, "vit", "out", "--to", "torch", "--format", "npz")
+    refused(root, capsys, code, "format must be safetensors with torch")
+    code = convert(root, "vit", "out", "--to", "torch", "--architecture", "CLIPModel")
+    refused(root, capsys, code, "ViTForImageClassification, which cannot be written as CLIPModel")
+    assert convert(root, "vit", "vit", "--to", "flax") == 2
+    assert "not empty" in capsys.readouterr().err
+    weights = root / "vit" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-9])
+    refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), "model.safetensors", "truncated")
+    weights.unlink()
+    attack = Call("posix", "system", f"touch {root / 'executed'}")
+    save_zip(root / "vit" / "pytorch_model.bin", {"vit.layernorm.bias": attack})
+    code = convert(root, "vit", "out", "--to", "flax")
+    refused(root, capsys, code, "pytorch_model.bin", "holds code", "posix.system")
+    assert not (root / "executed").exists()
+    config = json.loads((root / "vit" / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    (root / "vit" / "config.json").write_text(json.dumps(config))
+    refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), "LlamaForCausalLM is not supported")
+
+
+def test_a_full_disk(root, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("converters.files.safetensors._write_file", full)
+    assert convert(root, "vit", "out", "--to", "torch") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in root.iterdir()) == ["vit"]
