@@ -104,3 +104,20 @@ def test_what_is_fused_is_told():
     assert converters.fused(MODULE) == {}
     assert converters.layout(rows)("k/kernel") == ("k/kernel", (1, 0))
     assert converters.layout(MODULE)("classifier/bias") == ("classifier.bias", None)
+
+
+def test_regmean_before_or_after_conversion():
+    """Its kernels lie (in, out) in Flax; the layout tells which of PyTorch's lie (out, in)."""
+    path = "vit/encoder/layer/0/intermediate/dense/kernel"
+    name, order = converters.layout(MODULE)(path)
+    assert order == (1, 0)
+    rng = np.random.default_rng(0)
+    inputs = [rng.normal(size=(20, 8)).astype(np.float32) for _ in range(2)]
+    grams = [x.T @ x / len(x) for x in inputs]
+    before = tj.regmean(
+        None, None, TORCH[0], TORCH[1:], grams=[{name: g} for g in grams], include=KERNEL, out_in=[f"^{name}$"]
+    )
+    after = tj.regmean(None, None, FLAX[0], FLAX[1:], grams=[{path: g} for g in grams], include=KERNEL)
+    found = converters.to_torch(after.params, ROWS)
+    np.testing.assert_allclose(found[name], before.params[name], rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(found[name], TORCH[0][name])
