@@ -48,3 +48,13 @@ def test_one_task_is_itself():
     got = tj.core_space([adapter], tj.average(), scaling=0.5)
     for name, stack in dense([adapter], [0.5]).items():
         np.testing.assert_allclose(got[name], stack[0], rtol=1e-4, atol=1e-5)
+
+
+def test_iso_c_sees_the_cores_as_matrices():
+    adapters = make_adapters()
+    got = tj.core_space(adapters, tj.iso_c())
+    for name in got:
+        u, v, stack = cores(adapters, name)
+        left, s, right = np.linalg.svd(stack.sum(axis=0))
+        expected = u @ (s.mean() * left @ right) @ v.T
+        np.testing.assert_allclose(got[name], expected, rtol=1e-3, atol=1e-4, err_msg=name)

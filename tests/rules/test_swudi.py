@@ -168,3 +168,12 @@ def test_gradient_in_time():
 def test_bad_values_are_refused(method, values):
     with pytest.raises(tj.ParameterError, match=f"{method}: {next(iter(values))}"):
         getattr(tj, method)(**values)
+
+
+def test_times_in_one_call():
+    """A vmap over the stopping time, inside jit, equals a loop."""
+    stack = {"w": jnp.asarray(make(TALL))}
+    times = jnp.array([1.0, 30.0, 1300.0])
+    merged = jax.jit(jax.vmap(lambda t: tj.merge_task_vectors(stack, tj.swudi(t))["w"]))(times)
+    for t, one in zip((1.0, 30.0, 1300.0), merged, strict=True):
+        np.testing.assert_allclose(one, run(stack["w"], tj.swudi(t)), rtol=1e-4, atol=1e-5)
