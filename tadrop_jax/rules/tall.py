@@ -1,5 +1,6 @@
 r"""TALL masks: localising what each task needs in the sum (arXiv 2405.07813)."""
 
+import jax
 import jax.numpy as jnp
 
 from tadrop_jax.kinds import masked_vector
@@ -75,6 +76,6 @@ def after(multi_task: AnyStep | None, step: Step, method: str) -> Chain:
 
 def vector_and_masks(x: Piece, tall_lambda, on_top: bool):
     """The sum of the task vectors, or the vector on top of the stack (S), and the TALL masks (T, *S)."""
-    stack = x.given if on_top else x.stack
+    stack: jax.Array = x.given if on_top else x.stack  # type: ignore[assignment]
     vector = x.stack[0] if on_top else over_tasks(jnp.add, stack)
     return vector, magnitude(stack) > x.per_task(tall_lambda) * magnitude(vector - stack)
