@@ -34,6 +34,12 @@ RULES = {
     "cabs": lambda: tj.cabs(1, 4),
     "conflict_aware": lambda: tj.chain(tj.conflict_aware(tj.magnitude(0.3)), tj.task_arithmetic(1.0)),
     "karcher": lambda: tj.chain(tj.magnitude(0.5), tj.karcher()),
+    "breadcrumbs": lambda: tj.breadcrumbs_merging(0.5, 0.1, flavour="mergekit"),
+    "della": lambda: tj.della_linear(0.5),
+    "rescale": lambda: tj.chain(tj.rescale(tj.dare(0.5, None), 1, "global"), tj.task_arithmetic(1.0)),
+    "pcb": lambda: tj.pcb(0.3),
+    "ram_plus": lambda: tj.ram_plus(threshold=0.1, flavour="authors"),
+    "sce": lambda: tj.sce(0.3),
     "emr": lambda: tj.chain(tj.tadrop(), tj.emr()),
 }
 # Methods of every kind of statistic run on all layouts, the others on one.
