@@ -74,7 +74,8 @@ def fisher(
       weights: weight of each model.
       normalize: divide each Fisher by its norm over the ``"model"``, by its norm over each ``"tensor"``, or None.
       floor: least value of a Fisher, before it is divided.
-      floor_on: ``"first"`` model, or ``"all"``.
+      floor_on: ``"first"`` model, or ``"all"``. ``"added"``: the floor is added to all Fishers, and to the norms that
+        divide them, as fusion_bench and dataless-model-merging do.
       chunk: how many examples to differentiate at a time; each takes the memory of a gradient.
       fishers: T Fishers from an earlier run (or from :func:`fisher_diagonal`), in place of functions and batches, which
         are then None.
@@ -98,7 +99,7 @@ def fisher(
       [[1.0, 1.0], [3.0, 3.0]]
     """
     choice("fisher", "normalize", normalize, ("model", "tensor", None))
-    choice("fisher", "floor_on", floor_on, ("first", "all"))
+    choice("fisher", "floor_on", floor_on, ("first", "all", "added"))
     floor = number("fisher", "floor", floor, 0)
     problem = common.problem("fisher", base, models, include, exclude)
     by_task = common.weights("fisher", weights, problem.tasks)
@@ -118,7 +119,7 @@ def fisher(
         found = [_by_name(f, problem) for f in fishers]
         if len(found) != problem.tasks:
             raise MergeError(f"fisher: there are {len(found)} fishers, one per task, but {problem.tasks} tasks")
-    merged = _average(problem.models, found, by_task, floor, normalize, floor_on == "first")
+    merged = _average(problem.models, found, by_task, floor, normalize, floor_on)
     return FisherMerged(problem.finished(merged), tuple(problem.tree(f, {}) for f in found))
 
 
@@ -232,9 +233,9 @@ def _by_name(given, problem: common.Problem) -> dict[str, jax.Array]:
     return {n: jnp.asarray(table[n], jnp.float32) for n in problem.base}
 
 
-def _average(models, fishers, weights, floor, normalize, first: bool) -> dict[str, jax.Array]:
+def _average(models, fishers, weights, floor, normalize, floor_on: str) -> dict[str, jax.Array]:
     def norm(fisher: dict, names) -> jax.Array:
-        total = jnp.sqrt(sum(jnp.sum(jnp.square(fisher[n])) for n in names))
+        total = jnp.sqrt(sum(jnp.sum(jnp.square(fisher[n])) for n in names)) + (floor if floor_on == "added" else 0)
         return jnp.where(total == 0, 1, total)
 
     @jax.jit
@@ -244,7 +245,10 @@ def _average(models, fishers, weights, floor, normalize, first: bool) -> dict[st
         for name in models[0]:
             terms = []
             for t, fisher in enumerate(fishers):
-                value = fisher[name] if first and t else jnp.maximum(fisher[name], floor)
+                if floor_on == "added":
+                    value = fisher[name] + floor
+                else:
+                    value = fisher[name] if floor_on == "first" and t else jnp.maximum(fisher[name], floor)
                 by = norm(fisher, [name]) if normalize == "tensor" else shares[t]
                 terms.append(weights[t] / by * value)
             values = [jnp.asarray(m[name], jnp.float32) for m in models]

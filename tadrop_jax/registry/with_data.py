@@ -45,7 +45,7 @@ ENTRIES: tuple[Method, ...] = (
                 "normalize", "choice", "model", "norm that divides each Fisher", ("model", "tensor"), optional=True
             ),
             Parameter("floor", "number", 1e-6, "least value of a Fisher"),
-            Parameter("floor_on", "choice", "first", "which models have the floor", ("first", "all")),
+            Parameter("floor_on", "choice", "first", "which models have the floor", ("first", "all", "added")),
             Parameter("chunk", "whole", 1, "examples to differentiate at a time"),
         ),
         on="weights",

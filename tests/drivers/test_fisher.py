@@ -99,6 +99,24 @@ def test_closed_form_and_the_authors_average(softmax, inputs, normalize, floor_o
     chex.assert_trees_all_equal(again.params, found.params)
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")  # of what fusion_bench imports
+@pytest.mark.parametrize("normalize", ["model", None])
+def test_fusion_bench(normalize, softmax, inputs):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("fusion_bench.method.fisher_merging.fisher_merging", exc_type=ImportError)
+    base, models = softmax
+    found = tj.fisher(
+        logits, inputs, base, models, weights=[1.0, 2.0], normalize=normalize, floor=0.05, floor_on="added"
+    )
+    tensors = lambda trees: [{n: torch.tensor(np.array(v)) for n, v in tree.items()} for tree in trees]  # noqa: E731
+    values = {n: [tree[n] for tree in tensors(models)] for n in NAMES}
+    theirs = peer.merging_with_fisher_weights(
+        values, tensors(found.fishers), torch.tensor([1.0, 2.0]), normalize is not None, 0.05
+    )
+    chex.assert_trees_all_close(found.params, {n: v.numpy() for n, v in theirs.items()}, rtol=1e-5, atol=1e-6)
+
+
 def test_given_and_likeliest_labels(softmax, inputs):
     _, (model, _) = softmax
     labels = [np.arange(6) % CLASSES, np.arange(6)[::-1] % CLASSES]

@@ -53,6 +53,25 @@ def test_the_authors_formula(trees, inputs, scale, weights):
     chex.assert_trees_all_equal(again.params, found.params)
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")  # of what fusion_bench imports
+def test_fusion_bench(trees, inputs):
+    torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("fusion_bench.method.regmean.regmean", exc_type=ImportError)
+    base, models = trees
+    found = tj.regmean(capture, inputs, base, models, scale=0.6, ridge=0.0)
+    values = {
+        f"{layer}.{theirs}": [torch.tensor(np.array(m[layer][ours].T)) for m in models]
+        for layer in ("one", "two")
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    }
+    grams = [{n.removesuffix("/kernel"): torch.tensor(np.array(g)) for n, g in own.items()} for own in found.grams]
+    theirs = peer.merging_with_regmean_weights(values, grams, 0.6)
+    for layer in ("one", "two"):
+        np.testing.assert_allclose(found.params[layer]["kernel"].T, theirs[f"{layer}.weight"], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found.params[layer]["bias"], theirs[f"{layer}.bias"], rtol=1e-5, atol=1e-6)
+
+
 def test_least_squares_optimum(inputs):
     """Unscaled, it is what lstsq finds for the outputs of all tasks together."""
     rng = np.random.default_rng(5)
