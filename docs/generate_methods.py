@@ -58,7 +58,8 @@ def _values(parameter: Parameter) -> str:
     named |= {"object": "from Python"}
     named |= {role: f"a {role}: `NAME[:NAME=VALUE;...]`" for role in ("sparsifier", "rule")}
     said = ", ".join(f"`{o}`" for o in parameter.options) or named[parameter.kind]
-    return said + ", `none`" * parameter.optional
+    within = f", {parameter.bounds()}" if parameter.bounds() else ""
+    return said + within + ", `none`" * parameter.optional
 
 
 def _value(parameter: Parameter, value) -> str:

@@ -33,7 +33,8 @@ def _described(parameter: registry.Parameter, full: bool) -> str:
     text = f"{parameter.name} = {default}"
     if not full:
         return text
-    options = [str(o) for o in parameter.options] + ["none"] * (parameter.optional and bool(parameter.options))
+    options = [str(o) for o in parameter.options] + [parameter.bounds()] * bool(parameter.bounds())
+    options += ["none"] * (parameter.optional and bool(options))
     return f"{text}: {parameter.about}" + (f" ({', '.join(options)})" if options else "")
 
 

@@ -29,6 +29,11 @@ TEXTS = {
 NONSENSE = {"number": "much", "numbers": "0.1,x", "whole": "1.5", "flag": "maybe", "order": "[a]", "choice": "no such"}
 NONSENSE["object"] = "x"
 
+# The upper bound of n is m; an axis is one of two.
+HANGS_ON_OTHERS = {("n_m", "n", 1), ("cabs", "n", 1)} | {
+    (name, "input_axis", side) for name in ("wudi", "swudi", "aswudi", "ace") for side in (-1, 1)
+}
+
 
 def ids(value):
     return value.name if hasattr(value, "name") else str(value)
@@ -72,6 +77,21 @@ def test_number_of_models_is_checked(method):
     for unfit in [least - 1] * (least > 1) + ([] if most is None else [most + 1]):
         with pytest.raises(tj.ParameterError, match=rf"{method.name}: merges .* fine-tuned models?, got {unfit}"):
             steps.expand(step, unfit)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.from_python], ids=ids)
+def test_ranges_are_those_of_the_function(method):
+    """A number outside is refused; where the registry tells no bound there is none."""
+    for parameter in method.parameters:
+        if parameter.kind not in ("number", "numbers", "whole"):
+            continue
+        far = (-(10**6), 10**6) if parameter.kind == "whole" else (-1e6, 1e6)
+        for bound, side, value in zip(parameter.range, (-1, 1), far, strict=True):
+            if bound is not None:
+                with pytest.raises(tj.ParameterError, match=rf"{parameter.name} must lie in .*{bound:g}.*, got"):
+                    registry.build(method.name, {parameter.name: bound + side})
+            elif (method.name, parameter.name, side) not in HANGS_ON_OTHERS:
+                registry.build(method.name, {parameter.name: value})
 
 
 @pytest.mark.parametrize(("method", "parameter"), PARAMETERS, ids=ids)

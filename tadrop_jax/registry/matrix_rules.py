@@ -41,7 +41,12 @@ ENTRIES: tuple[Method, ...] = (
         "arXiv 2502.04959",
         "tensor",
         "one model",
-        (Parameter("common", "number", 0.8, "share of common directions"), _COEFFICIENT, _MEAN_ONLY, _NULL),
+        (
+            Parameter("common", "number", 0.8, "share of common directions", range=(0, 1)),
+            _COEFFICIENT,
+            _MEAN_ONLY,
+            _NULL,
+        ),
         properties=SMOOTH | {"local"},
     ),
     Method(
@@ -53,7 +58,7 @@ ENTRIES: tuple[Method, ...] = (
         "tensor",
         "one model",
         (
-            Parameter("rank", "number", 0.12, "share of the singular triples to keep"),
+            Parameter("rank", "number", 0.12, "share of the singular triples to keep", range=(0, 1)),
             Parameter("strength", "number", 2.0, "multiplies the low-rank sum"),
             _COEFFICIENT,
             _MEAN_ONLY,
@@ -69,13 +74,20 @@ ENTRIES: tuple[Method, ...] = (
         "tensor",
         "one model",
         (
-            Parameter("keep", "number", 0.001, "share of the entries that are kept in the frame"),
+            Parameter("keep", "number", 0.001, "share of the entries that are kept in the frame", range=(0, 1)),
             _COEFFICIENT,
             Parameter(
                 "smoothing", "choice", None, "of the singular values of a task", ("average", "linear"), optional=True
             ),
-            Parameter("ratio", "number", 5.0, "of the singular values, at most, for linear smoothing"),
-            Parameter("rank", "whole", None, "triples of each task; none means min(out, in) / T", optional=True),
+            Parameter("ratio", "number", 5.0, "of the singular values, at most, for linear smoothing", range=(1, None)),
+            Parameter(
+                "rank",
+                "whole",
+                None,
+                "triples of each task; none means min(out, in) / T",
+                optional=True,
+                range=(1, None),
+            ),
             _MEAN_ONLY,
             _NULL,
         ),
@@ -91,7 +103,7 @@ ENTRIES: tuple[Method, ...] = (
         "one model",
         (
             Parameter("rule", "rule", "task_arithmetic", "the inner rule, NAME or NAME:PARAMETER=VALUE;..."),
-            Parameter("alpha", "number", None, "the least coefficient; none means 1/T", optional=True),
+            Parameter("alpha", "number", None, "the least coefficient; none means 1/T", optional=True, range=(0, None)),
             Parameter(
                 "calibrate_on", "choice", "dense", "task vectors as they came, or as pruned", ("dense", "sparse")
             ),
@@ -110,9 +122,11 @@ ENTRIES: tuple[Method, ...] = (
         (
             _COEFFICIENT,
             Parameter("solver", "choice", "adam", "early-stopped Adam, or the exact minimiser", ("adam", "closed")),
-            Parameter("learning_rate", "number", 1e-5, "of Adam"),
-            Parameter("steps", "whole", 300, "of Adam"),
-            Parameter("cutoff", "number", 2e-3, "of the exact minimiser: singular values that count as zero"),
+            Parameter("learning_rate", "number", 1e-5, "of Adam", range=(0, None)),
+            Parameter("steps", "whole", 300, "of Adam", range=(0, None)),
+            Parameter(
+                "cutoff", "number", 2e-3, "of the exact minimiser: singular values that count as zero", range=(0.001, 1)
+            ),
             _INPUT_AXIS,
             _MEAN_ONLY,
         ),
@@ -128,8 +142,8 @@ ENTRIES: tuple[Method, ...] = (
         "tensor",
         "one model",
         (
-            Parameter("time", "number", 1300.0, "when the flow stops"),
-            Parameter("share", "number", 0.65, "of the input directions that are kept"),
+            Parameter("time", "number", 1300.0, "when the flow stops", range=(0, None)),
+            Parameter("share", "number", 0.65, "of the input directions that are kept", range=(0, 1)),
             _COEFFICIENT,
             Parameter("natural_time", "flag", False, "count time in mean eigenvalues: T / in"),
             _START,
@@ -170,10 +184,16 @@ ENTRIES: tuple[Method, ...] = (
         "tensor",
         "one model",
         (
-            Parameter("epsilon", "number", 0.01, "keeps the covariances invertible"),
+            Parameter("epsilon", "number", 0.01, "keeps the covariances invertible", range=(1e-12, None)),
             _COEFFICIENT,
-            Parameter("threshold", "number", 0.3, "on the spread of the norms, above which they are divided out"),
-            Parameter("share", "number", 0.3, "of the directions that refine the result then"),
+            Parameter(
+                "threshold",
+                "number",
+                0.3,
+                "on the spread of the norms, above which they are divided out",
+                range=(0, None),
+            ),
+            Parameter("share", "number", 0.3, "of the directions that refine the result then", range=(0, 1)),
             _INPUT_AXIS,
             _MEAN_ONLY,
         ),

@@ -47,6 +47,7 @@ ENTRIES = (
                 0.4,
                 "share to keep of the positive and of the negative entries; none switches the drop off",
                 optional=True,
+                range=(0, 1),
             ),
             Parameter(
                 "empty_side", "choice", "keep", "what becomes of a side of which nothing would stay", ("keep", "drop")
@@ -64,7 +65,9 @@ ENTRIES = (
         "tensor",
         "one model per task",
         (
-            Parameter("share", "number", None, "share of the rank to keep; none means 1/T", optional=True),
+            Parameter(
+                "share", "number", None, "share of the rank to keep; none means 1/T", optional=True, range=(0, 1)
+            ),
             _PER_TASK,
         ),
         properties=frozenset({"symmetric", "zero", "gradients", "local"}),

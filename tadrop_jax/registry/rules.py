@@ -50,7 +50,12 @@ ENTRIES = (
         "one model",
         (
             Parameter(
-                "density", "numbers", 0.2, "share that the trim keeps; none switches the trim off", optional=True
+                "density",
+                "numbers",
+                0.2,
+                "share that the trim keeps; none switches the trim off",
+                optional=True,
+                range=(0, 1),
             ),
             COEFFICIENT,
             WEIGHTS,
@@ -79,8 +84,8 @@ ENTRIES = (
         "group",
         "one model",
         (
-            Parameter("n", "whole", 3, "kept in each group"),
-            Parameter("m", "whole", 32, "length of a group"),
+            Parameter("n", "whole", 3, "kept in each group", range=(0, None)),
+            Parameter("m", "whole", 32, "length of a group", range=(1, None)),
             Parameter("coefficient", "numbers", 1.0, "multiplies the sum; one number, or one per task"),
             Parameter("order", "order", None, "order of the tasks, e.g. [1,0,2]", optional=True),
             Parameter("tail", "choice", "ceil", "what to do with a shorter last group", ("ceil", "drop")),
@@ -104,7 +109,7 @@ ENTRIES = (
         "entry",
         "one model",
         (
-            Parameter("agree", "whole", 2, "how many masks have to hold an entry"),
+            Parameter("agree", "whole", 2, "how many masks have to hold an entry", range=(0, None)),
             TALL_LAMBDA,
             COEFFICIENT,
             MULTI_TASK,
@@ -121,8 +126,8 @@ ENTRIES = (
         "row or tensor",
         "one model",
         (
-            Parameter("density", "numbers", 0.15, "share to keep; none: all", optional=True),
-            Parameter("gamma", "numbers", 0.006, "share of the largest to drop"),
+            Parameter("density", "numbers", 0.15, "share to keep; none: all", optional=True, range=(0, 1)),
+            Parameter("gamma", "numbers", 0.006, "share of the largest to drop", range=(0, 1)),
             Parameter("coefficient", "number", 0.2, "multiplies the merged vector"),
             WEIGHTS,
             NORMALIZE,
@@ -140,8 +145,8 @@ ENTRIES = (
         "tensor",
         "one model",
         (
-            Parameter("density", "numbers", 0.9, "share to keep; none: all", optional=True),
-            Parameter("gamma", "numbers", 0.01, "share of the largest to drop"),
+            Parameter("density", "numbers", 0.9, "share to keep; none: all", optional=True, range=(0, 1)),
+            Parameter("gamma", "numbers", 0.01, "share of the largest to drop", range=(0, 1)),
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,
@@ -158,8 +163,10 @@ ENTRIES = (
         "row",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
-            Parameter("epsilon", "numbers", 0.05, "half the width of the probabilities"),
+            Parameter(
+                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
+            ),
+            Parameter("epsilon", "numbers", 0.05, "half the width of the probabilities", range=(0, 0.5)),
             COEFFICIENT,
             WEIGHTS,
             Parameter("normalize", "flag", True, "divide by the sum of the weights that agree"),
@@ -178,8 +185,10 @@ ENTRIES = (
         "row",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
-            Parameter("epsilon", "numbers", 0.15, "half the width of the probabilities"),
+            Parameter(
+                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
+            ),
+            Parameter("epsilon", "numbers", 0.15, "half the width of the probabilities", range=(0, 0.5)),
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,
@@ -197,7 +206,9 @@ ENTRIES = (
         "entry",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
+            Parameter(
+                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
+            ),
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,
@@ -215,7 +226,9 @@ ENTRIES = (
         "entry",
         "one model",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True),
+            Parameter(
+                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
+            ),
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,
@@ -233,7 +246,7 @@ ENTRIES = (
         "global",
         "one model",
         (
-            Parameter("ratio", "number", 0.1, "share of entries that take part"),
+            Parameter("ratio", "number", 0.1, "share of entries that take part", range=(0, 1)),
             Parameter("version", "choice", "repository", "which of the official two", ("repository", "vision")),
             Parameter("coefficient", "numbers", None, "multiplies the vectors; none: 1, for vision 1.2", optional=True),
         ),
@@ -262,8 +275,15 @@ ENTRIES = (
         "tensor or global",
         "one model",
         (
-            Parameter("r", "number", 0.1, "strength"),
-            Parameter("alpha", "number", None, "cap of shared to unique entries; none: the flavour's", optional=True),
+            Parameter("r", "number", 0.1, "strength", range=(0, None)),
+            Parameter(
+                "alpha",
+                "number",
+                None,
+                "cap of shared to unique entries; none: the flavour's",
+                optional=True,
+                range=(0, None),
+            ),
             THRESHOLD,
             Parameter("granularity", "choice", None, "of the counts", ("tensor", "global"), optional=True),
             COEFFICIENT,
@@ -280,7 +300,14 @@ ENTRIES = (
         "tensor",
         "one model",
         (
-            Parameter("density", "number", 0.1, "share of the varying entries; none keeps all entries", optional=True),
+            Parameter(
+                "density",
+                "number",
+                0.1,
+                "share of the varying entries; none keeps all entries",
+                optional=True,
+                range=(0, 1),
+            ),
             COEFFICIENT,
         ),
         properties=frozenset({"symmetric", "zero", "local", "gradients", "density"}),

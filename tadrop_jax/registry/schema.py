@@ -18,6 +18,8 @@ class Parameter(NamedTuple):
       about: one line for the user.
       options: of a choice.
       optional: whether None is a value.
+      range: the least and the largest number, both allowed; None where there is no bound. Bounds that hang on other
+        parameters (n of n:m is at most m) are not told.
     """
 
     name: str
@@ -26,6 +28,14 @@ class Parameter(NamedTuple):
     about: str
     options: tuple[Any, ...] = ()
     optional: bool = False
+    range: tuple[float | None, float | None] = (None, None)
+
+    def bounds(self) -> str:
+        """The range in words; empty if there is none."""
+        low, high = self.range
+        if low is not None and high is not None:
+            return f"{low:g} to {high:g}"
+        return f"at least {low:g}" if low is not None else "" if high is None else f"at most {high:g}"
 
 
 class Method(NamedTuple):
@@ -96,8 +106,10 @@ MULTI_TASK = Parameter(
     "rule whose vector takes the place of the sum, e.g. ties:density=.2;combine=sum",
     optional=True,
 )
-TALL_LAMBDA = Parameter("tall_lambda", "numbers", 0.4, "threshold of the TALL masks; one number, or one per task")
+TALL_LAMBDA = Parameter(
+    "tall_lambda", "numbers", 0.4, "threshold of the TALL masks; one number, or one per task", range=(0, None)
+)
 NORMALIZE = Parameter("normalize", "flag", False, "divide by the sum of the weights")
 COEFFICIENT = Parameter("coefficient", "number", 1.0, "multiplies the merged vector")
-THRESHOLD = Parameter("threshold", "number", 1e-5, "a change above it counts")
+THRESHOLD = Parameter("threshold", "number", 1e-5, "a change above it counts", range=(0, None))
 SMOOTH = frozenset({"symmetric", "scales", "zero", "gradients"})

@@ -12,14 +12,14 @@ ENTRIES = (
         "tensor",
         "task vectors",
         (
-            Parameter("q_low", "number", 0.75, "lower quantile"),
-            Parameter("q_high", "number", 0.95, "upper quantile"),
+            Parameter("q_low", "number", 0.75, "lower quantile", range=(0, 1)),
+            Parameter("q_high", "number", 0.95, "upper quantile", range=(0, 1)),
             NORM,
             Parameter(
                 "mapping", "text", "identity", "ratio to sparsity: identity, affine:SLOPE,OFFSET or power:EXPONENT"
             ),
-            Parameter("s_min", "number", 0.0, "least sparsity"),
-            Parameter("s_max", "number", 0.9, "largest sparsity"),
+            Parameter("s_min", "number", 0.0, "least sparsity", range=(0, 1)),
+            Parameter("s_max", "number", 0.9, "largest sparsity", range=(0, 1)),
         ),
         properties=SMOOTH | {"local"},
     ),
@@ -31,7 +31,7 @@ ENTRIES = (
         "ours, as a control",
         "tensor",
         "task vectors",
-        (Parameter("sparsity", "numbers", 0.5, "share to prune"), NORM),
+        (Parameter("sparsity", "numbers", 0.5, "share to prune", range=(0, 1)), NORM),
         properties=SMOOTH | {"local"},
     ),
     Method(
@@ -43,7 +43,7 @@ ENTRIES = (
         "tensor or global",
         "task vectors",
         (
-            Parameter("density", "numbers", 0.2, "share to keep"),
+            Parameter("density", "numbers", 0.2, "share to keep", range=(0, 1)),
             Parameter(
                 "granularity", "choice", "tensor", "one threshold a tensor, or one for all", ("tensor", "global")
             ),
@@ -60,7 +60,7 @@ ENTRIES = (
         "entry",
         "task vectors",
         (
-            Parameter("density", "numbers", 0.5, "probability to keep an entry"),
+            Parameter("density", "numbers", 0.5, "probability to keep an entry", range=(0, 1)),
             Parameter(
                 "rescale",
                 "choice",
@@ -82,8 +82,8 @@ ENTRIES = (
         "group",
         "task vectors",
         (
-            Parameter("n", "whole", 3, "kept in each group"),
-            Parameter("m", "whole", 32, "length of a group"),
+            Parameter("n", "whole", 3, "kept in each group", range=(0, None)),
+            Parameter("m", "whole", 32, "length of a group", range=(1, None)),
             Parameter("tail", "choice", "ceil", "what to do with a shorter last group", ("ceil", "drop")),
         ),
         properties=SMOOTH | {"local"},
@@ -113,8 +113,8 @@ ENTRIES = (
         "row or tensor",
         "task vectors",
         (
-            Parameter("density", "numbers", 0.5, "mean probability to keep an entry"),
-            Parameter("epsilon", "numbers", 0.05, "half the width of the probabilities"),
+            Parameter("density", "numbers", 0.5, "mean probability to keep an entry", range=(0, 1)),
+            Parameter("epsilon", "numbers", 0.05, "half the width of the probabilities", range=(0, 0.5)),
             Parameter(
                 "granularity",
                 "choice",
@@ -145,8 +145,8 @@ ENTRIES = (
         "row or tensor",
         "task vectors",
         (
-            Parameter("density", "numbers", 0.15, "share to keep"),
-            Parameter("gamma", "numbers", 0.01, "share of the largest to drop"),
+            Parameter("density", "numbers", 0.15, "share to keep", range=(0, 1)),
+            Parameter("gamma", "numbers", 0.01, "share of the largest to drop", range=(0, 1)),
             Parameter("granularity", "choice", None, "of the counts", ("row", "tensor"), optional=True),
             Parameter(
                 "first", "choice", None, "what holds if both exceed 1 together", ("gamma", "density"), optional=True

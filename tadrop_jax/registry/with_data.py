@@ -14,12 +14,14 @@ ENTRIES: tuple[Method, ...] = (
         (
             Parameter("granularity", "choice", "tensor", "what has a coefficient of its own", ("tensor", "task")),
             Parameter("init", "numbers", 0.3, "what coefficients start at"),
-            Parameter("steps", "whole", 500, "updates at most"),
-            Parameter("learning_rate", "number", 1e-3, "of Adam"),
+            Parameter("steps", "whole", 500, "updates at most", range=(1, None)),
+            Parameter("learning_rate", "number", 1e-3, "of Adam", range=(0, None)),
             Parameter(
                 "bounds", "choice", "clip", "how coefficients stay in [0, 1]", ("clip", "project"), optional=True
             ),
-            Parameter("patience", "whole", None, "steps without progress before it stops", optional=True),
+            Parameter(
+                "patience", "whole", None, "steps without progress before it stops", optional=True, range=(1, None)
+            ),
             Parameter("remat", "flag", True, "build the merged model anew for each task, to save memory"),
         ),
         needs_data=True,
@@ -44,9 +46,9 @@ ENTRIES: tuple[Method, ...] = (
             Parameter(
                 "normalize", "choice", "model", "norm that divides each Fisher", ("model", "tensor"), optional=True
             ),
-            Parameter("floor", "number", 1e-6, "least value of a Fisher"),
+            Parameter("floor", "number", 1e-6, "least value of a Fisher", range=(0, None)),
             Parameter("floor_on", "choice", "first", "which models have the floor", ("first", "all", "added")),
-            Parameter("chunk", "whole", 1, "examples to differentiate at a time"),
+            Parameter("chunk", "whole", 1, "examples to differentiate at a time", range=(1, None)),
         ),
         on="weights",
         needs_data=True,
@@ -60,9 +62,11 @@ ENTRIES: tuple[Method, ...] = (
         "tensor",
         "one model",
         (
-            Parameter("scale", "number", 0.9, "of the off-diagonal of the Gram matrices"),
+            Parameter("scale", "number", 0.9, "of the off-diagonal of the Gram matrices", range=(0, 1)),
             WEIGHTS,
-            Parameter("ridge", "number", 1e-6, "what is added to the diagonal, as a share of its mean"),
+            Parameter(
+                "ridge", "number", 1e-6, "what is added to the diagonal, as a share of its mean", range=(0, None)
+            ),
             Parameter("out_in", "patterns", (), "kernels that lie (out, in), as PyTorch's Linear does"),
         ),
         on="weights",
