@@ -19,7 +19,8 @@ and, where it needs them (absent means: nothing of the kind),
 
     aliases(architecture)
                 [(pattern, replacement)]: other spellings of the names (of older and newer versions, a missing or an
-                extra prefix), turned by `re.sub`, in this order, into those that the table has.
+                extra prefix), turned by `re.sub`, in this order, into those that the table has. What was read is
+                written again with the names that its file had.
     tied(config, architecture)
                 {name: name of the tensor that it is a copy of}. A copy that is stored has to hold the same bytes.
     buffers(config, architecture)

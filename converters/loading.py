@@ -29,7 +29,6 @@ class Opened(NamedTuple):
         rows: the table that the files go by.
         origin: what a module has to remember of the files.
         stored: the files.
-        spelling: for names of the table the ones in the files, where these go by the table.
     """
 
     entry: families.Architecture
@@ -40,7 +39,6 @@ class Opened(NamedTuple):
     rows: Sequence[Row]
     origin: Origin
     stored: Stored
-    spelling: Mapping[str, str]
 
 
 def load(source: str | os.PathLike, *, config: Any = None, architecture: str | None = None) -> tuple[Any, Any]:
@@ -100,14 +98,17 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     expect = abstract(package, config, entry)
     if stored.is_tree:
         leaves, problems, rows = _of_tree(stored.tensors, tensors, package, entry, config, expect)
-        origin = Origin(entry.name, tuple((n, d) for n, d in note.get("stored", ())))
+        noted = Origin.noted(entry.name, note if note.get("architecture") == entry.name else {}, folder / NOTE)
+        by_table = rows == package.table(config, entry.name)
+        origin = Origin(entry.name).spelled_as(spelling) if by_table else noted
     else:
         kept, origin, problems = learned(tensors, package, entry, config)
+        origin = origin.spelled_as(spelling)
         leaves, more, rows = _mapped(kept, package.table(config, entry.name), expect)
         problems += more
     if problems:
         raise ConversionError(f"{source}: cannot be loaded as {entry.name}:", problems)
-    return Opened(entry, package, config, raw, leaves, rows, origin, stored, spelling)
+    return Opened(entry, package, config, raw, leaves, rows, origin, stored)
 
 
 _Reading = tuple[dict[str, Any], list[str], Sequence[Row]]

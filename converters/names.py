@@ -19,10 +19,35 @@ class Origin(NamedTuple):
         architecture: its name in `converters.families.ARCHITECTURES`.
         stored: (name, dtype) of each tied copy and buffer that the file stored besides the parameters; in place of the
             dtype "alone" for a copy that was stored without the tensor it is a copy of.
+        names: (name in the table, name in the file) where these differ.
     """
 
     architecture: str
     stored: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def noted(cls, architecture: str, note: Mapping[str, Any], where: Any) -> "Origin":
+        """What :meth:`note` wrote.
+
+        Raises:
+            ConversionError: it is something else.
+        """
+        try:
+            stored, names = (tuple((str(a), str(b)) for a, b in note.get(key, ())) for key in ("stored", "names"))
+        except (TypeError, ValueError):
+            raise ConversionError(f"{where}: stored and names must hold pairs") from None
+        if len({own for _, own in names}) < len(names):
+            raise ConversionError(f"{where}: gives two tensors one name")
+        return cls(architecture, stored, names)
+
+    def note(self) -> dict[str, Any]:
+        """For a JSON file beside a Flax tree."""
+        return self._asdict()
+
+    def spelled_as(self, spelling: Mapping[str, str]) -> "Origin":
+        """The same with the names of a file, as `spelled` gives them."""
+        return self._replace(names=tuple((name, own) for name, own in sorted(spelling.items()) if name != own))
 
 
 def spelled(tensors: Mapping[str, Any], package: Any, entry: Architecture) -> tuple[dict[str, Any], dict[str, str]]:
@@ -86,12 +111,19 @@ def learned(
     return kept, Origin(entry.name, tuple(sorted(stored))), problems
 
 
-def restored(tensors: Mapping[str, Any], package: Any, entry: Architecture, config: Any, stored: Any) -> dict[str, Any]:
-    """Puts the copies and buffers back that the file had: what `learned` took out."""
+def restored(
+    tensors: Mapping[str, Any], package: Any, entry: Architecture, config: Any, origin: Origin
+) -> dict[str, Any]:
+    """Puts the copies and buffers back that the file had, and its own names: what `learned` and `spelled` took out.
+
+    A file of another architecture tells nothing.
+    """
+    if origin.architecture != entry.name:
+        return dict(tensors)
     copies = offered(package, "tied", {}, config, entry.name)
     buffers = _buffers(package, entry, config)
     result = dict(tensors)
-    for name, dtype in stored:
+    for name, dtype in origin.stored:
         make, match = _buffer(buffers, name)
         if dtype == _ALONE:
             result[name] = result.pop(copies[name])
@@ -99,7 +131,13 @@ def restored(tensors: Mapping[str, Any], package: Any, entry: Architecture, conf
             result[name] = tensors[copies[name]]
         elif match is not None:
             result[name] = np.asarray(make(match)).astype(_dtype(dtype), order="C")
-    return result
+    own = dict(origin.names)
+    found = {own.get(name, name): tensor for name, tensor in result.items()}
+    if len(found) < len(result):
+        raise ConversionError(
+            "two tensors would have one name: those of the file that the model was read from do not fit"
+        )
+    return found
 
 
 def _buffers(package: Any, entry: Architecture, config: Any) -> list[tuple[re.Pattern[str], Any]]:

@@ -140,9 +140,9 @@ def in_layout_of(model: Opened, base: Opened) -> dict[str, Any]:
     except ConversionError as error:
         at = f"{model.stored.path}: cannot be brought into the layout of {base.stored.path}:"
         raise ConversionError(at, error.problems) from error
-    if not base.stored.is_tree:
-        tensors = restored(tensors, base.package, base.entry, base.config, base.origin.stored)
-    return {base.spelling.get(name, name): tensor for name, tensor in tensors.items()}
+    if base.rows != base.package.table(base.config, base.entry.name):
+        return tensors  # a tree with the paths of the module, or of transformers 4
+    return restored(tensors, base.package, base.entry, base.config, base.origin)
 
 
 def _write(directory, leaves, package, entry, config, origin, beside, to, format, max_shard_size) -> None:
@@ -154,11 +154,11 @@ def _write(directory, leaves, package, entry, config, origin, beside, to, format
     note: dict[str, Any] = {}
     same = origin.architecture == entry.name
     if to == "torch":
-        tensors = restored(tensors, package, entry, config, origin.stored if same else ())
+        tensors = restored(tensors, package, entry, config, origin)
     else:
         old = families.offered(package, "flax_table", None, config, entry.name) if format == "msgpack" else None
         tensors = leaves if old is None else translate(leaves, old, forward=False)
-        note = {"architecture": entry.name, "stored": origin.stored if same else (), "config": config.to_dict()}
+        note = (origin if same else Origin(entry.name)).note() | {"config": config.to_dict()}
     raw = {**config.to_dict(), "architectures": [entry.name]}
     raw = dict(families.offered(package, "describe", raw, config, entry.name))
     raw["dtype"] = str(next(iter(tensors.values())).dtype)

@@ -219,8 +219,11 @@ def test_prefix_of_the_encoder_is_put_on_or_taken_off(tmp_path):
     model = random_model("BEiT3")
     converters.save(tmp_path / "a", model)
     tensors = converters.read_tensors(tmp_path / "a")
-    write(tmp_path / "b", {f"beit3.{n}": a for n, a in tensors.items()})
+    prefixed = {f"beit3.{n}": a for n, a in tensors.items()}
+    write(tmp_path / "b", prefixed)
     module, _ = converters.load(tmp_path / "b", config=model.config)
+    converters.save(tmp_path / "c", module)
+    assert_same_bytes(tmp_path / "c", prefixed)
     np.testing.assert_array_equal(module(TOKENS).features, model(TOKENS).features)
 
 

@@ -208,17 +208,49 @@ def test_copies_and_buffers_come_back(name, format, toy, tmp_path):
     assert contents(tmp_path / "saved")["model.safetensors"] == contents(source)["model.safetensors"]
 
 
-def test_other_spellings_are_read_and_the_tables_own_is_written(toy, tmp_path):
-    source = save_toy(tmp_path / "toy", {"fc.gamma": WEIGHT, "fc.bias": BIAS})
+@pytest.mark.parametrize("format", ["npz", "msgpack"])
+def test_other_spellings_are_read_and_come_back(format, toy, tmp_path):
+    tensors = {"fc.gamma": WEIGHT, "fc.bias": BIAS, "mask3": MASK, "tied.gamma": WEIGHT}
+    source = save_toy(tmp_path / "toy", tensors)
     module, _ = converters.load(source)
     np.testing.assert_array_equal(module.fc.kernel[...], WEIGHT.T)
     converters.save(tmp_path / "saved", module)
-    assert open_tensors(tmp_path / "saved").tensors.keys() == {"body.fc.weight", "body.fc.bias"}
+    assert contents(tmp_path / "saved")["model.safetensors"] == contents(source)["model.safetensors"]
+    converters.convert(source, tmp_path / "flax", to="flax", format=format)
+    converters.convert(tmp_path / "flax", tmp_path / "back", to="torch")
+    assert contents(tmp_path / "back") == contents(source)
+    converters.convert(tmp_path / "flax", tmp_path / "other", to="torch", architecture="other/Toy")
+    assert open_tensors(tmp_path / "other").tensors.keys() == {"w", "b"}
+    module.origin = None
+    converters.save(tmp_path / "plain", module, architecture="Toy")
+    assert open_tensors(tmp_path / "plain").tensors.keys() == {"body.fc.weight", "body.fc.bias"}
+
+
+def test_two_spellings_of_one_tensor_are_refused(toy, tmp_path):
     twice = save_toy(tmp_path / "twice", {"fc.gamma": WEIGHT, "fc.weight": WEIGHT, "fc.bias": BIAS})
     with pytest.raises(
         ConversionError, match=r"fc\.weight and fc\.gamma are both body\.fc\.weight|fc\.gamma and fc\.w"
     ):
         converters.load(twice)
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"names": [["body.fc.weight", "x"], ["body.fc.bias", "x"]]}, "two tensors one name"),
+        ({"names": [["body.fc.weight", "body.fc.bias"]]}, "would have one name"),
+        ({"names": [["body.fc.weight"]]}, r"conversion\.json: .* must hold pairs"),
+        ({"stored": 3}, r"conversion\.json: .* must hold pairs"),
+    ],
+)
+def test_a_note_that_was_changed_loses_no_tensor(entries, told, toy, tmp_path):
+    source = save_toy(tmp_path / "toy", TOYS["plain"])
+    converters.convert(source, tmp_path / "flax", to="flax", format="npz")
+    note = json.loads((tmp_path / "flax" / "conversion.json").read_text())
+    (tmp_path / "flax" / "conversion.json").write_text(json.dumps(note | entries))
+    with pytest.raises(ConversionError, match=told):
+        converters.convert(tmp_path / "flax", tmp_path / "back", to="torch")
+    assert not (tmp_path / "back").exists()
 
 
 def test_copies_and_buffers_that_are_not_what_they_must_be(toy, tmp_path):
