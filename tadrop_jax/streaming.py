@@ -5,6 +5,7 @@ of a fixed size, so that a step compiles once whatever the shapes. Threads each 
 for the disk, the others compute. Steps that ask for rows or whole tensors get the tensor as one block.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -170,6 +171,7 @@ class _Run:
         self.differs = [False] * tasks
         self.workers = settings.workers or _cores()
         self.buffers = threading.local()
+        self.decomposing = threading.Lock()
         group = math.lcm(*(s.group for s in steps if s.piece == "group"))
         self.block = max(BLOCK // group, 1) * group
         # Packed masks want starts at multiples of 8.
@@ -265,12 +267,20 @@ class _Run:
         stream, check = self.streams[k], not self.checked[k]
         site = self.site(k, kind, stop, check)
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
-        value, total, carries = compiled(site)(
-            jax.dlpack.from_dlpack(raw), self.keys[k], self.carries[k], start, np.int32(valid), np.float32(stream.size)
-        )
-        if carries is not None:
-            self.carries[k] = jax.tree.map(np.asarray, carries)
-        value = jax.tree.map(np.asarray, value)
+        # XLA on CPU hands a batch of decompositions to its own threads and waits on one of them: two such calls at once
+        # have been seen to wait for each other forever.
+        with self.decomposing if self.whole[k] else contextlib.nullcontext():
+            value, total, carries = compiled(site)(
+                jax.dlpack.from_dlpack(raw),
+                self.keys[k],
+                self.carries[k],
+                start,
+                np.int32(valid),
+                np.float32(stream.size),
+            )
+            if carries is not None:
+                self.carries[k] = jax.tree.map(np.asarray, carries)
+            value = jax.tree.map(np.asarray, value)
         if check:
             self.check(block, raw, valid, np.asarray(total))
         return value
