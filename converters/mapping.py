@@ -185,6 +185,36 @@ def layout(source: Any) -> Callable[[str], tuple[str, tuple[int, ...] | None] | 
     return place
 
 
+def places(names: Iterable[str], rows: Table, table: Table) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """As `layout`, for the names of a tree's files: PyTorch's name and the permutation into its order.
+
+    Args:
+        names: as in the files.
+        rows: between these names and the module's paths.
+        table: between PyTorch's names and the module's paths.
+
+    Returns:
+        A pair for each name that both tables map one to one.
+
+    Example:
+        >>> places(["old/kernel"], [Row("old/kernel", "fc/kernel")], linear("fc", "fc"))
+        {'old/kernel': ('fc.weight', (1, 0))}
+    """
+    rules, place = _compile(rows, forward=True), layout(table)
+    found = {}
+    for name in names:
+        match, rule = next(((m, rule) for rule in rules if (m := rule.pattern.fullmatch(name))), (None, None))
+        if match is None or rule is None or len(rule.targets) != 1:
+            continue
+        (target,) = rule.targets
+        path = target.format(**match.groupdict())
+        given, first = place(path), rule.transform.axes(forward=True)
+        if given is not None:
+            order = given[1] if not first or given[1] is None else tuple(first[axis] for axis in given[1])
+            found[name] = (given[0], order if given[1] is not None else first or None)
+    return found
+
+
 def fused(source: Any) -> dict[str, tuple[str, ...]]:
     """The tensors that hold several of the module's: their PyTorch names, and the paths of the parts, as templates.
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from converters.files.sidecars import sidecars
 from tadrop_jax.checkpoints import bundles
-from tadrop_jax.checkpoints.opening import open_models
+from tadrop_jax.checkpoints.opening import open_models, pytorch_places
 from tadrop_jax.checkpoints.safetensors import Sink, Source, open_sink
+from tadrop_jax.checkpoints.turned import Back, Turned
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
 from tadrop_jax.planning import Plan, Request, implausible, make_plan, refuse_same_file, task_names
@@ -103,20 +104,23 @@ def inspect_directories(
         refuse_same_file(sources[1:])
         steps = explaining_steps(request.chain, len(request.models))
         plan = make_plan(sources, request)
-        streams = [s for s in (_stream(sources, name) for name in plan.merged) if s.size]
+        turned = Turned(sources, pytorch_places(sources[0]))
+        streams = [s for s in (_stream(turned, name) for name in plan.merged) if s.size]
         settings = _settings(request, _counter(progress, _bytes_to_read(steps, sources, plan)))
-        with _naming_files(sources):
+        with _naming_files(turned):
             carries = measure(steps, streams, len(request.models), settings)
     said = (explanation(steps, found) for found in carries)
     return {
-        stream.name: {"shape": stream.shape} | {k: np.asarray(v) for k, v in row.items()}
+        stream.name: {"shape": sources[0].tensors[stream.name].shape} | {k: np.asarray(v) for k, v in row.items()}
         for stream, row in zip(streams, said, strict=True)
     }
 
 
 def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool, progress) -> dict:
     base = sources[0]
-    streams = [_stream(sources, name) for name in plan.merged]
+    turned = Turned(sources, {} if bundle else pytorch_places(base))
+    back = Back(turned, sink.write)
+    streams = [_stream(turned, name) for name in plan.merged]
     total = _bytes_to_read(steps, sources, plan)
     log = TensorLog(sink.partial, fresh=not sink.done)
     prefix = "base/" if bundle else ""
@@ -146,7 +150,7 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
         if value is None:
             return
         if not bundle:
-            sink.write(name, start, value)
+            back.write(name, start, value)
             return
         parts = steps[-1].kind.parts(streams[k].shape, len(tasks))
         for part, array in value.items():
@@ -160,13 +164,14 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
 
     def done(k: int, carries: Carries) -> None:
         stream = streams[k]
+        back.done(stream.name)
         log.add(stream.name, log.describe(stream, carries, steps, len(tasks)))
         for name in outputs_of(stream):
             sink.mark_done(name)
 
     skip = [k for k, s in enumerate(streams) if set(outputs_of(s)) <= sink.done]
     settings = _settings(request, _counter(progress, total))
-    with _naming_files(sources):
+    with _naming_files(turned):
         outcome = run(steps, streams, len(tasks), write, done, settings, skip)
     found = steps[-1].scalars(outcome.carry, len(tasks)) if steps[-1].scalars else {}
     scalars = {k: np.asarray(v, np.float32) for k, v in found.items()}
@@ -208,13 +213,15 @@ def _counter(progress: Callable[[int, int], None], total: int) -> Callable[[int]
 
 
 @contextlib.contextmanager
-def _naming_files(sources: Sequence[Source]):
+def _naming_files(turned: Turned):
     """Says of NaN and infinity which file they are in."""
     try:
         yield
     except NonFinite as error:
-        file = sources[error.row].tensors[error.name].file
-        raise ContentError(f"{file}: tensor {error.name!r} holds {error.value} at {error.entry}") from None
+        file = turned.sources[error.row].tensors[error.name].file
+        raise ContentError(
+            f"{file}: tensor {error.name!r} holds {error.value} at {turned.entry(error.name, error.entry)}"
+        ) from None
 
 
 def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan) -> None:
@@ -252,13 +259,13 @@ def _part_bytes(sink: Sink, part: str) -> int:
     )
 
 
-def _stream(sources: Sequence[Source], name: str) -> Stream:
-    info = sources[0].tensors[name]
+def _stream(turned: Turned, name: str) -> Stream:
     return Stream(
         name,
-        info.shape,
-        info.dtype,
-        lambda row, start, stop, out: sources[row].read(name, start, stop, out),
+        turned.shape(name),
+        turned.sources[0].tensors[name].dtype,
+        lambda row, start, stop, out: turned.read(row, name, start, stop, out),
+        turned.places.get(name, (name, None))[0],
     )
 
 

@@ -37,16 +37,18 @@ class Stream(NamedTuple):
     """One tensor in the files of base and models.
 
     Attributes:
-      name: its name, which random numbers are drawn by.
+      name: its name.
       shape: its shape S.
       dtype: its storage dtype, the same in all files.
       read: ``(row, start, stop, out)`` reads entries of the flattened tensor; row 0 is the base, row t + 1 model t.
+      seed_name: the name that random numbers are drawn by; "" for the tensor's own.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[int, int, int, np.ndarray], Any]
+    seed_name: str = ""
 
     @property
     def size(self) -> int:
@@ -165,7 +167,7 @@ class _Run:
             any(a and _wants_whole(s) for a, s in zip(active, chain, strict=True))
             for active, chain in zip(self.active, self.chains, strict=True)
         ]
-        self.keys = [None if key is None else randomness.tensor_key(key, t.name) for t in streams]
+        self.keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.name) for t in streams]
         self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in chain) for chain in self.chains]
         self.checked = [False] * len(streams)
         self.differs = [False] * tasks

@@ -107,16 +107,33 @@ def test_mixed_formats_merge_in_the_layout_of_the_base(method, vits, mixed):
     assert module(np.ones((1, 8, 8, 1), np.float32)).shape == (1, 2)
 
 
-def test_a_base_in_flax_gives_a_result_in_flax(vits, mixed):
-    assert merge(vits, models=MODELS, out="plain-flax") == 0
+@pytest.mark.parametrize("format", ["orbax", "msgpack"])
+@pytest.mark.parametrize("sparsifier", ["dare:density=0.5", "n_m:n=2,m=4", "della:density=.5,epsilon=.2"])
+def test_a_base_in_flax_merges_as_in_pytorch(sparsifier, format, vits, mixed):
+    """Random numbers and groups follow PyTorch's names and axes; the result has the base's."""
+    extra, out = ("--sparsify", sparsifier), f"plain-{sparsifier}-{format}"
+    assert merge(vits, *extra, models=MODELS, out=out) == 0
     (mixed / "base").rename(mixed / "torch")
-    converters.convert(mixed / "torch", mixed / "base", to="flax")
-    assert merge(mixed, models=MODELS) == 0
+    converters.convert(mixed / "torch", mixed / "base", to="flax", format=format)
+    assert merge(mixed, *extra, models=MODELS) == 0
+    assert "vit/layernorm/scale" in read_model(mixed / "out")
     converters.convert(mixed / "out", mixed / "back", to="torch")
-    ours, plain = read_model(mixed / "back"), read_model(vits / "plain-flax")
+    ours, plain = read_model(mixed / "back"), read_model(vits / out)
     assert ours.keys() == plain.keys()
     for name, want in plain.items():
         np.testing.assert_array_equal(ours[name], want, err_msg=name)
+
+
+def test_a_bad_entry_is_named_by_its_place_in_the_file(vits, mixed, capsys):
+    converters.convert(vits / "m1", mixed / "flax1", to="flax", format="npz")
+    file = mixed / "flax1" / "model.npz"
+    arrays = {n: np.array(a) for n, a in converters.read_tensors(file).items()}
+    arrays["vit/encoder/layer/0/intermediate/dense/kernel"][7, 3] = np.nan
+    np.savez(file, **arrays)
+    models = ("--models", f"{mixed / 'm0'}", f"{mixed / 'm2'}", "--method", "ties", "--out", f"{mixed / 'out'}")
+    assert main(["merge", "--base", f"{mixed / 'flax1'}", *models]) == 2
+    said = capsys.readouterr().err
+    assert "intermediate/dense/kernel' holds nan at [7, 3]" in said
 
 
 def test_inspect_takes_mixed_formats(mixed, capsys):

@@ -38,6 +38,29 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
     return sources
 
 
+def pytorch_places(source: Source) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Where the tensors of a Flax tree lie in PyTorch: names there, and permutations of axes (None: as they are).
+
+    Groups, rows and random numbers go by these, so that a merge gives the same weights before and after conversion.
+
+    Returns:
+        A pair for each tensor that is one tensor in PyTorch; empty for PyTorch's own files, and for a tree that the
+        converters do not know.
+    """
+    if not any("/" in name for name in source.tensors):
+        return {}
+    from converters.errors import ConversionError
+    from converters.loading import open_model as known
+    from converters.mapping import places
+
+    try:
+        base = known(source.path)
+    except ConversionError:
+        return {}
+    table = base.package.table(base.config, base.entry.name)
+    return places(source.tensors, base.rows, table)
+
+
 def open_model(path: Path) -> Source:
     """Opens a checkpoint of any format.
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 import converters
 import tadrop_jax as tj
-from converters.mapping import Row, flatten, nest
+from converters.mapping import Row, flatten, nest, places
 from converters.vit import Config, ViTForImageClassification
 
 NAME = "ViTForImageClassification"
@@ -121,3 +121,15 @@ def test_regmean_before_or_after_conversion():
     found = converters.to_torch(after.params, ROWS)
     np.testing.assert_allclose(found[name], before.params[name], rtol=1e-5, atol=1e-6)
     assert not np.array_equal(found[name], TORCH[0][name])
+
+
+def test_places_of_a_tree_with_names_of_its_own():
+    """What is turned on the way to the module and again on the way to PyTorch is turned by both."""
+    conv, linear = converters.Transform.CONV, converters.Transform.LINEAR
+    file = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    rows = [Row("old/conv", "conv", conv), Row("old/a", "a", linear), Row("old/b", "b"), Row("old/f", ("q", "k"))]
+    table = [Row("t.conv", "conv", conv), Row("t.a", "a"), Row("t.b", "b", linear)]
+    found = places(["old/conv", "old/a", "old/b", "old/f", "other"], rows, table)
+    assert found == {"old/conv": ("t.conv", (0, 1, 2, 3)), "old/a": ("t.a", (1, 0)), "old/b": ("t.b", (1, 0))}
+    module = converters.to_flax({"old/conv": file}, rows)
+    np.testing.assert_array_equal(converters.to_torch(module, table)["t.conv"], file.transpose(found["old/conv"][1]))
