@@ -70,6 +70,8 @@ def test_breadcrumbs(name, make_stacks, nest, flatten):
     given, meant = SETTINGS[name]
     for kind in ("exact", "normal"):
         stacks = make_stacks(kind, TASKS)
+        if name not in ("authors", "mergekit"):
+            stacks = {k: stacks[k] for k in ("block/kernel", "scale")}
         out = flatten(tj.sparsify(nest(stacks), tj.breadcrumbs(**given)))
         assert_same(out, breadcrumbs(stacks, given["density"], given["gamma"], **meant))
 

@@ -77,6 +77,8 @@ def test_della(name, make_stacks, nest, flatten):
     given, meant = SETTINGS[name]
     for kind in ("exact", "normal"):
         stacks = make_stacks(kind, TASKS)
+        if name != "mergekit":  # which has a rule of its own for four axes
+            stacks = {k: stacks[k] for k in ("block/kernel", "scale")}
         out = flatten(tj.sparsify(nest(stacks), tj.della(**given), key=KEY))
         expected = della(stacks, given["density"], given["epsilon"], **meant)
         for tensor, value in expected.items():
