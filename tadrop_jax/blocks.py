@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tadrop_jax import memory, selection
+from tadrop_jax import memory, reductions, selection
 from tadrop_jax.pieces import piece_of
 from tadrop_jax.steps import Max, Min, Piece, Step, Sums, advance, over_tasks
 
@@ -47,7 +47,7 @@ def _reach(site: Site, raw, key, carries, start, valid):
         x = piece_of((values[0], list(values[1:])), None, site.tasks, key, site.shape)
 
         def whole(stage, x, carry):
-            return memory.reduce_stage(stage, x, carry, math.prod(x.stack.shape[1:]))
+            return reductions.reduce_stage(stage, x, carry, math.prod(x.stack.shape[1:]))
 
         return x, advance(site.steps, site.active, x, carries, whole, site.stop)
 
@@ -103,7 +103,7 @@ def compiled(site: Site):
             neutral = {Sums: 0, Min: jnp.inf, Max: -jnp.inf}[type(stage)]
             real = lax.iota(jnp.int32, raw.shape[1]) < valid
             found = stage.of(reached.x, reached.carry, n)
-            arrays = {k: jnp.where(real, _flat(memory.statistic(stage, a)), neutral) for k, a in found.items()}
+            arrays = {k: jnp.where(real, _flat(reductions.statistic(stage, a)), neutral) for k, a in found.items()}
             reduce = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
             return {k: reduce(a, axis=1) for k, a in arrays.items()}, total, filled
         last = site.steps[-1]

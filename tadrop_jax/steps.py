@@ -9,16 +9,15 @@ one merged vector, merged parameters, or the parts of a per-task bundle.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tadrop_jax import randomness
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.kinds import Kind
+from tadrop_jax.pieces import Piece
 from tadrop_jax.selection import at_least, magnitude
 from tadrop_jax.trees import check_pattern, selected
 from tadrop_jax.wide import Wide, floor_times
@@ -43,77 +42,6 @@ __all__ = [
 
 Carry = Mapping[str, jax.Array]
 Scope = Literal["row", "tensor", "global"]
-
-
-class Piece(NamedTuple):
-    """What a step sees: one piece of one tensor, of all tasks.
-
-    A piece is the whole tensor in its natural shape S (in memory), one device's part of it (sharded), or a flat block
-    (streamed). Steps are written so that they cannot tell.
-
-    Attributes:
-      stack: float32 ``(T, *S)``, the task vectors as the steps before left them.
-      base: float32 ``S``, or None where only task vectors were given.
-      tasks: the task that each entry of the leading axis belongs to.
-      key: typed random key of this tensor, or None.
-      position: a function that gives each entry's position in the row-major tensor (in PyTorch order where a layout
-        is known): ``(high, low)`` uint32 arrays of shape S.
-      valid: how many entries of the flattened piece are real (blocks are padded); an int or a traced scalar.
-      order: permutation that brings S into PyTorch order, or None.
-      given: the stack as it came, before any step.
-    """
-
-    stack: jax.Array
-    base: jax.Array | None = None
-    tasks: tuple[int, ...] = ()
-    key: jax.Array | None = None
-    position: Callable[[], tuple[jax.Array, jax.Array]] | None = None
-    valid: Any = None
-    order: tuple[int, ...] | None = None
-    given: jax.Array | None = None
-
-    def per_task(self, values) -> jax.Array:
-        """Brings a number, or one number per task, into a shape that broadcasts against the stack."""
-        if isinstance(values, tuple):
-            values = jnp.stack([jnp.asarray(values[t], jnp.float32) for t in self.tasks])
-        values = jnp.asarray(values, jnp.float32)
-        return values if values.ndim == 0 else self.column(values)
-
-    def column(self, values: jax.Array) -> jax.Array:
-        """Brings statistics ``(T,)`` of any dtype into a shape that broadcasts against the stack."""
-        return jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
-
-    def uniform(self) -> jax.Array:
-        """One uniform number in [0, 1) for each entry and task, a function of key, task and position alone."""
-        if self.key is None or self.position is None:
-            raise MergeError("this method is random: pass key=jax.random.key(seed)")
-        high, low = self.position()
-        return jnp.stack([randomness.uniform(self.key, task, high, low) for task in self.tasks])
-
-    def groups(self, m: int) -> jax.Array:
-        """The stack as ``(T, G, m)``: groups of m consecutive entries in PyTorch order, padded with zeros."""
-        flat = jnp.reshape(self.in_torch_order(), (self.stack.shape[0], -1))
-        flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % m)))
-        return jnp.reshape(flat, (flat.shape[0], -1, m))
-
-    def ungroup(self, groups: jax.Array) -> jax.Array:
-        """The inverse of :meth:`groups`, for an array ``(T, G, m)``."""
-        shape = self.stack.shape[1:]
-        flat = jnp.reshape(groups, (groups.shape[0], -1))[:, : math.prod(shape)]
-        order = self.order or range(len(shape))
-        return self.from_torch_order(jnp.reshape(flat, (flat.shape[0], *(shape[a] for a in order))))
-
-    def in_torch_order(self) -> jax.Array:
-        """The stack ``(T, *S')`` with the axes as PyTorch has them: a linear layer's are ``(T, out, in)``."""
-        return self.stack if self.order is None else jnp.transpose(self.stack, (0, *(a + 1 for a in self.order)))
-
-    def from_torch_order(self, array: jax.Array) -> jax.Array:
-        """The inverse of :meth:`in_torch_order`, for a stack ``(T, *S')`` or one tensor ``S'``."""
-        if self.order is None:
-            return array
-        lead = array.ndim - len(self.order)
-        inverse = sorted(range(len(self.order)), key=lambda a: self.order[a])  # type: ignore[index]
-        return jnp.transpose(array, (*range(lead), *(a + lead for a in inverse)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

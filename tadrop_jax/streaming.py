@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax import memory, randomness, selection
+from tadrop_jax import memory, randomness, reductions, selection
 from tadrop_jax.blocks import Site, block_values, compiled
 from tadrop_jax.errors import ContentError, MergeError
 from tadrop_jax.sampling import Selection
@@ -330,7 +330,7 @@ class _Run:
         stage = self.steps[i].stages[j]
         blocks = [b for k in at for b in self.blocks(k)]
         if isinstance(stage, Sums):
-            found = memory.combine(stage, self.parallel(lambda b: self.call("sums", b, stop), blocks))
+            found = reductions.combine(stage, self.parallel(lambda b: self.call("sums", b, stop), blocks))
         else:
             found = self.ranks(stage, stop, at, blocks, self.parallel)
         for k in at:
@@ -361,7 +361,7 @@ class _Run:
                 blocks = self.blocks(k)
                 if isinstance(stage, Sums):
                     parts = parallel(lambda b, at=(i, j): self.call("sums", b, at, kept), blocks)
-                    found = memory.combine(stage, parts)
+                    found = reductions.combine(stage, parts)
                 else:
                     found = self.ranks(stage, (i, j), [k], blocks, parallel, kept)
                 self.checked[k] = True
@@ -374,7 +374,7 @@ class _Run:
         carry = merge_stages(self.carries[at[0]][i][:j])
         wanted = stage.at(n, carry)
         dtype, lead = self.selected_like(at[0], stop)
-        names, top = memory.from_the_top(wanted, n, lead)
+        names, top = reductions.from_the_top(wanted, n, lead)
         # Ascending index of each rank, (R, T').
         ranks = n - (np.asarray(top.high).astype(np.int64) * (1 << 16) + np.asarray(top.low))
         search = Selection(n, ranks)

@@ -1,0 +1,94 @@
+"""Stages of statistics over one tensor, and partial statistics of tensors, blocks and devices added up."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tadrop_jax import selection, wide
+from tadrop_jax.errors import MergeError
+from tadrop_jax.steps import Max, Min, Piece, Stage, Sums
+from tadrop_jax.trees import is_traced
+from tadrop_jax.wide import Wide
+
+
+def from_the_top(named, n: int, tasks: int) -> tuple[list[str], Wide]:
+    """Ranks from the bottom as ``k``-th largest: names, and a Wide of shape ``(R, T)``."""
+    ks = []
+    for rank in named.values():
+        if isinstance(rank, (int, np.integer)):
+            limbs = wide.wide(n - int(rank))
+        elif isinstance(rank, tuple) and not isinstance(rank, Wide):
+            each = [r if isinstance(r, Wide) else wide.wide(int(r)) for r in rank]
+            each = [wide.subtract(wide.wide(n), r) for r in each]
+            limbs = Wide(*(jnp.stack([jnp.reshape(limb, ()) for limb in limbs]) for limbs in zip(*each, strict=True)))
+        else:
+            limbs = wide.subtract(wide.wide(n), rank)
+        ks.append(Wide(*(jnp.broadcast_to(limb, (tasks,)) for limb in limbs)))
+    return list(named), Wide(*(jnp.stack(limbs) for limbs in zip(*ks, strict=True)))
+
+
+def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True) -> dict[str, jax.Array]:
+    """One stage over one tensor, or over what of it this device holds.
+
+    Args:
+      stage: a stage of scope "tensor" or "row", or the tensor's share of a "global" sum.
+      x: the tensor.
+      carry: what the stages before found.
+      n: entries of the tensor.
+      axis_names: mesh axes that the tensor is sharded over.
+      one_pass: see :func:`tadrop_jax.selection.count_at_least`.
+
+    Returns:
+      The stage's part of the carry.
+    """
+    if isinstance(stage, Sums):
+        arrays = stage.of(x, carry, n)
+        if stage.scope == "row":
+            return {k: _reduce(stage, a, (a.ndim - 1,) if a.ndim > 1 else (), keep=True) for k, a in arrays.items()}
+        found = {k: _reduce(stage, a, tuple(range(1, a.ndim))) for k, a in arrays.items()}
+        if not axis_names:
+            return found
+        cross = {Sums: lax.psum, Min: lax.pmin, Max: lax.pmax}[type(stage)]
+        return {k: cross(v, axis_names) for k, v in found.items()}
+    values = stage.of(x, carry)
+    row = stage.scope == "row"
+    axes = ((values.ndim - 1,) if values.ndim > 1 else ()) if row else tuple(range(1, values.ndim))
+    if row:
+        n = values.shape[-1] if values.ndim > 1 else 1
+    names, k = from_the_top(stage.at(n, carry), n, values.shape[0])
+    kept = tuple(1 if a in axes else s for a, s in enumerate(values.shape))
+    k = Wide(*(jnp.broadcast_to(jnp.reshape(v, (*v.shape, *(1,) * (values.ndim - 1))), (v.shape[0], *kept)) for v in k))
+    found = selection.order_statistic(values, k, axes, axis_names=axis_names, one_pass=one_pass)
+    return {name: v if row else jnp.reshape(v, (-1,)) for name, v in zip(names, found, strict=True)}
+
+
+def _reduce(stage, array, axes, keep=False):
+    array = statistic(stage, array)
+    op = {Sums: jnp.sum, Min: jnp.min, Max: jnp.max}[type(stage)]
+    return op(array, axis=axes, keepdims=keep) if axes else array
+
+
+def statistic(stage: Sums, array) -> jax.Array:
+    """What is reduced: float32, or uint32 where booleans are counted."""
+    return array.astype(jnp.uint32 if type(stage) is Sums and array.dtype == bool else jnp.float32)
+
+
+def combine(stage: Sums, parts: Sequence[dict]) -> dict[str, jax.Array]:
+    """Adds partial statistics of tensors or blocks; concrete ones in float64. Counts stay whole numbers.
+
+    Raises:
+      MergeError: if a count passes 2^32.
+    """
+    op = {Sums: np.add, Min: np.minimum, Max: np.maximum}[type(stage)]
+    if is_traced(parts):
+        op = {Sums: jnp.add, Min: jnp.minimum, Max: jnp.maximum}[type(stage)]
+        return {k: functools.reduce(op, [p[k] for p in parts]) for k in parts[0]}
+    found = {k: op.reduce([np.asarray(p[k], np.float64) for p in parts]) for k in parts[0]}
+    for k, v in found.items():
+        if parts[0][k].dtype == np.uint32 and np.max(v) >= 1 << 32:
+            raise MergeError(f"the count {k!r} passes 2^32: count over tensors, not over the tree")
+    return {k: jnp.asarray(v.astype(parts[0][k].dtype)) for k, v in found.items()}
