@@ -75,6 +75,8 @@ class Architecture(NamedTuple):
 _GPT2 = "converters.gpt2"
 _GPT2_BLOCK = r"^(transformer\.)?h\.\d+\.attn\.c_attn\.weight$"
 _VIT = "converters.vit"
+_VIT_LAYER = r"^(vit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\.weight$"
+_NOT_VIT = (r"lambda_1$", r"distillation_token$", r"^decoder\.")  # BEiT, DeiT, a model for masked images
 _CLIP = "converters.clip"
 _BEIT3 = "converters.beit3"
 _BEIT3_LAYER = r"(^|\.)encoder\.layers\.0\.self_attn\.q_proj\.A\.weight$"
@@ -86,7 +88,10 @@ _ALL = (
         "GPT2LMHeadModel", _GPT2, "logits of the next token; text", (_GPT2_BLOCK, r"^(transformer|lm_head)\.")
     ),
     Architecture("GPT2Model", _GPT2, "token features", (_GPT2_BLOCK,)),
-    Architecture("ViTForImageClassification", _VIT, "class logits"),
+    Architecture(
+        "ViTForImageClassification", _VIT, "class logits", (r"^vit\.", _VIT_LAYER, r"^classifier\."), _NOT_VIT
+    ),
+    Architecture("ViTModel", _VIT, "features of images", (_VIT_LAYER, r"^(vit\.)?layernorm\."), _NOT_VIT),
     Architecture("CLIPModel", _CLIP, "similarities of texts and images"),
     Architecture("CLIPVisionModel", _CLIP, "features of images"),
     Architecture("CLIPVisionModelWithProjection", _CLIP, "embeddings of images"),

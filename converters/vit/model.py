@@ -1,177 +1,116 @@
-"""A Vision Transformer image classifier in Flax NNX (Dosovitskiy et al., arXiv 2010.11929).
+"""Vision Transformers in Flax NNX (Dosovitskiy et al., arXiv 2010.11929): token features, and classifiers.
 
-It computes what transformers' ViTForImageClassification computes in evaluation mode; dropout is not applied.
-The attribute names give the parameter paths of FlaxViTForImageClassification (transformers 4).
+They compute what transformers' ViTModel and ViTForImageClassification, timm's VisionTransformer and Google's ViT
+compute in evaluation mode; dropout is not applied. The attribute names give the parameter paths of FlaxViTModel and
+FlaxViTForImageClassification (transformers 4).
 """
 
-import dataclasses
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from converters.activations import ACTIVATIONS
-from converters.errors import ConversionError
+from converters.vit.config import ViTConfig
+from converters.vit.layers import AttentionPool, Layer, before, linear, norm, patch_projection, project, token
 
 
-@dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """The fields of Hugging Face's `config.json` that the computation depends on, and in `other` the rest.
+class Features(NamedTuple):
+    """What ViTModel gives.
 
-    Example:
-        >>> ViTConfig.from_dict({"hidden_size": 64, "num_attention_heads": 4}).hidden_size
-        64
+    Attributes:
+        hidden: `(batch, tokens, hidden)`, after the last normalisation.
+        pooled: `(batch, pooler_output_size)`; None without a pooler.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    image_size: int | tuple[int, int] = 224
-    patch_size: int | tuple[int, int] = 16
-    num_channels: int = 3
-    qkv_bias: bool = True
-    initializer_range: float = 0.02
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
-    other: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
-
-    def __post_init__(self):
-        problems = []
-        if self.hidden_act not in ACTIVATIONS:
-            problems.append(f"hidden_act is {self.hidden_act!r}, known are {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            sizes = f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}"
-            problems.append(f"the heads do not divide the hidden size: {sizes}")
-        if problems:
-            raise ConversionError("this ViT configuration is not supported:", problems)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ViTConfig":
-        """Reads the contents of a `config.json`."""
-        rest = dict(config)
-        known = {f.name for f in dataclasses.fields(cls)} - {"labels", "other"}
-        fields = {name: rest.pop(name) for name in known & rest.keys()}
-        for name in ("image_size", "patch_size"):
-            if isinstance(fields.get(name), list):
-                fields[name] = tuple(fields[name])
-        names = rest.pop("id2label", None)
-        rest.pop("label2id", None)
-        count = rest.pop("num_labels", 2)
-        if names is None:
-            names = {str(i): f"LABEL_{i}" for i in range(count)}
-        labels = tuple(names[key] for key in sorted(names, key=int))
-        return cls(**fields, labels=labels, other=rest)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Gives the contents of a `config.json` that transformers reads."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        labels, other = fields.pop("labels"), fields.pop("other")
-        return {
-            "architectures": ["ViTForImageClassification"],
-            "model_type": "vit",
-            **other,
-            **fields,
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+    hidden: jax.Array
+    pooled: jax.Array | None
 
 
 class Embeddings(nnx.Module):
-    """Patches through a strided convolution, the class token before them, positions added."""
+    """Patches through a strided convolution, tokens before them, positions added."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        height, width = _pair(config.image_size)
-        patch = _pair(config.patch_size)
-        init = nnx.initializers.truncated_normal(config.initializer_range)
-        count = (height // patch[0]) * (width // patch[1]) + 1
-        self.cls_token = nnx.Param(init(rngs.params(), (1, 1, config.hidden_size)))
-        self.position_embeddings = nnx.Param(init(rngs.params(), (1, count, config.hidden_size)))
-        projection = nnx.Conv(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=patch,
-            strides=patch,
-            padding="VALID",
-            kernel_init=init,
-            rngs=rngs,
-        )
-        self.patch_embeddings = nnx.Dict(projection=projection)
+        self.config = config
+        if config.class_token:
+            self.cls_token = token(config, rngs)
+        if config.distilled:
+            self.dist_token = token(config, rngs)
+        if config.reg_tokens:
+            self.reg_token = token(config, rngs, config.reg_tokens)
+        places = config.patches + (0 if config.no_embed_class else config.prefix_tokens)
+        self.position_embeddings = token(config, rngs, places)
+        self.patch_embeddings = nnx.Dict(projection=patch_projection(config, rngs, config.patch_bias))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        patches = self.patch_embeddings.projection(images)
-        patches = patches.reshape(images.shape[0], -1, patches.shape[-1])
-        token = jnp.broadcast_to(self.cls_token[...], (images.shape[0], 1, patches.shape[-1]))
-        return jnp.concatenate([token, patches], axis=1) + self.position_embeddings[...]
-
-
-class SelfAttention(nnx.Module):
-    """Query, key, value and the scaled dot products; the output projection belongs to the layer."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        size = config.hidden_size
-        init = nnx.initializers.truncated_normal(config.initializer_range)
-        dense = partial(nnx.Linear, size, size, use_bias=config.qkv_bias, kernel_init=init, rngs=rngs)
-        self.query, self.key, self.value = dense(), dense(), dense()
-        self.heads = config.num_attention_heads
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
-        q, k, v = (dense(x).reshape(split) for dense in (self.query, self.key, self.value))
-        return jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-
-
-class Layer(nnx.Module):
-    """A pre-norm transformer layer."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        size, hidden = config.hidden_size, config.intermediate_size
-        init = nnx.initializers.truncated_normal(config.initializer_range)
-        dense = partial(nnx.Linear, kernel_init=init, rngs=rngs)
-        norm = partial(nnx.LayerNorm, size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
-        self.layernorm_before, self.layernorm_after = norm(), norm()
-        self.attention: Any = nnx.Dict(
-            attention=SelfAttention(config, rngs=rngs), output=nnx.Dict(dense=dense(size, size))
-        )
-        self.intermediate = nnx.Dict(dense=dense(size, hidden))
-        self.output = nnx.Dict(dense=dense(hidden, size))
-        self.activation = config.hidden_act
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        attended = self.attention.attention(self.layernorm_before(x))
-        x = x + self.attention.output.dense(attended)
-        hidden = ACTIVATIONS[self.activation](self.intermediate.dense(self.layernorm_after(x)))
-        return x + self.output.dense(hidden)
+        config = self.config
+        x = project(images, self.patch_embeddings.projection, config)
+        there = (config.class_token, config.distilled, config.reg_tokens)
+        names = ("cls_token", "dist_token", "reg_token")
+        tokens = [getattr(self, name)[...] for name, has in zip(names, there, strict=True) if has]
+        if config.no_embed_class:
+            return before(tokens, x + self.position_embeddings[...])
+        return before(tokens, x) + self.position_embeddings[...]
 
 
 class Backbone(nnx.Module):
     """Embeddings, layers and the last normalisation: images to token features (batch, tokens, hidden)."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.embeddings = Embeddings(config, rngs=rngs)
+        if config.pre_norm:
+            self.pre_layernorm = norm(config, rngs)
         layers = [Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)]
         self.encoder = nnx.Dict(layer=nnx.List(layers))
-        self.layernorm = nnx.LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs
-        )
+        if config.final_norm:
+            self.layernorm = norm(config, rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def features(self, images: jax.Array) -> jax.Array:
+        """Images (batch, height, width, channels) to token features."""
         x = self.embeddings(images)
+        if self.config.pre_norm:
+            x = self.pre_layernorm(x)
         for layer in self.encoder.layer:
             x = layer(x)
-        return self.layernorm(x)
+        return self.layernorm(x) if self.config.final_norm else x
+
+    def __call__(self, images: jax.Array) -> Any:
+        return self.features(images)
+
+
+class ViTModel(Backbone):
+    """Images (batch, height, width, channels) to `Features`.
+
+    Args:
+        config: the model's configuration; without `add_pooling_layer` there is no pooler.
+        rngs: where initial weights come from.
+
+    Example:
+        >>> config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        ...                    intermediate_size=16, image_size=8, patch_size=4, num_channels=1)
+        >>> ViTModel(config, rngs=nnx.Rngs(0))(jnp.zeros((5, 8, 8, 1))).hidden.shape
+        (5, 5, 8)
+    """
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        if config.add_pooling_layer:
+            size = config.hidden_size
+            self.pooler = nnx.Dict(dense=linear(config, size, config.pooler_output_size or size, rngs))
+
+    def __call__(self, images: jax.Array) -> Features:
+        hidden = self.features(images)
+        if not self.config.add_pooling_layer:
+            return Features(hidden, None)
+        return Features(hidden, ACTIVATIONS[self.config.pooler_act](self.pooler.dense(hidden[:, 0])))
 
 
 class ViTForImageClassification(nnx.Module):
     """Images (batch, height, width, channels) to logits (batch, classes).
+
+    Without classes (`labels=()`) it gives what the classifier would look at.
 
     Args:
         config: the model's configuration.
@@ -188,8 +127,42 @@ class ViTForImageClassification(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.vit = Backbone(config, rngs=rngs)
-        init = nnx.initializers.truncated_normal(config.initializer_range)
-        self.classifier = nnx.Linear(config.hidden_size, len(config.labels), kernel_init=init, rngs=rngs)
+        size = config.hidden_size
+        if config.global_pool == "map":
+            self.attn_pool = AttentionPool(config, rngs=rngs)
+        if config.fc_norm:
+            self.fc_norm = norm(config, rngs)
+        if config.representation_size:
+            self.pre_logits = linear(config, size, config.representation_size, rngs)
+            size = config.representation_size
+        if config.labels:
+            self.classifier = linear(config, size, len(config.labels), rngs)
+            if config.distilled:
+                self.classifier_dist = linear(config, size, len(config.labels), rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        return self.classifier(self.vit(images)[:, 0])
+        config = self.config
+        x = self.vit(images)
+        if config.distilled:
+            first, second = x[:, 0], x[:, 1]
+            if config.labels:
+                first, second = self.classifier(first), self.classifier_dist(second)
+            return (first + second) / 2
+        x = self._pool(x)
+        if config.fc_norm:
+            x = self.fc_norm(x)
+        if config.representation_size:
+            x = jnp.tanh(self.pre_logits(x))
+        return self.classifier(x) if config.labels else x
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        how = self.config.global_pool
+        if how == "token":
+            return x[:, 0]
+        x = x[:, self.config.prefix_tokens :]
+        if how == "map":
+            return self.attn_pool(x)
+        if how == "avg":
+            return jnp.mean(x, axis=1)
+        largest = jnp.max(x, axis=1)
+        return largest if how == "max" else (largest + jnp.mean(x, axis=1)) / 2

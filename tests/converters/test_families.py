@@ -36,7 +36,7 @@ def test_a_configuration_names_its_architecture():
 
 
 def test_a_configuration_of_ours_tells_the_architecture_of_bare_parameters():
-    config = package_of(architecture("ViTForImageClassification")).Config()
+    config = package_of(architecture("ViTModel")).Config(other={"architectures": ["ViTModel"]})
     assert architecture_of({}, config).package == "converters.vit"
     with pytest.raises(ConversionError, match="pass architecture="):
         architecture_of({}, object())
