@@ -5,6 +5,8 @@ collects what lies inside; the rank is then found among the few collected. If a 
 equal values), two passes of 2^16-bin histograms settle the upper and then the lower half of the key. Always exact.
 """
 
+import threading
+
 import numpy as np
 
 # Up to this many entries a pass simply collects everything.
@@ -40,6 +42,9 @@ class Selection:
         self.below = np.zeros(ranks.shape, np.int64)
         self.histogram = False
         self.collected = 0
+        # One histogram for each open rank, added up as blocks come: a histogram a block would outgrow the data.
+        self.bins: dict[tuple[int, int], np.ndarray] = {}
+        self.lock = threading.Lock()
 
     @property
     def settled(self) -> bool:
@@ -74,10 +79,15 @@ class Selection:
     def count(self, keys: np.ndarray) -> list:
         """Counts one block of keys ``(T, B)``; called from any thread."""
         if self.histogram:
-            return [self._bins(keys[t], r, t) for r, t in np.argwhere(self.open)]
+            for r, t in np.argwhere(self.open):
+                self._add_bins(keys[t], r, t)
+            return []
         found = []
         for r, t in np.argwhere(self.open):
             row, low, high = keys[t], self.low[r, t], self.high[r, t]
+            if low == high:  # one value that many entries have, zero most likely: counting them is enough
+                found.append((int(np.count_nonzero(row < low)), int(np.count_nonzero(row == low))))
+                continue
             if self.collected > _MOST:
                 found.append((0, row[:0]))  # the bracket is given up: no need to collect more
                 continue
@@ -87,35 +97,33 @@ class Selection:
             found.append((int(np.count_nonzero(row < low)), inside))
         return found
 
-    def _bins(self, row, r, t):
-        prefix = self.prefix
-        if prefix is None:
-            return np.bincount(row >> 16, minlength=1 << 16)
-        mine = row[(row >> 16) == prefix[r, t]]
-        return np.bincount(mine & 0xFFFF, minlength=1 << 16)
+    def _add_bins(self, row, r, t):
+        half = row >> 16 if self.prefix is None else row[(row >> 16) == self.prefix[r, t]] & 0xFFFF
+        counts = np.bincount(half, minlength=1 << 16)
+        with self.lock:
+            self.bins[r, t] = self.bins[r, t] + counts if (r, t) in self.bins else counts
 
     def update(self, parts: list[list]) -> None:
         """Draws the conclusions of a pass: what :meth:`count` gave for each block."""
         wanted = np.argwhere(self.open)
         if self.histogram:
-            self._narrow(wanted, parts)
+            self._narrow(wanted)
             return
         self.histogram = True
-        if self.collected > _MOST:
-            return
         for i, (r, t) in enumerate(wanted):
-            below = sum(part[i][0] for part in parts)
-            inside = np.concatenate([part[i][1] for part in parts])
-            at = int(self.ranks[r, t]) - below
-            if 0 <= at < inside.size:
-                self.keys[r, t] = np.partition(inside, at)[at]
-                self.open[r, t] = False
+            at = int(self.ranks[r, t]) - sum(part[i][0] for part in parts)
+            inside = [part[i][1] for part in parts]
+            if self.low[r, t] == self.high[r, t]:
+                if 0 <= at < sum(inside):
+                    self.keys[r, t], self.open[r, t] = self.low[r, t], False
+            elif self.collected <= _MOST and 0 <= at < sum(a.size for a in inside):
+                self.keys[r, t], self.open[r, t] = np.partition(np.concatenate(inside), at)[at], False
 
-    def _narrow(self, wanted, parts):
+    def _narrow(self, wanted):
         first = self.prefix is None
         prefix = np.zeros(self.ranks.shape, np.uint32) if self.prefix is None else self.prefix
-        for i, (r, t) in enumerate(wanted):
-            ends = np.cumsum(sum(part[i] for part in parts))
+        for r, t in wanted:
+            ends = np.cumsum(self.bins[r, t])
             at = self.ranks[r, t] - self.below[r, t]
             found = int(np.searchsorted(ends, at, side="right"))
             if first:
@@ -124,4 +132,4 @@ class Selection:
             else:
                 self.keys[r, t] = (int(prefix[r, t]) << 16) | found
                 self.open[r, t] = False
-        self.prefix = prefix
+        self.prefix, self.bins = prefix, {}

@@ -124,3 +124,23 @@ def test_any_data(data):
         rows = np.sort(rows, axis=1)
     ranks = data.draw(st.lists(st.lists(st.integers(0, n), min_size=2, max_size=2), min_size=1, max_size=3), "ranks")
     check(rows.astype(np.uint32), ranks, block=data.draw(st.integers(1, n), "block"))
+
+
+def test_a_value_that_many_entries_have_is_only_counted():
+    """Nothing is collected, and no histogram is needed, where a bracket holds one value."""
+    rows = keys_of(NORMAL * (RNG.random((2, N)) < 0.05))
+    search = Selection(N, np.array([[N // 2, N // 2]]))
+    search.bracket([rows[:, s : s + 16] for s in search.sample_starts(16)])
+    assert (search.low == search.high).all()
+    search.update([search.count(rows[:, s : s + 128]) for s in range(0, N, 128)])
+    assert search.settled
+    assert search.collected == 0
+
+
+def test_histograms_are_added_up_as_blocks_come():
+    """However many blocks there are, one histogram a rank is held."""
+    search = Selection(N, np.array([[N // 3, N // 2]]))
+    search.histogram = True
+    rows = DATA["all 32 bits"]
+    assert [search.count(rows[:, s : s + 16]) for s in range(0, N, 16)][-1] == []
+    assert {at: (b.size, b.sum()) for at, b in search.bins.items()} == {(0, t): (1 << 16, N) for t in range(2)}
