@@ -85,21 +85,6 @@ def run_ours(module, **inputs):
     return np.asarray(nnx.jit(lambda model: model(**inputs))(module), np.float32)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize("architecture", HEADS)
-def test_a_round_trip_has_the_same_bytes(architecture, dtype, tmp_path):
-    tensors = random_tensors(architecture, dtype)
-    module, params = converters.load(write(tmp_path / "torch", architecture, tensors))
-    assert isinstance(module, gpt2.MODELS[architecture])
-    assert module.config == TINY
-    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(params))
-    converters.save(tmp_path / "again", module)
-    assert_same_bytes(converters.read_tensors(tmp_path / "again"), tensors)
-    raw = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert raw["architectures"] == [architecture]
-    assert gpt2.Config.from_dict(raw) == TINY
-
-
 def test_a_conv1d_kernel_is_not_turned_and_a_linear_one_is():
     tensors = random_tensors("GPT2ForSequenceClassification", np.float32)
     tree = converters.to_flax(tensors, gpt2.table(TINY, "GPT2ForSequenceClassification"))
@@ -147,17 +132,6 @@ def test_a_bare_model_opens_the_names_of_one_with_a_head(tmp_path):
     np.testing.assert_array_equal(module.ln_f.bias[...], tensors["ln_f.bias"])
     converters.save(tmp_path / "again", module)
     assert_same_bytes(converters.read_tensors(tmp_path / "again"), old)
-
-
-def test_what_is_wrong_is_named_all_at_once(tmp_path):
-    tensors = random_tensors(LM, np.float32)
-    del tensors["transformer.h.1.mlp.c_fc.bias"]
-    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:3].copy()
-    tensors["transformer.h.0.crossattention.c_attn.weight"] = np.zeros((8, 16), np.float32)
-    with pytest.raises(ConversionError) as caught:
-        converters.load(write(tmp_path / "bad", LM, tensors))
-    for name in ("h.1.mlp.c_fc.bias", "wpe.weight", "h.0.crossattention.c_attn.weight"):
-        assert name in str(caught.value)
 
 
 def test_a_second_output_matrix_under_a_tied_configuration_is_refused(tmp_path):
