@@ -231,6 +231,9 @@ def _global_ranks(stage, stop, at, sites, raws, keys, carries):
     group = selection.bits_per_round(sites[at[0]].one_pass)
     found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager)
     found = selection.from_ordered_bits(found, probe.dtype)
+    if stage.attached and not eager:
+        values = [_selected(sites[k], stop)(raws[k], keys[k], carries[k]) for k in at]
+        found = [selection.attached(f, values) for f in found]
     return dict(zip(names, found, strict=True))
 
 

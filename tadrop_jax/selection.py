@@ -77,12 +77,12 @@ def at_least(x: jax.Array, cut: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def attached(found: jax.Array, values: jax.Array) -> jax.Array:
+def attached(found: jax.Array, values) -> jax.Array:
     """An order statistic with a gradient: that of the entries which are it, evenly split where several tie.
 
     Args:
       found: ``(T,)``, exact order statistics of ``values``.
-      values: ``(T, *S)``.
+      values: ``(T, *S)``, or several such arrays that were selected from together.
 
     Returns:
       ``found``, bit for bit.
@@ -93,9 +93,13 @@ def attached(found: jax.Array, values: jax.Array) -> jax.Array:
 @attached.defjvp
 def _(primals, tangents):
     (found, values), (_, moved) = primals, tangents
-    axes = tuple(range(1, values.ndim))
-    ties = ordered_bits(values) == ordered_bits(jnp.reshape(found, (-1, *(1,) * len(axes))))
-    return found, jnp.sum(jnp.where(ties, moved, 0), axis=axes) / jnp.maximum(jnp.sum(ties, axis=axes), 1)
+    total, count = jnp.zeros(found.shape), jnp.zeros(found.shape)
+    for value, tangent in zip(jax.tree.leaves(values), jax.tree.leaves(moved), strict=True):
+        axes = tuple(range(1, value.ndim))
+        ties = ordered_bits(value) == ordered_bits(jnp.reshape(found, (-1, *(1,) * len(axes))))
+        total += jnp.sum(jnp.where(ties, tangent, 0), axis=axes)
+        count += jnp.sum(ties, axis=axes)
+    return found, total / jnp.maximum(count, 1)
 
 
 def count_at_least(keys, pivots, axes: Sequence[int], *, one_pass: bool = True) -> jax.Array:

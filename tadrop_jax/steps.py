@@ -71,7 +71,7 @@ class Max(Sums):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranks:
-    """Exact order statistics; constants for gradients.
+    """Exact order statistics; constants for gradients, unless they are attached.
 
     Attributes:
       of: ``(x, carry) -> array`` of shape ``(T, *S)``, float32 (signed values too) or uint32.
@@ -79,11 +79,14 @@ class Ranks:
         an int, a tuple of one int per task, or what :func:`~tadrop_jax.wide.floor_times` gives for arrays. Rank n
         gives a bound that no entry reaches. In the carry: ``(T,)``.
       scope: ``"row"``, ``"tensor"`` or ``"global"``.
+      attached: of scope "global": whether what is computed from them has the gradient of the entries that they are
+        (:func:`tadrop_jax.selection.attached`), since they enter values and not only selections.
     """
 
     of: Callable[[Piece, Carry], jax.Array]
     at: Callable[[int, Carry], Mapping[str, "int | tuple | Wide"]]
     scope: Scope = "tensor"
+    attached: bool = False
 
 
 Stage = Sums | Ranks

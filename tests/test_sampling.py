@@ -130,7 +130,7 @@ def test_a_value_that_many_entries_have_is_only_counted():
     """Nothing is collected, and no histogram is needed, where a bracket holds one value."""
     rows = keys_of(NORMAL * (RNG.random((2, N)) < 0.05))
     search = Selection(N, np.array([[N // 2, N // 2]]))
-    search.bracket([rows[:, s : s + 16] for s in search.sample_starts(16)])
+    search.bracket([rows[:, s : s + 256] for s in search.sample_starts(256)])
     assert (search.low == search.high).all()
     search.update([search.count(rows[:, s : s + 128]) for s in range(0, N, 128)])
     assert search.settled

@@ -6,7 +6,7 @@ from jax import lax
 from tadrop_jax import linalg
 from tadrop_jax.interference import over_inputs, with_norms
 from tadrop_jax.matrices import matrix_rule
-from tadrop_jax.parameters import single
+from tadrop_jax.parameters import fixed, single
 from tadrop_jax.steps import Step, over_tasks
 
 _TINY = 1e-12  # the authors'
@@ -64,7 +64,7 @@ def ace(
     """
     single("ace", "epsilon", epsilon, _TINY)
     single("ace", "threshold", threshold, 0)
-    single("ace", "share", share, 0, 1)
+    fixed("ace", "share", share, 0, 1)
 
     def merge(stack):
         return solved(stack, epsilon, threshold, share)

@@ -92,8 +92,8 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
 
     return Step(
         stages=(
-            Ranks(lambda x, carry: magnitude(x.stack), at=bounds, scope="global"),
-            Ranks(balance, at=competing, scope="global"),
+            Ranks(lambda x, carry: magnitude(x.stack), at=bounds, scope="global", attached=True),
+            Ranks(balance, at=competing, scope="global", attached=True),
         ),
         apply=apply,
         output="vector",

@@ -10,7 +10,7 @@ from jax import lax
 from tadrop_jax import linalg
 from tadrop_jax.interference import directions, over_inputs, quadratic, with_norms
 from tadrop_jax.matrices import matrix_rule
-from tadrop_jax.parameters import choice, single, whole
+from tadrop_jax.parameters import choice, fixed, single, whole
 from tadrop_jax.steps import Step, over_tasks
 
 
@@ -64,7 +64,7 @@ def wudi(
     choice("wudi", "solver", solver, ("adam", "closed"))
     single("wudi", "learning_rate", learning_rate, 0)
     steps = whole("wudi", "steps", steps, 0)
-    single("wudi", "cutoff", cutoff, 1e-3, 1)
+    fixed("wudi", "cutoff", cutoff, 1e-3, 1)
 
     def merge(stack):
         return minimiser(stack, cutoff) if solver == "closed" else descended(stack, learning_rate, steps)
