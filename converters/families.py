@@ -77,6 +77,7 @@ _GPT2_BLOCK = r"^(transformer\.)?h\.\d+\.attn\.c_attn\.weight$"
 _VIT = "converters.vit"
 _VIT_LAYER = r"^(vit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\.weight$"
 _NOT_VIT = (r"lambda_1$", r"distillation_token$", r"^decoder\.")  # BEiT, DeiT, a model for masked images
+_TIMM_BLOCK = r"^blocks\.0\.attn\.qkv\.weight$"
 _CLIP = "converters.clip"
 _BEIT3 = "converters.beit3"
 _BEIT3_LAYER = r"(^|\.)encoder\.layers\.0\.self_attn\.q_proj\.A\.weight$"
@@ -92,6 +93,8 @@ _ALL = (
         "ViTForImageClassification", _VIT, "class logits", (r"^vit\.", _VIT_LAYER, r"^classifier\."), _NOT_VIT
     ),
     Architecture("ViTModel", _VIT, "features of images", (_VIT_LAYER, r"^(vit\.)?layernorm\."), _NOT_VIT),
+    Architecture("timm/VisionTransformerDistilled", _VIT, "class logits", (_TIMM_BLOCK, r"^dist_token$")),
+    Architecture("timm/VisionTransformer", _VIT, "class logits", (_TIMM_BLOCK, r"^patch_embed\.proj\.weight$")),
     Architecture("CLIPModel", _CLIP, "similarities of texts and images"),
     Architecture("CLIPVisionModel", _CLIP, "features of images"),
     Architecture("CLIPVisionModelWithProjection", _CLIP, "embeddings of images"),

@@ -1,14 +1,21 @@
-"""Vision Transformers of Hugging Face: `ViTModel` and `ViTForImageClassification`."""
+"""Vision Transformers: `ViTModel` and `ViTForImageClassification` of Hugging Face, `vit_*` and `deit_*` of timm."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import ConversionError
+from converters.mapping import Row
+from converters.vit import table as hugging_face
+from converters.vit import timm
 from converters.vit.config import ViTConfig as Config
 from converters.vit.model import Features, ViTForImageClassification, ViTModel
-from converters.vit.table import SHARDING, aliases, described, table
+from converters.vit.table import SHARDING, aliases
 
-MODELS = {"ViTModel": ViTModel, "ViTForImageClassification": ViTForImageClassification}
+MODELS = {
+    "ViTModel": ViTModel,
+    "ViTForImageClassification": ViTForImageClassification,
+    "timm/VisionTransformer": ViTForImageClassification,
+    "timm/VisionTransformerDistilled": ViTForImageClassification,
+}
 
 __all__ = [
     "MODELS",
@@ -23,23 +30,38 @@ __all__ = [
     "table",
 ]
 
+_LAYOUTS: Mapping[str, Any] = {"timm": timm}
 
-def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], architecture: str) -> Config:
-    """The configuration of a checkpoint. That of Hugging Face has to be there: no shape tells the number of heads.
+
+def _of(architecture: str) -> Any:
+    """The module with a layout's table and configuration."""
+    return _LAYOUTS.get(architecture.rpartition("/")[0], hugging_face)
+
+
+def table(config: Config, architecture: str) -> list[Row]:
+    """Rows between an architecture's names and its module's paths.
 
     Raises:
-        ConversionError: it is not there, or is of another kind of model.
+        ConversionError: the configuration has what the architecture cannot hold.
+
+    Example:
+        >>> table(Config(), "ViTModel")[-1].torch
+        'pooler.dense.bias'
     """
-    if not raw:
-        raise ConversionError(
-            f"{architecture}: the tensors do not tell the number of heads; put config.json beside them"
-        )
-    if raw.get("model_type", "vit") != "vit":
-        raise ConversionError(f"{architecture}: model_type is {raw['model_type']!r}, must be 'vit'")
-    pooler = any(name.endswith("pooler.dense.weight") or name.startswith("pooler/") for name in shapes)
-    return Config.from_dict(dict(raw) | ({} if pooler or architecture != "ViTModel" else {"add_pooling_layer": False}))
+    return _of(architecture).table(config, architecture)
+
+
+def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], architecture: str) -> Config:
+    """The configuration of a checkpoint, from its `config.json` and the shapes of its tensors.
+
+    Raises:
+        ConversionError: they do not tell it, or it is of another kind of model.
+    """
+    if "hidden_size" in raw:  # written by us, or by Hugging Face
+        return hugging_face.configure(raw, shapes, architecture)
+    return _of(architecture).configure(raw, shapes, architecture)
 
 
 def describe(config: Config, architecture: str) -> dict[str, Any]:
     """The contents of `config.json`."""
-    return described(config, architecture)
+    return _of(architecture).describe(config, architecture)

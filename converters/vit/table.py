@@ -3,6 +3,8 @@
 The Flax paths are those of FlaxViTModel and FlaxViTForImageClassification in transformers 4.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from converters.errors import ConversionError
@@ -44,7 +46,7 @@ def table(config: ViTConfig, architecture: str) -> list[Row]:
     if architecture == "ViTModel":
         pooler = linear("pooler.dense", "pooler/dense") if config.add_pooling_layer else []
         return [*backbone("", ""), *pooler]
-    return [*backbone("vit.", "vit/"), *linear("classifier", "classifier")]
+    return [*backbone("vit.", "vit/"), *(linear("classifier", "classifier") if config.labels else [])]
 
 
 def needs_own(config: ViTConfig, architecture: str, allowed: tuple[str, ...]) -> None:
@@ -83,12 +85,32 @@ def backbone(torch: str, flax: str) -> list[Row]:
 
 def aliases(architecture: str) -> list[tuple[str, str]]:
     """The names of transformers 5's `state_dict()`; and those of a bare model in one with a head, or the other way."""
+    if "/" in architecture:
+        return []
     if architecture == "ViTModel":
         return [(r"^vit\.", ""), *NEW_NAMES]
     return [(r"^(?=(embeddings|encoder|layers|layernorm)\.)", "vit."), *NEW_NAMES]
 
 
-def described(config: ViTConfig, architecture: str) -> dict[str, Any]:
+def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], architecture: str) -> ViTConfig:
+    """A configuration from a `config.json`, which has to be there: no tensor's shape tells the number of heads.
+
+    Raises:
+        ConversionError: it is not there, or is of another kind of model.
+    """
+    if not raw:
+        raise ConversionError(
+            f"{architecture}: the tensors do not tell the number of heads; put config.json beside them"
+        )
+    if raw.get("model_type", "vit") != "vit":
+        raise ConversionError(f"{architecture}: model_type is {raw['model_type']!r}, must be 'vit'")
+    pooler = any(re.match(r"(vit\.)?pooler[./]dense", name) for name in shapes)
+    return ViTConfig.from_dict(
+        dict(raw) | ({} if pooler or architecture != "ViTModel" else {"add_pooling_layer": False})
+    )
+
+
+def describe(config: ViTConfig, architecture: str) -> dict[str, Any]:
     """The `config.json` of transformers."""
     raw = {name: value for name, value in config.to_dict().items() if name not in {*OWN_DEFAULTS, "timm"}}
     return raw | {"architectures": [architecture], "model_type": "vit"}
