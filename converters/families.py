@@ -202,8 +202,8 @@ def offered(package: Any, what: str, default: Any, *arguments: Any) -> Any:
 def architecture_of(model: Any, config: Any = None) -> Architecture:
     """Finds the architecture of a module, or of a configuration with bare parameters.
 
-    A module that was loaded knows which it is (`module.origin`). Otherwise it is the first entry with its class, or
-    the one that the configuration names.
+    A module that was loaded knows which it is (`module.origin`). Otherwise it is the first entry with its class; for
+    bare parameters the one that the configuration names, or else the first to whose paths theirs are nearest.
 
     Raises:
         ConversionError: it is none of ours, or there are several and nothing tells which.
@@ -223,5 +223,21 @@ def architecture_of(model: Any, config: Any = None) -> Architecture:
     entries = [entry for entry in ARCHITECTURES.values() if entry.package == package]
     if len(entries) == 1:
         return entries[0]
+    distances = [_distance(entry, model, config) for entry in entries]
+    if entries and min(distances) < 0.5:
+        return entries[distances.index(min(distances))]
     said = ", ".join(entry.name for entry in entries) or "none"
     raise ConversionError(f"pass architecture= with bare parameters: those with this configuration are {said}")
+
+
+def _distance(entry: Architecture, model: Any, config: Any) -> float:
+    """The share of paths that parameters and an architecture's module do not have in common."""
+    from converters.loading import abstract
+    from converters.mapping import flatten
+
+    try:
+        wanted = flatten(abstract(package_of(entry), config, entry)).keys()
+    except ConversionError:  # the configuration is of another architecture of the package
+        return 1.0
+    paths = flatten(model).keys()
+    return len(paths ^ wanted) / len(paths | wanted)

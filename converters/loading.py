@@ -102,8 +102,7 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
         by_table = rows == package.table(config, entry.name)
         origin = Origin(entry.name).spelled_as(spelling) if by_table else noted
     else:
-        kept, origin, problems = learned(tensors, package, entry, config)
-        origin = origin.spelled_as(spelling)
+        kept, origin, problems = learned(tensors, spelling, package, entry, config)
         leaves, more, rows = _mapped(kept, package.table(config, entry.name), expect)
         problems += more
     if problems:

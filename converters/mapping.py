@@ -161,7 +161,7 @@ def layout(source: Any) -> Callable[[str], tuple[str, tuple[int, ...] | None] | 
     and a merge gives the same weights before and after conversion.
 
     Args:
-        source: a module of ours, or a family's rows.
+        source: a module of ours, or a family's rows. Names are those of the file that a module was read from.
 
     Returns:
         A function of a path: (name, order), where order is None if nothing moves; None for a path that no row maps. The
@@ -174,24 +174,28 @@ def layout(source: Any) -> Callable[[str], tuple[str, tuple[int, ...] | None] | 
     """
     table = _rows_of(source)
     rules = _compile(table, forward=False)
+    own = dict(getattr(getattr(source, "origin", None), "names", ()))
 
     def place(path: str) -> tuple[str, tuple[int, ...] | None] | None:
         for rule in rules:
             if match := rule.pattern.fullmatch(path):
                 name = rule.targets[0].format(**match.groupdict()) if rule.parts == 1 else path
-                return name, rule.transform.axes(forward=False) or None
+                return own.get(name, name), rule.transform.axes(forward=False) or None
         return None
 
     return place
 
 
-def places(names: Iterable[str], rows: Table, table: Table) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+def places(
+    names: Iterable[str], rows: Table, table: Table, own: Mapping[str, str] | None = None
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """As `layout`, for the names of a tree's files: PyTorch's name and the permutation into its order.
 
     Args:
         names: as in the files.
         rows: between these names and the module's paths.
         table: between PyTorch's names and the module's paths.
+        own: for names of the table those in PyTorch's files, where these differ.
 
     Returns:
         A pair for each name that both tables map one to one.
@@ -211,7 +215,7 @@ def places(names: Iterable[str], rows: Table, table: Table) -> dict[str, tuple[s
         given, first = place(path), rule.transform.axes(forward=True)
         if given is not None:
             order = given[1] if not first or given[1] is None else tuple(first[axis] for axis in given[1])
-            found[name] = (given[0], order if given[1] is not None else first or None)
+            found[name] = ((own or {}).get(given[0], given[0]), order if given[1] is not None else first or None)
     return found
 
 

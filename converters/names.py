@@ -9,17 +9,15 @@ import numpy as np
 from converters.errors import ConversionError
 from converters.families import Architecture, offered
 
-_ALONE = "alone"
-
 
 class Origin(NamedTuple):
     """What a loaded module remembers of its file.
 
     Attributes:
         architecture: its name in `converters.families.ARCHITECTURES`.
-        stored: (name, dtype) of each tied copy and buffer that the file stored besides the parameters; in place of the
-            dtype "alone" for a copy that was stored without the tensor it is a copy of.
-        names: (name in the table, name in the file) where these differ.
+        stored: (name, dtype) of each tied copy and buffer that the file stored besides the parameters.
+        names: (name in the table, name in the file) where these differ: another spelling, or that of a tied copy that
+            was stored without the tensor it is a copy of.
     """
 
     architecture: str
@@ -76,12 +74,13 @@ def spelled(tensors: Mapping[str, Any], package: Any, entry: Architecture) -> tu
 
 
 def learned(
-    tensors: Mapping[str, Any], package: Any, entry: Architecture, config: Any
+    tensors: Mapping[str, Any], spelling: Mapping[str, str], package: Any, entry: Architecture, config: Any
 ) -> tuple[dict[str, Any], Origin, list[str]]:
     """Separates the learned parameters from tied copies and buffers, which are checked.
 
     Args:
         tensors: arrays or leaves, as `spelled` gives them.
+        spelling: their names in the file, likewise.
         package: the family's.
         entry: the architecture.
         config: the family's Config.
@@ -92,14 +91,17 @@ def learned(
     copies = offered(package, "tied", {}, config, entry.name)
     buffers = _buffers(package, entry, config)
     kept, stored, problems = {}, [], []
+    names = dict(spelling)
     for name, array in tensors.items():
         make, match = _buffer(buffers, name)
-        if name in copies and copies[name] not in tensors:
-            kept[copies[name]] = array
-            stored.append((name, _ALONE))
-        elif name in copies:
-            if not _same_bytes(array, tensors[copies[name]]):
-                problems.append(f"tied to {copies[name]} by the configuration, but differs from it: {name}")
+        if name in copies:
+            first = copies[name]
+            other = tensors.get(first, kept.get(first))
+            if other is None:
+                kept[first], names[first] = array, names.pop(name)
+                continue
+            if not _same_bytes(array, other):
+                problems.append(f"tied to {first} by the configuration, but differs from it: {name}")
             stored.append((name, str(array.dtype)))
         elif match is not None:
             want = np.asarray(make(match))
@@ -108,7 +110,7 @@ def learned(
             stored.append((name, str(array.dtype)))
         else:
             kept[name] = array
-    return kept, Origin(entry.name, tuple(sorted(stored))), problems
+    return kept, Origin(entry.name, tuple(sorted(stored))).spelled_as(names), problems
 
 
 def restored(
@@ -125,9 +127,7 @@ def restored(
     result = dict(tensors)
     for name, dtype in origin.stored:
         make, match = _buffer(buffers, name)
-        if dtype == _ALONE:
-            result[name] = result.pop(copies[name])
-        elif name in copies:
+        if name in copies:
             result[name] = tensors[copies[name]]
         elif match is not None:
             result[name] = np.asarray(make(match)).astype(_dtype(dtype), order="C")

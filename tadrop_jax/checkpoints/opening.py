@@ -58,7 +58,7 @@ def pytorch_places(source: Source) -> dict[str, tuple[str, tuple[int, ...] | Non
     except ConversionError:
         return {}
     table = base.package.table(base.config, base.entry.name)
-    return places(source.tensors, base.rows, table)
+    return places(source.tensors, base.rows, table, dict(base.origin.names))
 
 
 def open_model(path: Path) -> Source:

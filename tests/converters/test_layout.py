@@ -8,6 +8,7 @@ from flax import nnx
 import converters
 import tadrop_jax as tj
 from converters.mapping import Row, flatten, nest, places
+from converters.names import Origin
 from converters.vit import Config, ViTForImageClassification
 
 NAME = "ViTForImageClassification"
@@ -104,6 +105,15 @@ def test_what_is_fused_is_told():
     assert converters.fused(MODULE) == {}
     assert converters.layout(rows)("k/kernel") == ("k/kernel", (1, 0))
     assert converters.layout(MODULE)("classifier/bias") == ("classifier.bias", None)
+
+
+def test_names_are_those_of_the_file():
+    module, _ = nnx.split(MODULE)
+    module = nnx.merge(module, nnx.state(MODULE))
+    module.origin = Origin(NAME, names=(("classifier.bias", "head.bias"),))
+    assert converters.layout(module)("classifier/bias") == ("head.bias", None)
+    found = places(["classifier/bias"], [Row("classifier/bias", "classifier/bias")], ROWS, {"classifier.bias": "b"})
+    assert found == {"classifier/bias": ("b", None)}
 
 
 def test_regmean_before_or_after_conversion():

@@ -146,6 +146,15 @@ def test_parameters_that_do_not_fit_are_named_at_once(name, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize("package", CONFIGURATIONS)
+def test_bare_parameters_tell_their_architecture(package):
+    """The first whose module has their paths."""
+    for name in (name for name in NAMES if families.ARCHITECTURES[name].package == package):
+        found = families.architecture_of(nest(case(name).leaves(np.float32)), case(name).config).name
+        assert case(found).shapes.keys() == case(name).shapes.keys()
+        assert NAMES.index(found) <= NAMES.index(name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_is_one_to_one(name):
     """Each path comes from one row, and what is fused is told by `converters.fused`."""
