@@ -1,0 +1,30 @@
+"""The examples run, offline and in seconds, and give what they promise."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+import converters
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_emr_on_beit3(tmp_path, capsys):
+    example = runpy.run_path(str(EXAMPLES / "emr_beit3.py"))
+    found = example["main"](["--keep", str(tmp_path)])
+    assert all(0.8 < correlation < 1 for correlation in found.values())
+    said = capsys.readouterr()
+    assert "retrieval: tensor 'beit3.encoder.layers.0.ffn.B.fc1.weight' moved by 5." in said.err
+    assert said.err.count("warning") == 1
+    report = json.loads((tmp_path / "bundle" / "merge_report.json").read_text())
+    for task in example["TASKS"]:
+        given, ours = (converters.read_tensors(tmp_path / name) for name in (task, f"rebuilt-{task}"))
+        assert given.keys() == ours.keys()
+        own = {name for name in given if report["tensors"][name] == {"from": "each task's own model"}}
+        assert "beit3.encoder.embed_positions.A.weight" in own
+        assert len(own) < len(given) / 2
+        for name, array in given.items():
+            assert ours[name].shape == array.shape
+            assert np.array_equal(ours[name], array) == (name in own), name
