@@ -4,9 +4,9 @@
     python examples/emr_beit3.py --keep some/directory # and they stay, with all that is made of them
 
 Fine-tunes of BEiT3 do not have the same tensors: each task has a head of its own, there are as many position
-embeddings as its images have patches, and classification has no last normalisation. EMR's authors merge what is alike in
-all models, and take the rest from each task's own file: `tadrop merge --differing own`. It also warns of tensors that
-moved by more than their own size: such a tensor was trained anew, and its difference from the base means nothing.
+embeddings as its images have patches, and classification has no last normalisation. EMR's authors merge what is alike
+in all models, and take the rest from each task's own file: `tadrop merge --differing own`. It also warns of tensors
+that moved by more than their own size: such a tensor was trained anew, and its difference from the base means nothing.
 `--set per_task=NAME` lets it stay each task's own, too.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -50,35 +51,42 @@ def make_models(root: Path) -> None:
     def normal(shape, size):
         return (size * rng.normal(size=shape)).astype(np.float32)
 
-    base = beit3.MODELS[BASE](beit3.Config(**WIDTHS, img_size=8), rngs=nnx.Rngs(0))
-    converters.save(root / "base", base)
-    pretrained = flatten(nnx.state(base, nnx.Param))
-    for seed, (task, (architecture, options)) in enumerate(TASKS.items(), 1):
-        model = beit3.MODELS[architecture](beit3.Config(**WIDTHS | options), rngs=nnx.Rngs(seed))
-        tuned = {}
+    def write(task, architecture, options, start):
+        """Saves a model that moved a little from where it started; what is new to it is random."""
+        config = beit3.Config(**WIDTHS | options)
+        model = nnx.eval_shape(lambda: beit3.MODELS[architecture](config, rngs=nnx.Rngs(0)))
+        tensors = {}
         for path, leaf in flatten(nnx.state(model, nnx.Param)).items():
-            start = pretrained.get(path)
-            if (task, path) == TRAINED_ANEW:
-                tuned[path] = normal(leaf.shape, 0.1)
-            elif start is not None and start.shape == leaf.shape:
-                tuned[path] = np.asarray(start) + normal(leaf.shape, 0.005)
-            else:  # a head, or positions of another image size
-                tuned[path] = np.asarray(leaf)
-        converters.save(root / task, nest(tuned), model.config, architecture=architecture)
+            before = start.get(path)
+            if before is not None and before.shape == leaf.shape and (task, path) != TRAINED_ANEW:
+                tensors[path] = before + normal(leaf.shape, 0.005)
+            else:  # weights of a layer, a head, positions of another image size; scales of normalisations are near 1
+                tensors[path] = path.endswith("scale") + normal(leaf.shape, 0.1)
+        converters.save(root / task, nest(tensors), config, architecture=architecture)
+        return tensors
+
+    pretrained = write("base", BASE, {"img_size": 8}, {})
+    for task, (architecture, options) in TASKS.items():
+        write(task, architecture, options, pretrained)
+
+
+@nnx.jit
+def predict(model, tokens, images):
+    """What the model of a task gives for texts and images."""
+    if isinstance(model, beit3.MODELS["torchscale/BEiT3ForImageClassification"]):
+        return model(images)
+    if isinstance(model, beit3.MODELS["torchscale/BEiT3ForRetrieval"]):
+        return jnp.concatenate(model(tokens, images), axis=-1)
+    return model(tokens, images)
 
 
 def outputs(directory: Path) -> np.ndarray:
-    """Loads a task's model and runs it on random images and texts."""
+    """Loads a task's model and runs it on random texts and images."""
     model, _ = converters.load(directory)
     rng = np.random.default_rng(1)
     size = model.config.img_size
-    images = rng.normal(size=(4, size, size, 3)).astype(np.float32)
     tokens = rng.integers(0, model.config.vocab_size, (4, 6))
-    if isinstance(model, beit3.MODELS["torchscale/BEiT3ForImageClassification"]):
-        return np.asarray(model(images))
-    if isinstance(model, beit3.MODELS["torchscale/BEiT3ForRetrieval"]):
-        return np.concatenate(model(tokens, images), axis=-1)
-    return np.asarray(model(tokens, images))
+    return np.asarray(predict(model, tokens, rng.normal(size=(4, size, size, 3)).astype(np.float32)))
 
 
 def tadrop(*arguments: str | Path) -> None:

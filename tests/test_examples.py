@@ -14,9 +14,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def test_emr_on_beit3(tmp_path, capsys):
     example = runpy.run_path(str(EXAMPLES / "emr_beit3.py"))
     found = example["main"](["--keep", str(tmp_path)])
-    assert all(0.8 < correlation < 1 for correlation in found.values())
+    assert all(0.9 < correlation < 1 for correlation in found.values())
     said = capsys.readouterr()
-    assert "retrieval: tensor 'beit3.encoder.layers.0.ffn.B.fc1.weight' moved by 5." in said.err
+    assert "retrieval: tensor 'beit3.encoder.layers.0.ffn.B.fc1.weight' moved by 1." in said.err
     assert said.err.count("warning") == 1
     report = json.loads((tmp_path / "bundle" / "merge_report.json").read_text())
     for task in example["TASKS"]:
