@@ -78,6 +78,8 @@ _VIT = "converters.vit"
 _VIT_LAYER = r"^(vit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\.weight$"
 _NOT_VIT = (r"lambda_1$", r"distillation_token$", r"^decoder\.")  # BEiT, DeiT, a model for masked images
 _TIMM_BLOCK = r"^blocks\.0\.attn\.qkv\.weight$"
+_BEIT = "converters.beit"
+_BEIT_LAYER = r"^(beit\.)?(encoder\.layer|layers)\.0\.lambda_1$"
 _CLIP = "converters.clip"
 _BEIT3 = "converters.beit3"
 _BEIT3_LAYER = r"(^|\.)encoder\.layers\.0\.self_attn\.q_proj\.A\.weight$"
@@ -95,6 +97,9 @@ _ALL = (
     Architecture("ViTModel", _VIT, "features of images", (_VIT_LAYER, r"^(vit\.)?layernorm\."), _NOT_VIT),
     Architecture("timm/VisionTransformerDistilled", _VIT, "class logits", (_TIMM_BLOCK, r"^dist_token$")),
     Architecture("timm/VisionTransformer", _VIT, "class logits", (_TIMM_BLOCK, r"^patch_embed\.proj\.weight$")),
+    Architecture("BeitForMaskedImageModeling", _BEIT, "logits of visual words", (_BEIT_LAYER, r"^lm_head\.")),
+    Architecture("BeitForImageClassification", _BEIT, "class logits", (_BEIT_LAYER, r"^classifier\.")),
+    Architecture("BeitModel", _BEIT, "features of images", (_BEIT_LAYER,)),
     Architecture("CLIPModel", _CLIP, "similarities of texts and images"),
     Architecture("CLIPVisionModel", _CLIP, "features of images"),
     Architecture("CLIPVisionModelWithProjection", _CLIP, "embeddings of images"),
@@ -236,6 +241,7 @@ def _distance(entry: Architecture, model: Any, config: Any) -> float:
     from converters.mapping import flatten
 
     try:
+        package_of(entry).table(config, entry.name)
         wanted = flatten(abstract(package_of(entry), config, entry)).keys()
     except ConversionError:  # the configuration is of another architecture of the package
         return 1.0

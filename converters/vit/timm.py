@@ -128,7 +128,7 @@ def configure(raw: Mapping[str, Any], shapes: Shapes, architecture: str) -> ViTC
         image_size=size,
         patch_size=patch[0] if patch[0] == patch[1] else (patch[0], patch[1]),
         num_channels=channels,
-        labels=tuple(f"LABEL_{i}" for i in range(shapes["head.weight"][0] if "head.weight" in shapes else 0)),
+        labels=tuple(f"LABEL_{i}" for i in range(args.get("num_classes", shapes.get("head.weight", (0,))[0]))),
         other={"timm": dict(raw)} if variant else {},
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
         global_pool=args.get("global_pool") or told,

@@ -21,10 +21,13 @@ from converters.names import Origin, restored
 _WIDTHS = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 _IMAGE = {"image_size": 8, "patch_size": 4}
 _TEXT = {"vocab_size": 11, "max_position_embeddings": 7}
+_OF_BEIT = ("use_mask_token", "use_relative_position_bias", "use_shared_relative_position_bias")
 # Tiny models: what Config.from_dict reads, for each package; an architecture that needs other fields has its own entry.
 CONFIGURATIONS = {
     "converters.gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 7},
-    "converters.vit": _WIDTHS | _IMAGE,
+    "converters.vit": _WIDTHS | _IMAGE | {"layer_norm_eps": 1e-6},
+    "timm/VisionTransformerDistilled": _WIDTHS | _IMAGE | {"layer_norm_eps": 1e-6, "distilled": True},
+    "converters.beit": _WIDTHS | _IMAGE | dict.fromkeys(_OF_BEIT, True) | {"vocab_size": 11},
     "converters.clip": {
         "text_config": _WIDTHS | _TEXT,
         "vision_config": _WIDTHS | _IMAGE,
