@@ -33,7 +33,7 @@ docs: setup
 	$(BIN)/mkdocs build --strict
 
 bench: setup
-	$(BIN)/python -m benchmarks.merge_gpt2 --peer
+	$(BIN)/python -m benchmarks --quick
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache

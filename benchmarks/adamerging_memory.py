@@ -49,7 +49,7 @@ def plain(raw, base, stack, batch):
 
 def main() -> None:
     """Measures the variants."""
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tasks", type=int, default=8)

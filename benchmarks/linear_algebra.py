@@ -1,6 +1,6 @@
 """Cheaper routes to the decompositions that the matrix rules need, against the plain SVD: time and error, in float32.
 
-    python -m benchmarks.linear_algebra [--size 768] [--tasks 8] [--repeats 3] [--json FILE]
+    python -m benchmarks.linear_algebra [--size 768] [--tasks 8] [--rounds 3] [--json FILE]
 
 Three problems that the rules pose: the thin SVD of a long narrow matrix, the SVD of a square one (a task vector of a
 transformer block), and the polar factor of the singular vectors of several tasks side by side (TSV-M, Iso-CTS), for
@@ -12,19 +12,24 @@ Seconds are processor seconds of all threads, which other load on the machine ch
 devices measure the wall.
 """
 
-import argparse
-import json
-import platform
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import measure
 from tadrop_jax import linalg
+
+COLUMNS = {
+    "problem": ("problem", ""),
+    "route": ("route", ""),
+    "ratio": ("/ plain", ".2f"),
+    "seconds": ("cpu, s", ".4f"),
+    "error": ("error", ".1e"),
+    "orthogonality": ("orthogonality", ".1e"),
+}
 
 
 def plain(a):
@@ -98,16 +103,12 @@ def routes(problem: str) -> dict[str, Callable]:
     return {"plain": plain, "Gram": by_gram, "QR first": by_qr}
 
 
-def measure(function: Callable, a: jax.Array, repeats: int) -> tuple[float, Any]:
+def cheapest(function: Callable, a: jax.Array, rounds: int) -> tuple[float, Any]:
     """The best of several runs in processor seconds, after one to compile, and the result."""
     compiled = jax.jit(function)
     result = jax.block_until_ready(compiled(a))
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        jax.block_until_ready(compiled(a))
-        times.append(time.process_time() - start)
-    return min(times), result
+    runs = [measure.timed(lambda: jax.block_until_ready(compiled(a))) for _ in range(rounds)]
+    return measure.processor(runs) or 0.0, result
 
 
 def errors(problem: str, exact: np.ndarray, result) -> tuple[float, float]:
@@ -124,28 +125,23 @@ def _skew(u):
     return np.max(np.abs(u.T @ u - np.eye(u.shape[1])))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=768, help="width of the model")
+    parser = measure.parser(__doc__)
+    parser.add_argument("--size", type=int, help="width of the model (768; 96 with --quick)")
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    options = parser.parse_args()
-    rows = []
-    print(f"{'problem':38} {'route':14} {'seconds':>9} {'ratio':>6} {'error':>9} {'orthogonality':>13}")
+    options = measure.chosen(parser.parse_args(arguments), rounds=(3, 1), size=(768, 96))
+    facts, rows = measure.machine(), []
     for problem, exact in problems(options.size, options.tasks).items():
         a, baseline = jnp.asarray(exact, jnp.float32), None
         for route, function in routes(problem).items():
-            seconds, result = measure(function, a, options.repeats)
+            seconds, result = cheapest(function, a, options.rounds)
             baseline = baseline or seconds
             error, skew = errors(problem, exact, result)
             row = {"problem": problem, "route": route, "seconds": seconds, "ratio": seconds / baseline}
             rows.append(row | {"error": float(error), "orthogonality": float(skew)})
-            print(f"{problem:38} {route:14} {seconds:9.4f} {seconds / baseline:6.2f} {error:9.1e} {skew:13.1e}")
-    if options.json:
-        device = str(jax.devices()[0])
-        options.json.write_text(json.dumps({"device": device, "machine": platform.machine(), "rows": rows}, indent=2))
+    setting = {"size": options.size, "tasks": options.tasks, "rounds": options.rounds}
+    measure.show("linear_algebra", facts, setting, COLUMNS, rows, options.json)
 
 
 if __name__ == "__main__":

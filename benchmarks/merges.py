@@ -1,0 +1,148 @@
+"""One merge of directories on disk, by us, by mergekit, and the floor: what the benchmarks of streamed merges share."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks import measure
+from tadrop_jax import registry
+from tadrop_jax.checkpoints.safetensors import open_source
+
+BLOCK = 1 << 20
+# What a method is run with where it has the parameter; everything else keeps its default.
+VALUES = {"density": 0.2}
+# mergekit's name of a rule, what a recipe gives each model, and what it gives the merge.
+_WEIGHED: dict[str, Any] = {"weight": 1.0}
+_TRIMMED = {"weight": 1.0, "density": VALUES["density"]}
+PEERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "average": ("linear", _WEIGHED, {}),
+    "task_arithmetic": ("task_arithmetic", {"weight": 0.3}, {}),
+    "ties": ("ties", _TRIMMED, {}),
+    "dare_linear": ("dare_linear", _TRIMMED, {}),
+    "dare_ties": ("dare_ties", _TRIMMED, {}),
+    "breadcrumbs_merging": ("breadcrumbs", _TRIMMED | {"gamma": 0.006}, {}),
+    "breadcrumbs_ties": ("breadcrumbs_ties", _TRIMMED | {"gamma": 0.01}, {}),
+    "della_merging": ("della", _TRIMMED | {"epsilon": 0.05}, {}),
+    "della_linear": ("della_linear", _TRIMMED | {"epsilon": 0.15}, {}),
+    "sce": ("sce", {}, {"select_topk": VALUES["density"]}),
+    "multislerp": ("multislerp", _WEIGHED, {}),
+    "karcher": ("karcher", {}, {}),
+    "model_stock": ("model_stock", {}, {}),
+    "nuslerp": ("nuslerp", _WEIGHED, {}),
+    "slerp": ("slerp", {}, {"t": 0.5}),
+    "nearswap": ("nearswap", {}, {"t": 1e-4}),
+    "arcee_fusion": ("arcee_fusion", {}, {}),
+    "ram": ("ram", {}, {}),
+}
+
+
+def rules(models: int) -> list[str]:
+    """Every merge rule of the registry that files and options can run on so many models."""
+    return [
+        m.name
+        for m in registry.METHODS.values()
+        if m.role == "rule" and not m.from_python and m.models[0] <= models <= (m.models[1] or models)
+    ]
+
+
+def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> measure.Measurement:
+    """Reads every entry of every input once and writes one model's bytes: what no merge can be faster than.
+
+    Args:
+        inputs: directories of equal structure, the base first.
+        out: file to write; not synced to the disk, and removed.
+        threads: readers and writers; None means one a core.
+
+    Returns:
+        The measurement; memory is not measured.
+    """
+    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    sources = [open_source(path) for path in inputs]
+    tensors = sources[0].tensors.values()
+    blocks = [(info, at) for info in tensors for at in range(0, info.size, BLOCK)]
+    fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def work(thread: int) -> None:
+        buffers = {info.dtype: np.empty(BLOCK, info.dtype) for info in tensors}
+        for info, at in blocks[thread::threads]:
+            for source in sources:
+                block = source.read(info.name, at, min(at + BLOCK, info.size), buffers[info.dtype])
+            os.pwrite(fd, block.view(np.uint8).data, info.offset + at * info.dtype.itemsize)
+
+    def everything() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(threads)))
+        os.close(fd)
+
+    taken = measure.timed(everything)
+    for source in sources:
+        source.close()
+    remove(out)
+    return taken
+
+
+def ours(method: str, inputs: Sequence[Path], scratch: Path, limit_s: float | None = None) -> measure.Measurement:
+    """One run of `tadrop merge`; ``METHOD+SPARSIFIER`` puts a sparsifier before a rule."""
+    rule, _, sparsifier = method.partition("+")
+    known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
+    given = [word for name, value in VALUES.items() if name in known for word in ("--set", f"{name}={value}")]
+    # A sparsifier replaces the rule's own trimming.
+    options = ["--sparsify", sparsifier] if sparsifier else given
+    base, *models = map(str, inputs)
+    command = [sys.executable, "-m", "tadrop_jax.cli", "merge", "--base", base, "--models", *models]
+    command += ["--method", rule, *options, "--out", str(scratch / "ours")]
+    try:
+        return measure.run(command, {}, scratch / "ours.log", limit_s)
+    finally:
+        remove(scratch / "ours", scratch / "ours.partial")
+
+
+def peer(
+    method: str, inputs: Sequence[Path], scratch: Path, dtype: str, limit_s: float | None = None
+) -> measure.Measurement:
+    """One run of mergekit on its recipe for the same."""
+    recipe = peer_recipe(method, inputs, dtype)
+    (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [str(peer_program()), str(scratch / "recipe.yaml"), str(scratch / "peer"), "--no-write-model-card"]
+    try:
+        return measure.run(command, {"HF_HUB_OFFLINE": "1"}, scratch / "peer.log", limit_s)
+    finally:
+        remove(scratch / "peer")
+
+
+def peer_recipe(method: str, inputs: Sequence[Path], dtype: str) -> dict[str, Any]:
+    """mergekit's recipe for a rule of ours."""
+    theirs, each, whole = PEERS[method]
+    models = [{"model": str(model), **({"parameters": each} if each else {})} for model in inputs[1:]]
+    if theirs in ("slerp", "linear", "karcher"):  # to them the base is a model like the others
+        models = [{**models[0], "model": str(inputs[0])}, *models]
+    recipe = {"merge_method": theirs, "models": models, "dtype": dtype, "parameters": whole}
+    if theirs not in ("linear", "karcher"):
+        recipe["base_model"] = str(inputs[0])
+    return recipe
+
+
+def peer_program() -> Path:
+    """The command of mergekit in this environment, which may not exist."""
+    return Path(sys.executable).with_name("mergekit-yaml")
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a directory's files."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def remove(*paths: Path) -> None:
+    """Deletes files and directories that exist."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
