@@ -1,10 +1,13 @@
 """Arrays that are read when they are asked for, so that a conversion holds one tensor at a time."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from converters.errors import ConversionError
 
 
 class Leaf:
@@ -16,6 +19,10 @@ class Leaf:
         read: gives the contents; called anew each time.
         file: the file that they are in, for messages; None where it is not one file.
 
+    Raises:
+        ConversionError: the dtype is not one of numbers (an object would be an address in memory), or no array can have
+            the shape.
+
     Example:
         >>> leaf = Leaf((2, 3), np.dtype(np.float32), lambda: np.ones((2, 3), np.float32))
         >>> leaf.transpose((1, 0)).shape, np.asarray(leaf.transpose((1, 0))).sum()
@@ -24,6 +31,12 @@ class Leaf:
 
     def __init__(self, shape: Sequence[int], dtype: Any, read: Callable[[], np.ndarray], file: Path | None = None):
         self.shape, self.dtype, self.read, self.file = tuple(shape), np.dtype(dtype), read, file
+        at = f"{file}: " if file else ""
+        if self.dtype.kind in "OSUMm" or issubclass(self.dtype.type, np.void) or self.dtype.subdtype is not None:
+            raise ConversionError(f"{at}an array of dtype {self.dtype} holds no numbers; it is not read.")
+        sizes = [int(n) for n in self.shape]
+        if min(sizes, default=0) < 0 or math.prod(n for n in sizes if n) * self.dtype.itemsize >= 1 << 63:
+            raise ConversionError(f"{at}there is no array of shape {list(self.shape)}.")
 
     @property
     def ndim(self) -> int:
@@ -33,7 +46,7 @@ class Leaf:
     @property
     def size(self) -> int:
         """Number of entries."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConversionError(f"{path}: is no JSON object")

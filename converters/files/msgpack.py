@@ -5,6 +5,7 @@ more than 2^30 bytes is cut into chunks. Only the small parts are parsed; the by
 """
 
 import mmap
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,10 +84,13 @@ class _Parser:
         if kind == "ext":
             code, begin = self.number(">b"), self.take(size)
             return self.array(begin) if code == _NDARRAY else None  # scalars and complex numbers are no parameters
+        return self.nested(lambda: [self.value() for _ in range(size)] if kind == "array" else self.table(size))
+
+    def nested(self, read: Callable[[], Any]) -> Any:
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise ConversionError(f"{self.file}: is nested deeper than {_MAX_DEPTH} levels.")
-        made = [self.value() for _ in range(size)] if kind == "array" else self.table(size)
+        made = read()
         self.depth -= 1
         return made
 
@@ -99,10 +103,12 @@ class _Parser:
 
     def array(self, begin: int) -> Leaf:
         end, self.at = self.at, begin
-        shape, name, data = self.value()
+        shape, name, data = self.nested(self.value)
         self.at = end
         if isinstance(name, _Bytes):
             name = self.data[name.begin : name.begin + name.size].decode()
+        if not re.fullmatch(r"[a-z0-9_]+|V2", name):  # numpy would parse what is no name
+            raise ValueError(f"an array has dtype {name!r}")
         dtype = np.dtype("bfloat16" if name == "V2" else name)
         leaf = mapped(self.file, data.begin, dtype, shape)
         if leaf.nbytes != data.size:
@@ -122,15 +128,16 @@ def read(file: Path) -> dict[str, Leaf]:
             tree = parser.value()
             if parser.at != len(data):
                 raise ConversionError(f"{file}: {len(data) - parser.at} bytes follow its tree.")
+        found = _flat(tree, "") if isinstance(tree, dict) else None
     except ConversionError:
         raise
     except OSError as error:
         raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConversionError(f"{file}: is no msgpack file of Flax, or is damaged: {error}.") from None
-    if not isinstance(tree, dict):
+    if found is None:
         raise ConversionError(f"{file}: holds no tree of parameters.")
-    return _flat(tree, "")
+    return found
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Leaf]:
@@ -141,7 +148,10 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Leaf]:
         elif isinstance(value, dict) and value.get(_CHUNKED):
             shape = [value["shape"][str(i)] for i in range(len(value["shape"]))]
             chunks = [value["chunks"][str(i)] for i in range(len(value["chunks"]))]
-            found[prefix + key] = join(chunks).reshape(shape)
+            whole = join(chunks).reshape(shape)
+            if any(c.ndim != 1 or c.dtype != whole.dtype for c in chunks) or sum(c.size for c in chunks) != whole.size:
+                raise ValueError(f"the chunks of {prefix + key} are no array of shape {shape}")
+            found[prefix + key] = whole
         elif isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}/")
     return found

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import ConversionError
+from converters.files.archive import DAMAGED, data_offset, unpacked
 from converters.files.mapped import mapped
-from converters.files.torch_pickle import data_offset
 from converters.leaves import Leaf
 
 # NumPy stores bfloat16 as two bytes without a type; JAX programs read them back as this.
@@ -30,19 +30,18 @@ def read(file: Path) -> dict[str, Leaf]:
                 for info in archive.infolist()
                 if info.filename.endswith(".npy")
             }
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
-        if isinstance(error, ConversionError):
-            raise
+    except ConversionError:
+        raise
+    except (OSError, *DAMAGED) as error:
         raise ConversionError(f"{file}: the archive is truncated or damaged: {error}.") from None
 
 
 def _leaf(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Leaf:
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
-        read_head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in read_head:
-            raise ConversionError(f"{file}: {info.filename} is of an unknown version of the format.")
-        shape, fortran, dtype = read_head[version](stream)
+        if version != (1, 0):  # later ones are for headers of more than 64 KB, which arrays of numbers do not have
+            raise ConversionError(f"{file}: {info.filename} is no array of numbers.")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         begin = stream.tell()
     if dtype.hasobject:
         raise ConversionError(f"{file}: {info.filename} holds Python objects, which are code; nothing was loaded.")
@@ -51,8 +50,7 @@ def _leaf(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Leaf:
     stored = shape[::-1] if fortran else shape
 
     def unpack() -> np.ndarray:
-        with zipfile.ZipFile(file) as whole:
-            return np.frombuffer(whole.read(info), dtype, offset=begin).reshape(stored)
+        return np.frombuffer(unpacked(file, info, info.file_size), dtype, offset=begin).reshape(stored)
 
     if info.compress_type == zipfile.ZIP_STORED:
         leaf = mapped(file, data_offset(file, info) + begin, dtype, stored)

@@ -46,8 +46,11 @@ def read(directory: Path) -> dict[str, Leaf]:
         keys = {key: e["value_metadata"].get("value_type") for key, e in leaves.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{file}: is no description of an Orbax checkpoint: {error!r}") from None
+    for key in keys:  # they become paths of files
+        if any(not str(part).strip(".") or "/" in str(part) or "\0" in str(part) for part in key):
+            raise ConversionError(f"{file}: {list(key)} is no path of a tree.")
     driver = "zarr3" if described.get("use_zarr3") else "zarr"
-    base = f"file://{directory.resolve()}/"
+    base = {"driver": "file", "path": f"{directory.resolve()}/"}
     opening = {}
     for key, kind in keys.items():
         if kind in ("None", "Dict", "List", "Tuple", "NamedTuple"):  # empty containers

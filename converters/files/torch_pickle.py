@@ -8,7 +8,7 @@ reading. Storages of the zip format are mapped into memory, not read.
 
 import mmap
 import pickle
-import struct
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,9 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import ConversionError
+from converters.files.archive import data_offset, unpacked
 from converters.files.mapped import mapped
 from converters.leaves import Leaf
 
+_MAX_PICKLE = 1 << 28
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 _STORAGES = {
@@ -138,6 +140,22 @@ _IGNORED = {
 }
 
 
+# Extensions, out-of-band buffers, bytearrays: torch.save writes none.
+_REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "BYTEARRAY8"}
+
+
+def _check(stream) -> None:
+    """Goes through the instructions without following them, up to the end of one pickle.
+
+    Refused is what torch does not write, and a number under which a value is kept that is higher than there are
+    instructions: the unpickler would make a table of that many places.
+    """
+    for count, (code, argument, _) in enumerate(pickletools.genops(stream)):
+        far = code.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > count
+        if far or code.name in _REFUSED:
+            raise pickle.UnpicklingError(f"it has the instruction {code.name} {argument}")
+
+
 class _Unpickler(pickle.Unpickler):
     """Gives names their meaning; what has none is refused before anything is called."""
 
@@ -169,6 +187,8 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _Kind)):
             raise pickle.UnpicklingError("it refers to something that is no storage")
+        if type(pid[2]) not in (str, int):
+            raise pickle.UnpicklingError("a storage is called by something else than a name")
         key, dtype = str(pid[2]), pid[1].dtype
         if type(pid[4]) is not int or (len(pid) > 5 and pid[5] is not None):
             raise pickle.UnpicklingError("it refers to a part of a storage")
@@ -178,8 +198,10 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(
                 f"storage {key!r} is missing" if held is None else f"storage {key!r} is truncated"
             )
-        self.asked[key] = _Storage(key, dtype, nbytes)
-        return self.asked[key]
+        storage = _Storage(key, dtype, nbytes)
+        if self.asked.setdefault(key, storage) != storage:
+            raise pickle.UnpicklingError(f"storage {key!r} has two sizes or dtypes")
+        return storage
 
 
 def read(file: Path) -> dict[str, Leaf]:
@@ -199,6 +221,7 @@ def read(file: Path) -> dict[str, Leaf]:
         with open(file, "rb") as stream:
             zipped = stream.read(4) == b"PK\x03\x04"
         value, place = _read_zip(file) if zipped else _read_legacy(file)
+        found = _state_dict(value)
     except ConversionError:
         raise
     except OSError as error:
@@ -207,8 +230,7 @@ def read(file: Path) -> dict[str, Leaf]:
         raise ConversionError(f"{file}: the archive is truncated or damaged: {error}.") from None
     except Exception as error:
         raise ConversionError(f"{file}: is no torch pickle that can be read, or is damaged: {error}.") from None
-    found = _state_dict(value)
-    if found is None:
+    if not found:
         raise ConversionError(f"{file}: there is no state dict in this pickle.")
     tensors = {name: place(tensor) for name, tensor in found.items()}
     for prefix in ("module.", "_orig_mod."):
@@ -230,6 +252,10 @@ def _read_zip(file: Path) -> tuple[Any, Callable[[_Described], Leaf]]:
             raise ConversionError(f"{file}: was written by a big-endian machine, which is not supported.")
         begin = root + "data/"
         storages = {n.removeprefix(begin): info.file_size for n, info in infos.items() if n.startswith(begin)}
+        if infos[pickles[0]].file_size > _MAX_PICKLE:
+            raise ConversionError(f"{file}: its pickle has {infos[pickles[0]].file_size} bytes: it is not of weights.")
+        with archive.open(pickles[0]) as stream:
+            _check(stream)
         with archive.open(pickles[0]) as stream:
             value = _Unpickler(stream, file, storages).load()
     offsets: dict[str, int] = {}
@@ -246,32 +272,15 @@ def _read_zip(file: Path) -> tuple[Any, Callable[[_Described], Leaf]]:
     return value, place
 
 
-def data_offset(file: Path, info: zipfile.ZipInfo) -> int:
-    """Where the contents of an entry of a zip archive begin.
-
-    Raises:
-        ConversionError: there is no such entry at that place.
-    """
-    with open(file, "rb") as stream:
-        stream.seek(info.header_offset)
-        local = stream.read(30)
-        end = stream.seek(0, 2)
-    if len(local) < 30 or local[:4] != b"PK\x03\x04":
-        raise ConversionError(f"{file}: the archive is damaged at {info.filename}.")
-    begin = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
-    if begin + info.compress_size > end:
-        raise ConversionError(f"{file}: the archive is truncated at {info.filename}.")
-    return begin
-
-
 def _unpacked(file: Path, info: zipfile.ZipInfo, tensor: _Described) -> Leaf:
-    """A tensor of a compressed archive (torch writes none): its storage is unpacked each time."""
+    """A tensor of a compressed archive (torch writes none): its storage is unpacked each time, as far as needed."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
 
     def read() -> np.ndarray:
-        with zipfile.ZipFile(file) as archive:
-            data = np.frombuffer(archive.read(info), np.uint8)
-        flat = data[tensor.offset * tensor.dtype.itemsize :]
-        flat = flat[: len(flat) // tensor.dtype.itemsize * tensor.dtype.itemsize].view(tensor.dtype)
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, tensor.dtype)
+        data = unpacked(file, info, (tensor.offset + last + 1) * tensor.dtype.itemsize)
+        flat = np.frombuffer(data, np.uint8)[tensor.offset * tensor.dtype.itemsize :].view(tensor.dtype)
         steps = [s * tensor.dtype.itemsize for s in tensor.strides]
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, steps, writeable=False)
 
@@ -290,13 +299,19 @@ def _leaf(file: Path, begin: int, tensor: _Described) -> Leaf:
 def _read_legacy(file: Path) -> tuple[Any, Callable[[_Described], Leaf]]:
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         # From the mapping, so that the position after a pickle is exactly its end.
-        magic = _Unpickler(data, file, {}).load()
-        if magic != _LEGACY_MAGIC or _Unpickler(data, file, {}).load() != _LEGACY_VERSION:
+
+        def next_value(unpickler: _Unpickler | None = None) -> Any:
+            begin = data.tell()
+            _check(data)
+            data.seek(begin)
+            return (unpickler or _Unpickler(data, file, {})).load()
+
+        if next_value() != _LEGACY_MAGIC or next_value() != _LEGACY_VERSION:
             raise pickle.UnpicklingError("it does not begin as torch.save begins")
-        _Unpickler(data, file, {}).load()  # sizes of integers on the machine that wrote it
+        next_value()  # sizes of integers on the machine that wrote it
         unpickler = _Unpickler(data, file, None)
-        value = unpickler.load()
-        keys = [str(key) for key in _Unpickler(data, file, {}).load()]
+        value = next_value(unpickler)
+        keys = [str(key) for key in next_value()]
         offsets, end = {}, len(data)
         for key in keys:
             storage = unpickler.asked.get(key)
@@ -325,7 +340,8 @@ def _state_dict(value: Any) -> dict[str, _Described] | None:
     """The tensors of a mapping, else those of the first mapping under a usual name."""
     if not isinstance(value, dict):
         return None
-    own = {name: v for name, v in value.items() if isinstance(v, _Described) and isinstance(name, str)}
+    # Of dict itself: a pickle may give an OrderedDict attributes, which would go before its methods.
+    own = {name: v for name, v in dict.items(value) if isinstance(v, _Described) and isinstance(name, str)}
     if own:
         return own
-    return next((found for key in _NESTED if (found := _state_dict(value.get(key))) is not None), None)
+    return next((found for key in _NESTED if (found := _state_dict(dict.get(value, key))) is not None), None)
