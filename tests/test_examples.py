@@ -28,3 +28,13 @@ def test_emr_on_beit3(tmp_path, capsys):
         for name, array in given.items():
             assert ours[name].shape == array.shape
             assert np.array_equal(ours[name], array) == (name in own), name
+
+
+def test_merging_flax_models_and_handing_one_to_pytorch(capsys):
+    runpy.run_path(str(EXAMPLES / "merge_flax.py"))
+    said = capsys.readouterr().out
+    assert "TIES + TADrop    mean squared error" in said
+    assert "saved for PyTorch: config.json, model.safetensors" in said
+    for line in said.splitlines():
+        if line.startswith("opened in transformers"):
+            assert float(line.split()[-3]) < 1e-5
