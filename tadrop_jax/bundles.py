@@ -8,15 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from tadrop_jax.errors import MergeError
 from tadrop_jax.kinds import Kind
+from tadrop_jax.placement import entries_of, gathered, sharding_of
 from tadrop_jax.trees import named_leaves
 
 
 def pack(masks: jax.Array) -> jax.Array:
-    """``(T, *S)`` masks as uint8 ``(T, ceil(n/8))``: ``np.packbits`` of the row-major tensor, one row a task."""
-    return jnp.packbits(jnp.reshape(masks, (masks.shape[0], -1)), axis=1)
+    """``(T, *S)`` masks as uint8 ``(T, ceil(n/8))``: ``np.packbits`` of the row-major tensor, one row a task.
+
+    Of masks that are spread over devices each packs its part, and the bits are brought together, not the masks, where
+    the last axis divides into whole bytes.
+    """
+    lies = sharding_of(masks)
+    if lies is None:
+        return jnp.packbits(jnp.reshape(masks, (masks.shape[0], -1)), axis=1)
+    if masks.ndim > 1 and lies.shard_shape(masks.shape)[-1] % 8 == 0:
+        spec = PartitionSpec(*entries_of(lies, masks.ndim))
+        in_bytes = jax.shard_map(
+            lambda part: jnp.packbits(part, axis=-1), mesh=lies.mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+        return jnp.reshape(gathered(jax.jit(in_bytes)(masks), lies.mesh), (masks.shape[0], -1))
+    return jnp.packbits(jnp.reshape(gathered(masks, lies.mesh), (masks.shape[0], -1)), axis=1)
 
 
 def unpack(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -2,8 +2,8 @@
 
 Everything runs through functions that are compiled once per step, shape and dtype, and that trace inside a user's
 ``jit``, ``grad`` and ``vmap``. A tensor that carries a ``NamedSharding`` over several devices runs in ``shard_map``:
-counts and sums cross devices, tensors never do. Steps that want groups, rows or whole tensors gather one tensor at a
-time.
+counts and sums cross devices, tensors never do. Steps that want whole tensors, or groups or rows that lie across
+devices (:func:`tadrop_jax.placement.is_local`), gather one tensor at a time.
 """
 
 import functools
@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.errors import MergeError
 from tadrop_jax.pieces import piece_of
+from tadrop_jax.placement import AnyMesh, axis_names, entries_of, gathered, is_local, place, sharding_of
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.steps import Piece, Step, Sums, advance, global_stages, merge_stages
 from tadrop_jax.trees import check_patterns, is_traced
@@ -37,6 +38,7 @@ class Tensor(NamedTuple):
       base: shape S, or None.
       order: permutation of the axes into PyTorch order, or None.
       seed_name: the name that random numbers are drawn by; the PyTorch name where a layout is given.
+      sharding: where to merge it, if not where it lies.
     """
 
     path: str
@@ -44,11 +46,22 @@ class Tensor(NamedTuple):
     base: Any = None
     order: tuple[int, ...] | None = None
     seed_name: str = ""
+    sharding: NamedSharding | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """S."""
         return self.models[0].shape[1:] if self.base is None else self.base.shape
+
+    @property
+    def like(self):
+        """The array that says where the tensor lies."""
+        return self.models[0] if self.base is None else self.base
+
+    @property
+    def lies(self) -> NamedSharding | None:
+        """How it is spread over several devices; None if it is not, or if that cannot be seen."""
+        return sharding_of(self.like) if self.sharding is None else self.sharding
 
     @property
     def size(self) -> int:
@@ -77,7 +90,7 @@ class _Site(NamedTuple):
     stacked: bool
     order: tuple[int, ...] | None
     shape: tuple[int, ...]
-    mesh: Mesh | None
+    mesh: AnyMesh | None
     spec: PartitionSpec
     one_pass: bool
 
@@ -129,9 +142,8 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
 
     results = []
     for tensor, site, (value, filled) in zip(tensors, sites, _finish(sites, raws, keys, carries), strict=True):
-        like = tensor.models[0] if tensor.base is None else tensor.base
-        if site.mesh is None and _is_spread(like) and getattr(value, "shape", None) == like.shape:
-            value = jax.device_put(value, like.sharding)  # it was gathered for a step that needs it whole
+        if site.mesh is None and tensor.lies and getattr(value, "shape", None) == tensor.like.shape:
+            value = place(value, tensor.lies)  # it was gathered for a step that needs it whole
         results.append(Result(value, tuple(merge_stages(c) for c in filled)))
     return results
 
@@ -175,43 +187,29 @@ def check_random(steps: Sequence[Step], key) -> jax.Array | None:
     return randomness.check_key(key)
 
 
-def _is_spread(leaf) -> bool:
-    return (
-        isinstance(leaf, jax.Array)
-        and not is_traced(leaf)
-        and isinstance(leaf.sharding, NamedSharding)
-        and leaf.sharding.mesh.size > 1
-    )
-
-
 def _site(steps, tensor: Tensor, tasks: int) -> _Site:
     stacked = tensor.base is None
     shape = tuple(tensor.shape[a] for a in tensor.order or range(len(tensor.shape)))
     active = tuple(s.covers(tensor.path) and tensor.size > 0 for s in steps)
     steps = tuple(s.for_tensor(tensor.path, shape, tasks) for s in steps)
     mesh, spec = None, PartitionSpec()
-    like = tensor.models[0] if stacked else tensor.base
-    whole = any(a and s.piece != "any" for a, s in zip(active, steps, strict=True))
-    if _is_spread(like) and not whole:
-        mesh = like.sharding.mesh
-        entries = (*like.sharding.spec, *(None,) * (like.ndim - len(like.sharding.spec)))
-        spec = PartitionSpec(*(entries[1:] if stacked else entries))
-    # Inside a user's jit shardings cannot be seen, and a variadic reduction of a sharded array would be gathered.
-    hidden = jax.device_count() > 1 and is_traced((like, tensor.models))
+    if tensor.lies is not None:
+        spec = PartitionSpec(*entries_of(tensor.lies, tensor.like.ndim)[1 if stacked else 0 :])
+        here = (is_local(s, tensor.shape, tensor.order, tensor.lies.mesh, spec) for s in steps)
+        mesh = tensor.lies.mesh if all(h or not a for h, a in zip(here, active, strict=True)) else None
+    # Where shardings cannot be seen, a variadic reduction of a sharded array would be gathered.
+    hidden = jax.device_count() > 1 and mesh is None and is_traced((tensor.base, tensor.models))
     return _Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden)
 
 
 def _raw(tensor: Tensor, site: _Site):
-    models, base = tensor.models, tensor.base
-    like = models[0] if base is None else base
+    if tensor.lies is None:
+        return tensor.base, tensor.models
     if site.mesh is not None:
         to = NamedSharding(site.mesh, PartitionSpec(None, *site.spec) if site.stacked else site.spec)
-        return None if base is None else jax.device_put(base, to), tuple(jax.device_put(m, to) for m in models)
-    if _is_spread(like):
-        # A step that wants groups, rows or the whole tensor: gather this one tensor.
-        to = NamedSharding(like.sharding.mesh, PartitionSpec())
-        return None if base is None else jax.device_put(base, to), tuple(jax.device_put(m, to) for m in models)
-    return base, models
+        return jax.tree.map(lambda leaf: place(leaf, to), (tensor.base, tensor.models))
+    # A step that wants more than lies on one device: gather this one tensor.
+    return jax.tree.map(lambda leaf: gathered(leaf, tensor.lies.mesh), (tensor.base, tensor.models))
 
 
 def _global_ranks(stage, stop, at, sites, raws, keys, carries):
@@ -237,11 +235,9 @@ def _global_ranks(stage, stop, at, sites, raws, keys, carries):
     return dict(zip(names, found, strict=True))
 
 
-def _axis_names(site: _Site) -> tuple[str, ...]:
-    names: list[str] = []
-    for entry in site.spec:
-        names += [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
-    return tuple(names)
+def _crossed(site: _Site) -> tuple[str, ...]:
+    """The mesh axes that statistics are added up over."""
+    return () if site.mesh is None else axis_names(site.spec)
 
 
 def _whole(site: _Site, raw, key) -> Piece:
@@ -257,7 +253,7 @@ def _whole(site: _Site, raw, key) -> Piece:
 
 def _advance(site: _Site, raw, key, carries, stop=None):
     """Applies the steps before ``stop``, filling in the statistics of single tensors on the way."""
-    n, names = math.prod(site.shape), _axis_names(site)
+    n, names = math.prod(site.shape), _crossed(site)
 
     def reduce(stage, x, carry):
         return reduce_stage(stage, x, carry, n, names, site.one_pass)
@@ -275,19 +271,25 @@ def store(step: Step, reached, base, dtype):
     return value if dtype is None or step.output not in ("vector", "parameters") else value.astype(dtype)
 
 
+def _carried(site: _Site):
+    """How statistics lie: on every device, but those of rows with their rows."""
+    rows = PartitionSpec(None, *site.spec)
+    return tuple(tuple(rows if g.scope == "row" else PartitionSpec() for g in s.stages) for s in site.steps)
+
+
 def _mapped(site: _Site, fn, outputs, extra=()):
     """Compiles a function of (raw, key, carries, ...), in shard_map for a sharded tensor."""
     if site.mesh is None:
         return jax.jit(fn)
     whole, stack = site.spec, PartitionSpec(None, *site.spec)
     raw = (None, (stack,)) if site.stacked else (whole, (whole,) * site.tasks)
-    none = PartitionSpec()
+    none, carries = PartitionSpec(), _carried(site)
     return jax.jit(
         jax.shard_map(
             fn,
             mesh=site.mesh,
-            in_specs=(raw, none, none, *(none,) * len(extra)),
-            out_specs=outputs(whole, stack, none),
+            in_specs=(raw, none, carries, *(none,) * len(extra)),
+            out_specs=outputs(whole, stack, none, carries),
             check_vma=False,
         )
     )
@@ -298,10 +300,10 @@ def _partial(site: _Site, stop):
     def fn(raw, key, carries):
         at = _advance(site, raw, key, carries, stop)
         stage = site.steps[stop[0]].stages[stop[1]]
-        n, names = math.prod(site.shape), _axis_names(site)
+        n, names = math.prod(site.shape), _crossed(site)
         return reduce_stage(stage, at.x, at.carry, n, names, site.one_pass), at.carries
 
-    return _mapped(site, fn, lambda whole, stack, none: (none, none))
+    return _mapped(site, fn, lambda whole, stack, none, carries: (none, carries))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -309,7 +311,7 @@ def _prepared(site: _Site, stop):
     def fn(raw, key, carries):
         return _advance(site, raw, key, carries, stop).carries
 
-    return _mapped(site, fn, lambda whole, stack, none: none)
+    return _mapped(site, fn, lambda whole, stack, none, carries: carries)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -318,7 +320,7 @@ def _selected(site: _Site, stop):
         at = _advance(site, raw, key, carries, stop)
         return site.steps[stop[0]].stages[stop[1]].of(at.x, at.carry)
 
-    return _mapped(site, fn, lambda whole, stack, none: stack)
+    return _mapped(site, fn, lambda whole, stack, none, carries: stack)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -330,10 +332,10 @@ def _counted(site: _Site, stop):
         axes = tuple(range(1, values.ndim))
         counts = selection.exact_count(selection.ordered_bits(values), flat, axes, site.one_pass)
         counts = Wide(*(jnp.reshape(c, pivots.shape) for c in counts))
-        names = _axis_names(site)
+        names = _crossed(site)
         return wide.psum(counts, names) if names else counts
 
-    return _mapped(site, fn, lambda whole, stack, none: none, extra=("pivots",))
+    return _mapped(site, fn, lambda whole, stack, none, carries: none, extra=("pivots",))
 
 
 def _finisher(site: _Site):
@@ -363,11 +365,11 @@ def _finished(site: _Site):
     outputs = {"stack": "stack", "vector": "whole", "parameters": "whole"}
     kind = site.steps[-1].output if site.steps else "stack"
 
-    def specs(whole, stack, none):
+    def specs(whole, stack, none, carries):
         if kind == "bundle":
             lies = {"entries": whole, "tasks and entries": stack, "tasks": none}
             parts = site.steps[-1].kind.parts(site.shape, site.tasks)  # type: ignore[union-attr]
-            return ({n: lies[p.over] for n, p in parts.items()} if site.active[-1] else None), none
-        return (stack if outputs[kind] == "stack" else whole), none
+            return ({n: lies[p.over] for n, p in parts.items()} if site.active[-1] else None), carries
+        return (stack if outputs[kind] == "stack" else whole), carries
 
     return _mapped(site, _finisher(site), specs)
