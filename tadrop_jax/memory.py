@@ -17,9 +17,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tadrop_jax import randomness, selection, wide
-from tadrop_jax.errors import MergeError
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.placement import AnyMesh, axis_names, entries_of, gathered, is_local, place, sharding_of
+from tadrop_jax.placement import AnyMesh, axis_names, entries_of, is_local, place, sharding_of
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.steps import Piece, Step, Sums, advance, global_stages, merge_stages
 from tadrop_jax.trees import check_patterns, is_traced
@@ -95,7 +94,9 @@ class _Site(NamedTuple):
     one_pass: bool
 
 
-def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) -> list[Result]:
+def run(
+    steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None, spare: frozenset[int] = frozenset()
+) -> list[Result]:
     """Runs a chain of steps over all tensors of a tree.
 
     Args:
@@ -103,6 +104,7 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
       tensors: the float tensors; all of T tasks.
       tasks: T.
       key: random key, needed if a step is random.
+      spare: ``id`` of each array of the models that is used up: a result takes its place, or it is freed.
 
     Returns:
       One result a tensor.
@@ -113,10 +115,14 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
     steps = tuple(steps)
     names = [t.path for t in tensors]
     check_patterns([p for s in steps for p in s.named], names)
-    key = check_random(steps, key)
+    key = randomness.check_needed(any(s.random for s in steps), key)
     sites = [_site(steps, t, tasks) for t in tensors]
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
-    raws = [_raw(t, s) for t, s in zip(tensors, sites, strict=True)]
+
+    def raw(k):
+        """Base and models, brought to where the site wants them only while they are needed."""
+        return _raw(tensors[k], sites[k])
+
     carries: list[tuple] = [tuple((None,) * len(s.stages) for s in site.steps) for site in sites]
 
     for stop in global_stages(steps):
@@ -128,35 +134,31 @@ def run(steps: Sequence[Step], tensors: Sequence[Tensor], tasks: int, key=None) 
         if isinstance(stage, Sums):
             parts = []
             for k in at:
-                part, carries[k] = _partial(sites[k], stop)(raws[k], keys[k], carries[k])
+                part, carries[k] = _partial(sites[k], stop)(raw(k), keys[k], carries[k])
                 parts.append(part)
             found = combine(stage, parts)
         else:
             for k in at:
-                carries[k] = _prepared(sites[k], stop)(raws[k], keys[k], carries[k])
-            found = _global_ranks(stage, stop, at, sites, raws, keys, carries)
+                carries[k] = _prepared(sites[k], stop)(raw(k), keys[k], carries[k])
+            found = _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries)
         for k in at:
             done = list(carries[k][i])
             done[j] = found
             carries[k] = (*carries[k][:i], tuple(done), *carries[k][i + 1 :])
 
-    results = []
-    for tensor, site, (value, filled) in zip(tensors, sites, _finish(sites, raws, keys, carries), strict=True):
-        if site.mesh is None and tensor.lies and getattr(value, "shape", None) == tensor.like.shape:
-            value = place(value, tensor.lies)  # it was gathered for a step that needs it whole
-        results.append(Result(value, tuple(merge_stages(c) for c in filled)))
-    return results
+    finished = _finish(tensors, sites, raw, keys, carries, spare)
+    return [Result(value, tuple(merge_stages(c) for c in filled)) for value, filled in finished]
 
 
-def _finish(sites, raws, keys, carries) -> list[tuple]:
+def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
     """What the chain puts out for each tensor; tensors of one site that are wanted whole run together."""
     together: dict[Any, list[int]] = {}
     for k, site in enumerate(sites):
         whole = site.mesh is None and any(
             a and s.piece == "tensor" for a, s in zip(site.active, site.steps, strict=True)
         )
-        dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(raws[k]))
-        batch = together.setdefault((site, dtypes) if whole else k, [])
+        alike = site, tensors[k].lies, tuple(leaf.dtype for leaf in jax.tree.leaves(tensors[k][1:3]))
+        batch = together.setdefault(alike if whole else k, [])
         batch.append(k)
     found: list[Any] = [None] * len(sites)
     for batch in together.values():
@@ -166,25 +168,27 @@ def _finish(sites, raws, keys, carries) -> list[tuple]:
         for start in range(0, len(batch), size):
             at = batch[start : start + size]
             if len(at) == 1:
-                found[at[0]] = _finished(site)(raws[at[0]], keys[at[0]], carries[at[0]])
-                continue
-            results = _finished_together(site)([(raws[k], keys[k], carries[k]) for k in at])
-            for k, result in zip(at, results, strict=True):
-                found[k] = result
+                results = [_finish_one(site, tensors[at[0]], raw(at[0]), keys[at[0]], carries[at[0]], spare)]
+            else:
+                results = _finished_together(site)([(raw(k), keys[k], carries[k]) for k in at])
+            for k, (value, filled) in zip(at, results, strict=True):
+                lies = tensors[k].lies
+                if site.mesh is None and lies is not None and getattr(value, "shape", None) == tensors[k].like.shape:
+                    value = place(value, lies)  # it was gathered for a step that needs it whole
+                found[k] = value, filled
+                for model in tensors[k].models:
+                    if id(model) in spare and not model.is_deleted():
+                        model.delete()
     return found
 
 
-def check_random(steps: Sequence[Step], key) -> jax.Array | None:
-    """The key if a step needs one, checked.
-
-    Raises:
-      MergeError: if a random step gets no key, or a key of the wrong kind is given.
-    """
-    if not any(s.random for s in steps):
-        return None
-    if key is None:
-        raise MergeError("this method is random: pass key=jax.random.key(seed)")
-    return randomness.check_key(key)
+def _finish_one(site, tensor: Tensor, raw, key, carries, spare):
+    base, models = raw
+    # What has the shape and dtype of a model takes the place of one.
+    alike = bool(spare) and site.active[-1] and site.steps[-1].output in ("vector", "parameters")
+    if alike and id(tensor.models[0]) in spare:
+        return _consuming(site)(models[0], base, models[1:], key, carries)
+    return _finished(site)(raw, key, carries)
 
 
 def _site(steps, tensor: Tensor, tasks: int) -> _Site:
@@ -193,44 +197,46 @@ def _site(steps, tensor: Tensor, tasks: int) -> _Site:
     active = tuple(s.covers(tensor.path) and tensor.size > 0 for s in steps)
     steps = tuple(s.for_tensor(tensor.path, shape, tasks) for s in steps)
     mesh, spec = None, PartitionSpec()
-    if tensor.lies is not None:
-        spec = PartitionSpec(*entries_of(tensor.lies, tensor.like.ndim)[1 if stacked else 0 :])
-        here = (is_local(s, tensor.shape, tensor.order, tensor.lies.mesh, spec) for s in steps)
-        mesh = tensor.lies.mesh if all(h or not a for h, a in zip(here, active, strict=True)) else None
+    lies = tensor.lies
+    if lies is not None:
+        spec = PartitionSpec(*entries_of(lies, tensor.like.ndim)[1 if stacked else 0 :])
+        here = (is_local(s, tensor.shape, tensor.order, lies.mesh, spec) for s in steps)
+        mesh = lies.mesh if all(h or not a for h, a in zip(here, active, strict=True)) else None
     # Where shardings cannot be seen, a variadic reduction of a sharded array would be gathered.
     hidden = jax.device_count() > 1 and mesh is None and is_traced((tensor.base, tensor.models))
     return _Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden)
 
 
 def _raw(tensor: Tensor, site: _Site):
-    if tensor.lies is None:
+    lies = tensor.lies
+    if lies is None:
         return tensor.base, tensor.models
-    if site.mesh is not None:
-        to = NamedSharding(site.mesh, PartitionSpec(None, *site.spec) if site.stacked else site.spec)
-        return jax.tree.map(lambda leaf: place(leaf, to), (tensor.base, tensor.models))
-    # A step that wants more than lies on one device: gather this one tensor.
-    return jax.tree.map(lambda leaf: gathered(leaf, tensor.lies.mesh), (tensor.base, tensor.models))
+    spec = PartitionSpec(None, *site.spec) if site.stacked else site.spec
+    if site.mesh is None:  # a step wants more than lies on one device: gather this one tensor
+        spec = PartitionSpec(*(None,) * tensor.like.ndim)
+    to = NamedSharding(lies.mesh, spec)
+    return jax.tree.map(lambda leaf: place(leaf, to), (tensor.base, tensor.models))
 
 
-def _global_ranks(stage, stop, at, sites, raws, keys, carries):
+def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
     """Selection over the tree: the counts of each round add over tensors."""
     i, j = stop
     n = sum(math.prod(sites[k].shape) for k in at)
     carry = merge_stages(carries[at[0]][i][:j])
     # The tensors agree on dtype and leading axis of what is selected; ask the first without computing it.
-    probe = jax.eval_shape(_selected(sites[at[0]], stop), raws[at[0]], keys[at[0]], carries[at[0]])
+    probe = jax.eval_shape(_selected(sites[at[0]], stop), raw(at[0]), keys[at[0]], carries[at[0]])
     names, ranks = from_the_top(stage.at(n, carry), n, probe.shape[0])
 
     def count(pivots):
-        parts = [_counted(sites[k], stop)(raws[k], keys[k], carries[k], pivots) for k in at]
+        parts = [_counted(sites[k], stop)(raw(k), keys[k], carries[k], pivots) for k in at]
         return functools.reduce(wide.add, parts)
 
-    eager = not is_traced([(raws[k], carries[k]) for k in at] + [ranks])
+    eager = not is_traced([(tensors[k][1:3], carries[k]) for k in at] + [ranks])
     group = selection.bits_per_round(sites[at[0]].one_pass)
     found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager)
     found = selection.from_ordered_bits(found, probe.dtype)
     if stage.attached and not eager:
-        values = [_selected(sites[k], stop)(raws[k], keys[k], carries[k]) for k in at]
+        values = [_selected(sites[k], stop)(raw(k), keys[k], carries[k]) for k in at]
         found = [selection.attached(f, values) for f in found]
     return dict(zip(names, found, strict=True))
 
@@ -373,3 +379,14 @@ def _finished(site: _Site):
         return (stack if outputs[kind] == "stack" else whole), carries
 
     return _mapped(site, _finisher(site), specs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _consuming(site: _Site):
+    """The same, with the first model's buffer for the result."""
+    finished = _finished(site)
+
+    def fn(model, base, rest, key, carries):
+        return finished((base, (model, *rest)), key, carries)
+
+    return jax.jit(fn, donate_argnums=0)

@@ -1,6 +1,7 @@
 """The functions a user calls: merge, sparsify, explain."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from tadrop_jax.errors import ContentError, MergeError, MergeWarning
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
 from tadrop_jax.parameters import number
+from tadrop_jax.placement import shardings_by_name
 from tadrop_jax.selection import attached, magnitude
 from tadrop_jax.steps import (
     AnyStep,
@@ -49,6 +51,8 @@ def merge(
     exclude=None,
     layout: Mapping | Callable | None = None,
     key=None,
+    shardings=None,
+    donate: bool = False,
 ):
     """Merges fine-tunes of one base into one model, or into one model per task.
 
@@ -66,6 +70,12 @@ def merge(
         permutation, as ``converters.layout`` gives them), so that groups, rows and random positions follow the
         PyTorch tensor.
       key: ``jax.random.key(seed)``, for methods that are random.
+      shardings: where to merge: a tree as the base, of ``NamedSharding`` or None; None is where the base lies. Inside
+        ``jit`` a tensor does not tell how it lies on a mesh of ``AxisType.Auto`` axes: so that only counts and sums
+        cross devices there too, pass ``jax.tree.map(lambda x: x.sharding, base)`` of the concrete base.
+      donate: use up the models: each merged tensor takes the place of the first model's, and the others' are freed one
+        tensor after another. Arrays that occur more than once among base and models are spared. Of a model whose
+        tensors were merged nothing may be used afterwards, also if the merge fails.
 
     Returns:
       Parameters of the type and dtypes of ``base``, or an :class:`~tadrop_jax.bundles.Bundle` for a per-task rule.
@@ -94,6 +104,8 @@ def merge(
     if not at:
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])
+    lies = {} if shardings is None else shardings_by_name(shardings, dict(zip(names, leaves, strict=True)))
+    spare = _spare(base, models) if donate else frozenset()
     tensors: list[memory.Tensor] = []
     where: dict[int, int] = {}
     seen: dict[tuple, int] = {}
@@ -103,9 +115,10 @@ def merge(
         if where[i] == len(tensors):
             order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]))
             models_i = tuple(jnp.asarray(m) for m in columns[i])
-            tensors.append(memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name))
+            lie = lies.get(names[i])
+            tensors.append(memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, lie))
     steps = expand(whole, len(models))
-    results = memory.run(steps, tensors, len(models), key)
+    results = memory.run(steps, tensors, len(models), key, spare)
     values = [results[where[i]].value if i in where else None for i in range(len(leaves))]
     if steps[-1].output == "bundle":
         own_tensors = tuple({n: leaf for n, leaf in _by_name(model).items() if n in own} for model in models)
@@ -307,6 +320,18 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int)
         shapes=tuple(None if v is None else s for v, s in zip(values, shapes, strict=True)),
         tasks=tuple(str(t) for t in range(tasks)),
     )
+
+
+def _spare(base, models) -> frozenset[int]:
+    """The arrays of the models that nothing else holds, by ``id``.
+
+    Raises:
+      MergeError: inside a transformation, where donation is the caller's.
+    """
+    if is_traced((base, models)):
+        raise MergeError("donate=True is for calls outside jit; inside, donate the arguments of your own jit")
+    counts = Counter(id(leaf) for leaf in jax.tree.leaves((base, models)))
+    return frozenset(id(m) for m in jax.tree.leaves(models) if isinstance(m, jax.Array) and counts[id(m)] == 1)
 
 
 def _by_name(tree) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Where tensors lie on a mesh, and which steps run on a device's part of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from tadrop_jax.errors import MergeError
 from tadrop_jax.steps import Step
-from tadrop_jax.trees import is_traced
+from tadrop_jax.trees import is_traced, named_leaves
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -17,11 +20,10 @@ def sharding_of(leaf) -> NamedSharding | None:
 
     A traced array tells on a mesh of ``AxisType.Explicit`` axes. On other meshes it is decided after tracing.
     """
+    found: Any = jax.typeof(leaf).sharding if is_traced(leaf) else getattr(leaf, "sharding", None)
     if is_traced(leaf):
-        found = jax.typeof(leaf).sharding
         known = all(t == AxisType.Explicit for t in found.mesh.axis_types)
     else:
-        found = getattr(leaf, "sharding", None)
         known = isinstance(found, NamedSharding)
     return found if known and found.mesh.size > 1 else None
 
@@ -84,3 +86,28 @@ def is_local(step: Step, shape: Sequence[int], order: Sequence[int] | None, mesh
         return True
     run = math.prod(shape[a] for a in axes[split[-1] :]) // parts[split[-1]]
     return run % step.group == 0
+
+
+def shardings_by_name(tree, tensors: Mapping[str, Any]) -> dict[str, NamedSharding]:
+    """The shardings over several devices of a tree of them, by the names of their tensors.
+
+    Raises:
+      MergeError: naming the tensor, if there is none of that name, or it does not fit its sharding.
+    """
+    names, leaves, _ = named_leaves(tree)
+    found = {}
+    for name, sharding in zip(names, leaves, strict=True):
+        if name not in tensors:
+            raise MergeError(f"shardings has {name!r}, which the base lacks")
+        if sharding is None or isinstance(sharding, SingleDeviceSharding):
+            continue
+        if not isinstance(sharding, NamedSharding):
+            raise MergeError(f"shardings: {name!r} must have a NamedSharding or None, got {type(sharding).__name__}")
+        try:
+            sharding.shard_shape(np.shape(tensors[name]))
+        except (ValueError, IndexError):
+            shape = list(np.shape(tensors[name]))
+            raise MergeError(f"shardings: tensor {name!r} of shape {shape} cannot lie as {sharding.spec}") from None
+        if sharding.mesh.size > 1:
+            found[name] = sharding
+    return found

@@ -34,6 +34,19 @@ def check_key(key) -> jax.Array:
     return key
 
 
+def check_needed(needed: bool, key) -> jax.Array | None:
+    """The key, checked, if one is needed.
+
+    Raises:
+      MergeError: if there is none, or one of the wrong kind.
+    """
+    if not needed:
+        return None
+    if key is None:
+        raise MergeError("this method is random: pass key=jax.random.key(seed)")
+    return check_key(key)
+
+
 def tensor_key(key: jax.Array, name: str) -> jax.Array:
     """The key of the tensor of this name: a stable hash, the same on every machine."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax import memory, randomness, reductions, selection
+from tadrop_jax import randomness, reductions, selection
 from tadrop_jax.blocks import Site, block_values, compiled
 from tadrop_jax.errors import ContentError, MergeError
 from tadrop_jax.sampling import Selection
@@ -132,7 +132,7 @@ def run(
     steps = tuple(steps)
     names = [s.name for s in streams]
     check_patterns([p for s in steps for p in s.named], names)
-    key = memory.check_random(steps, settings.key)
+    key = randomness.check_needed(any(s.random for s in steps), settings.key)
     return _Run(steps, tuple(streams), tasks, key, settings).go(write, done, frozenset(skip))
 
 
@@ -153,7 +153,9 @@ def measure(steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settin
     """
     steps = tuple(steps)
     check_patterns([p for s in steps for p in s.named], [s.name for s in streams])
-    return _Run(steps, tuple(streams), tasks, memory.check_random(steps, settings.key), settings).measure()
+    return _Run(
+        steps, tuple(streams), tasks, randomness.check_needed(any(s.random for s in steps), settings.key), settings
+    ).measure()
 
 
 class _Run:

@@ -2,17 +2,21 @@
 
 import math
 import re
+import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tadrop_jax as tj
-from tadrop_jax import memory
+from tadrop_jax import memory, placement
+from tadrop_jax.errors import MergeError
 from tests.helpers import family
 
 SHAPES = {"kernel": (64, 48), "bias": (16,)}
+EXPLICIT = AxisType.Explicit
 # Mesh, and how each tensor lies on it. "partly": split over one axis and replicated over the other, or replicated.
 LAYOUTS = {
     "8": ((8,), {"kernel": ("a",), "bias": ("a",)}),
@@ -35,7 +39,11 @@ RULES = {
     "conflict_aware": lambda: tj.chain(tj.conflict_aware(tj.magnitude(0.3)), tj.task_arithmetic(1.0)),
     "karcher": lambda: tj.chain(tj.magnitude(0.5), tj.karcher()),
     "breadcrumbs": lambda: tj.breadcrumbs_merging(0.5, 0.1, flavour="mergekit"),
+    "breadcrumbs-rows": lambda: tj.chain(tj.breadcrumbs(0.5, 0.1), tj.average()),
     "della": lambda: tj.della_linear(0.5),
+    "della-rows": lambda: tj.chain(tj.della(0.5, rescale="l1"), tj.average()),
+    "overlapping": lambda: tj.cabs(3, 4, overlap="exact"),
+    "model_stock-rows": lambda: tj.model_stock(filter_wise=True),
     "rescale": lambda: tj.chain(tj.rescale(tj.dare(0.5, None), 1, "global"), tj.task_arithmetic(1.0)),
     "pcb": lambda: tj.pcb(0.3),
     "ram_plus": lambda: tj.ram_plus(threshold=0.1, flavour="authors"),
@@ -43,13 +51,15 @@ RULES = {
     "emr": lambda: tj.chain(tj.tadrop(), tj.emr()),
 }
 # Methods of every kind of statistic run on all layouts, the others on one.
-EVERYWHERE = ("ties-authors", "dare-l1", "n_m", "emr")
-CASES = [(rule, "4x2") for rule in RULES] + [(rule, layout) for rule in EVERYWHERE for layout in ("8", "partly")]
+EVERYWHERE = ("ties-authors", "n_m")
+ROWS = ("breadcrumbs-rows", "della-rows", "model_stock-rows")
+CASES = [(rule, "4x2") for rule in RULES if rule not in ROWS] + [(rule, "8") for rule in ROWS]
+CASES += [(rule, layout) for rule in EVERYWHERE for layout in ("8", "partly")]
 
 
-def spread(tree: dict, layout: str) -> dict:
+def spread(tree: dict, layout: str, kind: AxisType = AxisType.Auto) -> dict:
     shape, specs = LAYOUTS[layout]
-    mesh = jax.make_mesh(shape, ("a", "b")[: len(shape)], axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    mesh = jax.make_mesh(shape, ("a", "b")[: len(shape)], axis_types=(kind,) * len(shape))
     return {n: jax.device_put(v, NamedSharding(mesh, PartitionSpec(*specs[n]))) for n, v in tree.items()}
 
 
@@ -79,7 +89,11 @@ def test_equals_one_device(name, layout, trees, on_one_device):
     base, models = trees
     placed = spread(base, layout)
     merged = tj.merge(placed, [spread(m, layout) for m in models], RULES[name](), key=jax.random.key(0))
-    expected = on_one_device(name)
+    check_equal(name, base, placed, merged, on_one_device(name))
+
+
+def check_equal(name, base, placed, merged, expected):
+    """The same selections, values to rounding, and results that lie as the base does."""
     if name == "emr":
         for a, b in zip(merged.packed, expected.packed, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -170,24 +184,239 @@ def entries(result_type: str) -> int:
     return sum(math.prod(int(d) for d in dims.split(",") if d) for dims in re.findall(r"\[([\d,]*)\]", result_type))
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("ties-authors", "4x2"), ("ties-mergekit", "4x2"), ("tadrop-ties", "partly"), ("karcher", "4x2"), ("emr", "4x2")],
-)
-def test_only_counts_and_sums_cross_devices(name, layout, trees, compiled):
-    base, models = trees
-    # Only the large tensor: what crosses has to be small against a device's part of it.
-    large = {"kernel": base["kernel"]}
-    tj.merge(spread(large, layout), [spread({"kernel": m["kernel"]}, layout) for m in models], RULES[name]())
-    texts = compiled()
+def check_crossings(texts, part: int) -> None:
+    """No tensor crosses devices, and what is summed over them is small against a device's part of a tensor."""
     assert texts
-    part = base["kernel"].size // (8 if layout == "4x2" else 2)
     for text in texts:
         for operation in ("all-gather", "all-to-all", "collective-permute"):
             assert not operations(text, operation)
     reduced = [entries(found) for text in texts for found in operations(text, "all-reduce")]
-    assert reduced, "no statistic crossed devices, though the tensor is split"
-    assert max(reduced) < part / 2
+    assert max(reduced, default=0) < part / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "kind"),
+    [
+        ("ties-authors", "4x2", AxisType.Auto),
+        ("ties-mergekit", "4x2", AxisType.Auto),
+        ("tadrop-ties", "partly", AxisType.Auto),
+        ("karcher", "4x2", AxisType.Auto),
+        ("emr", "4x2", AxisType.Auto),
+        ("n_m", "4x2", AxisType.Auto),
+        ("cabs", "4x2", AxisType.Auto),
+        ("overlapping", "4x2", AxisType.Auto),
+        ("della-rows", "8", EXPLICIT),
+        ("breadcrumbs-rows", "8", AxisType.Auto),
+        ("model_stock-rows", "8", AxisType.Auto),
+    ],
+)
+def test_only_counts_and_sums_cross_devices(name, layout, kind, trees, compiled):
+    base, models = trees
+    # Only the large tensor: what crosses has to be small against a device's part of it.
+    large = {"kernel": base["kernel"]}
+    placed = [spread({"kernel": m["kernel"]}, layout, kind) for m in models]
+    tj.merge(spread(large, layout, kind), placed, RULES[name](), key=jax.random.key(0))
+    texts = compiled()
+    check_crossings(texts, base["kernel"].size // (2 if layout == "partly" else 8))
+    if name in ("ties-authors", "tadrop-ties", "emr"):
+        assert any(operations(text, "all-reduce") for text in texts), "no statistic crossed devices"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("ties-mergekit", "4x2"), ("tadrop-ties", "partly"), ("cabs", "4x2"), ("emr", "4x2")]
+)
+def test_explicit_meshes(name, layout, trees, on_one_device):
+    """Alike outside of jit and inside, where the types of traced tensors say how they lie."""
+    base, models = trees
+    placed, others = spread(base, layout, EXPLICIT), [spread(m, layout, EXPLICIT) for m in models]
+
+    def merge(base, *models):
+        return tj.merge(base, list(models), RULES[name](), key=jax.random.key(0))
+
+    for merged in (merge(placed, *others), jax.jit(merge)(placed, *others)):
+        check_equal(name, base, placed, merged, on_one_device(name))
+    if name == "emr":
+        with jax.set_mesh(placed["kernel"].sharding.mesh):
+            rebuilt, wanted = merged.task_params(1), on_one_device(name).task_params(1)
+        for tensor, value in rebuilt.items():
+            np.testing.assert_allclose(value, wanted[tensor], rtol=2e-6, atol=1e-6)
+
+
+def test_gathered_inside_jit_on_an_explicit_mesh(trees):
+    """A step that wants whole tensors: each is gathered, and its result lies as the base does."""
+    base, models = trees
+    placed, others = spread(base, "8", EXPLICIT), [spread(m, "8", EXPLICIT) for m in models]
+    found = jax.jit(lambda b, *m: tj.merge(b, list(m), tj.iso_c()))(placed, *others)
+    for tensor, value in tj.merge(base, models, tj.iso_c()).items():
+        np.testing.assert_allclose(found[tensor], value, rtol=1e-4, atol=1e-5)
+        assert found[tensor].sharding.is_equivalent_to(placed[tensor].sharding, value.ndim)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
+def test_inside_jit_nothing_crosses_either(kind, trees, on_one_device):
+    """On an explicit mesh by itself, on another where ``shardings`` says how the tensors lie."""
+    base, models = trees
+    placed, others = spread(base, "4x2", kind), [spread(m, "4x2", kind) for m in models]
+    shardings = jax.tree.map(lambda x: x.sharding, placed) if kind == AxisType.Auto else None
+
+    @jax.jit
+    def merge(base, *models):
+        return tj.merge(base, list(models), RULES["tadrop-ties"](), shardings=shardings)
+
+    run = merge.lower(placed, *others).compile()
+    check_crossings([run.as_text()], base["kernel"].size // 8)
+    check_equal("tadrop-ties", base, placed, run(placed, *others), on_one_device("tadrop-ties"))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
+def test_gradients_inside_jit(kind, trees):
+    """Of a coefficient that is closed over, and of the models, through sums that cross devices."""
+    base, models = trees
+
+    def loss(coefficient, models, base, shardings=None):
+        rule = tj.chain(tj.tadrop(), tj.task_arithmetic(coefficient))
+        merged = tj.merge(base, models, rule, shardings=shardings)
+        return sum(jnp.sum(jnp.sin(v)) for v in merged.values())
+
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(0.3, models, base)
+    placed, others = spread(base, "partly", kind), [spread(m, "partly", kind) for m in models]
+    shardings = jax.tree.map(lambda x: x.sharding, placed) if kind == AxisType.Auto else None
+    found = jax.jit(jax.grad(lambda *args: loss(*args, shardings), argnums=(0, 1)))(0.3, others, placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_shardings_place_arrays_of_the_host(trees, on_one_device):
+    base, models = trees
+    to = jax.tree.map(lambda x: x.sharding, spread(base, "4x2"))
+    merged = tj.merge(base, models, RULES["ties-authors"](), shardings={"kernel": to["kernel"], "bias": None})
+    np.testing.assert_allclose(merged["kernel"], on_one_device("ties-authors")["kernel"], rtol=2e-6, atol=1e-6)
+    assert merged["kernel"].sharding.is_equivalent_to(to["kernel"], 2)
+    assert merged["bias"].sharding.is_fully_replicated
+    for wrong, said in (
+        ({"other": to["bias"]}, "'other'"),
+        ({"bias": to["kernel"]}, r"'bias' of shape \[16\]"),
+        ({"bias": PartitionSpec("a")}, "NamedSharding"),
+    ):
+        with pytest.raises(MergeError, match=said):
+            tj.merge(base, models, RULES["average"](), shardings=wrong)
+
+
+def groups_lie_together(shape, order, lengths, m: int) -> bool:
+    """Whether each device's groups of m, in its own row-major part, are groups of the row-major tensor."""
+    positions = np.arange(math.prod(shape)).reshape([shape[a] for a in order])
+    where = np.indices(positions.shape).reshape(len(order), -1)
+    device = [tuple(index[i] // lengths[a] for i, a in enumerate(order)) for index in where.T]
+    parts: dict = {}
+    for position, owner in zip(positions.ravel(), device, strict=True):
+        parts.setdefault(owner, []).append(position)
+    for part in parts.values():
+        for start in range(0, len(part), m):
+            group = part[start : start + m]
+            whole = np.arange(group[0], min(group[0] + m, positions.size))
+            if group[0] % m or not np.array_equal(group, whole):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 6), (4, 12, 2), (16,)])
+def test_where_groups_and_rows_are_local(shape):
+    """Against the groups written out, for all ways in which two mesh axes can split a tensor."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    ndim, seen = len(shape), set()
+    axes = [None, *range(ndim)]
+    for a in axes:
+        for b in axes:
+            names = [tuple(n for n, at in (("a", a), ("b", b)) if at == axis) or None for axis in range(ndim)]
+            spec = PartitionSpec(*names)
+            try:
+                lengths = NamedSharding(mesh, spec).shard_shape(shape)
+            except ValueError:
+                continue
+            for order in (tuple(range(ndim)), tuple(reversed(range(ndim)))):
+                for m in (1, 2, 3, 4, 5, 8, 12):
+                    step = tj.Step(apply=lambda x, c: x.stack, piece="group", group=m)
+                    found = placement.is_local(step, shape, order, mesh, spec)
+                    assert found == groups_lie_together(shape, order, lengths, m), (spec, order, m)
+                    seen.add(found)
+                step = tj.Step(apply=lambda x, c: x.stack, piece="row")
+                whole = lengths[order[-1]] == shape[order[-1]]
+                assert placement.is_local(step, shape, order, mesh, spec) == whole
+    assert seen == {True, False}
+
+
+def test_rows_and_groups_in_pytorch_order(trees):
+    """A kernel ``(in, out)`` whose rows in PyTorch are its columns: they are whole where ``out`` is split."""
+    base, models = trees
+    kernel, others = {"kernel": base["kernel"]}, [{"kernel": m["kernel"]} for m in models]
+    layout = {"kernel": (1, 0)}
+    for rule in (tj.breadcrumbs(0.5, 0.1), tj.rescale(tj.chain(tj.n_m(2, 6), tj.breadcrumbs(0.5, 0.1)))):
+        whole = tj.chain(rule, tj.average())
+        merged = tj.merge(spread(kernel, "partly"), [spread(m, "partly") for m in others], whole, layout=layout)
+        wanted = tj.merge(kernel, others, whole, layout=layout)["kernel"]
+        np.testing.assert_array_equal(merged["kernel"] != base["kernel"], wanted != base["kernel"])
+        np.testing.assert_allclose(merged["kernel"], wanted, rtol=2e-6, atol=1e-6)
+
+
+def test_statistics_of_rows_lie_with_their_rows(trees):
+    """A step of one's own with a stage of scope "row"."""
+    base, models = trees
+    top = tj.Sums(lambda x, c, n: {"sum": x.stack}, scope="row")
+    step = tj.Step(apply=lambda x, c: jnp.where(c["sum"] > 0, x.stack, 0), stages=(top,), piece="row")
+    rule = tj.chain(step, tj.ties(0.3, flavour="mergekit"))
+    wanted = tj.merge(base, models, rule)
+    for layout in ("8", "4x2"):
+        merged = tj.merge(spread(base, layout), [spread(m, layout) for m in models], rule)
+        np.testing.assert_allclose(merged["kernel"], wanted["kernel"], rtol=2e-6, atol=1e-6)
+
+
+def test_one_tensor_at_a_time_is_gathered(monkeypatch):
+    """Of three tensors that a step wants whole, two are never held on every device at once."""
+    base, models = family(2, {f"k{i}": (16, 8) for i in range(3)})
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    put = dict.fromkeys(base, NamedSharding(mesh, PartitionSpec("a")))
+    held: list[weakref.ref] = []
+    most = 0
+    place = memory.place
+
+    def watched(leaf, to):
+        nonlocal most
+        found = place(leaf, to)
+        if to.is_fully_replicated:
+            held.append(weakref.ref(found))
+            most = max(most, sum(r() is not None for r in held))
+        return found
+
+    monkeypatch.setattr(memory, "place", watched)
+    monkeypatch.setattr(memory, "_BATCH_BYTES", 1)
+    whole = tj.Step(apply=lambda x, carry: x.stack[0], piece="tensor", output="vector")
+    tj.merge(jax.device_put(base, put), [jax.device_put(m, put) for m in models], whole)
+    assert len(held) == 3 * 3
+    assert most == 3
+
+
+@pytest.mark.parametrize("name", ["tadrop-ties", "ties-mergekit", "emr", "n_m"])
+def test_donated_models(name, trees, on_one_device):
+    """The result takes the place of the first model, and nothing is left of the others; the base stays."""
+    base, models = trees
+    placed, others = spread(base, "4x2"), [spread(m, "4x2") for m in models]
+    shared = others[0]["bias"] = others[1]["bias"]
+    at = [p.unsafe_buffer_pointer() for p in (s.data for s in others[0]["kernel"].addressable_shards)]
+    merged = tj.merge(placed, others, RULES[name](), donate=True)
+    assert all(m["kernel"].is_deleted() for m in others)
+    assert not shared.is_deleted()
+    assert not placed["kernel"].is_deleted()
+    if name == "emr":
+        wanted = on_one_device(name).unified["kernel"]
+        np.testing.assert_allclose(merged.unified["kernel"] != 0, wanted != 0)
+        return
+    np.testing.assert_allclose(merged["kernel"], on_one_device(name)["kernel"], rtol=2e-6, atol=1e-6)
+    assert [s.data.unsafe_buffer_pointer() for s in merged["kernel"].addressable_shards] == at
+
+
+def test_donation_is_refused_inside_jit(trees):
+    base, models = trees
+    with pytest.raises(MergeError, match="donate the arguments of your own jit"):
+        jax.jit(lambda b, *m: tj.merge(b, list(m), tj.average(), donate=True))(base, *models)
 
 
 def test_the_check_sees_a_gather():
