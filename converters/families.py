@@ -78,6 +78,7 @@ _VIT = "converters.vit"
 _VIT_LAYER = r"^(vit\.)?(encoder\.layer|layers)\.0\.attention\.(attention\.query|q_proj)\.weight$"
 _NOT_VIT = (r"lambda_1$", r"distillation_token$", r"^decoder\.")  # BEiT, DeiT, a model for masked images
 _TIMM_BLOCK = r"^blocks\.0\.attn\.qkv\.weight$"
+_GOOGLE_BLOCK = r"^(opt/target/)?Transformer/encoderblock_0/"
 _BEIT = "converters.beit"
 _BEIT_LAYER = r"^(beit\.)?(encoder\.layer|layers)\.0\.lambda_1$"
 _CLIP = "converters.clip"
@@ -97,6 +98,12 @@ _ALL = (
     Architecture("ViTModel", _VIT, "features of images", (_VIT_LAYER, r"^(vit\.)?layernorm\."), _NOT_VIT),
     Architecture("timm/VisionTransformerDistilled", _VIT, "class logits", (_TIMM_BLOCK, r"^dist_token$")),
     Architecture("timm/VisionTransformer", _VIT, "class logits", (_TIMM_BLOCK, r"^patch_embed\.proj\.weight$")),
+    Architecture(
+        "vit_jax/ViT", _VIT, "class logits", (_GOOGLE_BLOCK + r"MultiHeadDotProductAttention_1/query/kernel$",)
+    ),
+    Architecture(
+        "big_vision/ViT", _VIT, "class logits", (_GOOGLE_BLOCK + r"MultiHeadDotProductAttention_0/query/kernel$",)
+    ),
     Architecture("BeitForMaskedImageModeling", _BEIT, "logits of visual words", (_BEIT_LAYER, r"^lm_head\.")),
     Architecture("BeitForImageClassification", _BEIT, "class logits", (_BEIT_LAYER, r"^classifier\.")),
     Architecture("BeitModel", _BEIT, "features of images", (_BEIT_LAYER,)),

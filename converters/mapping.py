@@ -41,11 +41,13 @@ class Row(NamedTuple):
         torch: the name in the file.
         flax: the path in the module; several for the equal parts of a fused tensor.
         transform: how the axes move.
+        shapes: the tensor's shape in the file and in the module, where an axis of one is several of the other.
     """
 
     torch: str
     flax: str | tuple[str, ...]
     transform: Transform = Transform.IDENTITY
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 Table = Sequence[Row]
@@ -165,8 +167,9 @@ def layout(source: Any) -> Callable[[str], tuple[str, tuple[int, ...] | None] | 
 
     Returns:
         A function of a path: (name, order), where order is None if nothing moves; None for a path that no row maps. The
-        parts of a fused tensor have no tensor of their own in PyTorch: theirs is (path, order), and a merge by rows,
-        groups or random numbers differs from one of the fused tensor. `fused` names them.
+        parts of a fused tensor have no tensor of their own in PyTorch, nor has one that is in another shape there:
+        theirs is (path, order), and a merge by rows, groups or random numbers differs from one of the file's tensor.
+        `fused` names them.
 
     Example:
         >>> layout(linear("fc", "fc"))("fc/kernel")
@@ -179,7 +182,8 @@ def layout(source: Any) -> Callable[[str], tuple[str, tuple[int, ...] | None] | 
     def place(path: str) -> tuple[str, tuple[int, ...] | None] | None:
         for rule in rules:
             if match := rule.pattern.fullmatch(path):
-                name = rule.targets[0].format(**match.groupdict()) if rule.parts == 1 else path
+                whole = rule.parts == 1 and rule.shapes is None
+                name = rule.targets[0].format(**match.groupdict()) if whole else path
                 return own.get(name, name), rule.transform.axes(forward=False) or None
         return None
 
@@ -208,7 +212,7 @@ def places(
     found = {}
     for name in names:
         match, rule = next(((m, rule) for rule in rules if (m := rule.pattern.fullmatch(name))), (None, None))
-        if match is None or rule is None or len(rule.targets) != 1:
+        if match is None or rule is None or len(rule.targets) != 1 or rule.shapes is not None:
             continue
         (target,) = rule.targets
         path = target.format(**match.groupdict())
@@ -220,7 +224,7 @@ def places(
 
 
 def fused(source: Any) -> dict[str, tuple[str, ...]]:
-    """The tensors that hold several of the module's: their PyTorch names, and the paths of the parts, as templates.
+    """The tensors that hold several of the module's, or one in another shape: names, and paths, as templates.
 
     Args:
         source: a module of ours, or a family's rows.
@@ -229,7 +233,8 @@ def fused(source: Any) -> dict[str, tuple[str, ...]]:
         >>> fused([Row("in_proj", ("q", "k", "v")), Row("out", "out")])
         {'in_proj': ('q', 'k', 'v')}
     """
-    return {row.torch: row.flax for row in _rows_of(source) if not isinstance(row.flax, str)}
+    rows = ((row, (row.flax,) if isinstance(row.flax, str) else row.flax) for row in _rows_of(source))
+    return {row.torch: paths for row, paths in rows if len(paths) > 1 or row.shapes}
 
 
 def _rows_of(source: Any) -> Table:
@@ -261,7 +266,7 @@ def _compare(paths: Mapping[str, tuple[tuple[int, ...], str]], expect: Any, tabl
 class _Rule(NamedTuple):
     """A row in one direction: a source name's pattern, and the formats of what it gives.
 
-    Backwards, a fused tensor has a rule for each of its parts.
+    Backwards, a fused tensor has a rule for each of its parts. `shapes` are those of the source and of the target.
     """
 
     pattern: re.Pattern[str]
@@ -269,6 +274,7 @@ class _Rule(NamedTuple):
     transform: Transform
     part: int = 0
     parts: int = 1
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 def _translate(
@@ -291,6 +297,7 @@ def _translate(
         for template, piece in zip(rule.targets, pieces, strict=True):
             target = template.format(**match.groupdict())
             moved = _permute(piece, rule.transform.axes(forward=forward))
+            moved = moved if rule.shapes is None else moved.reshape(rule.shapes[1])
             held = parts.setdefault(target, [None] * rule.parts)
             other = held[rule.part]
             if other is not None:
@@ -317,6 +324,8 @@ def _misfit(source: str, array: Any, rule: _Rule) -> str | None:
     axes, shape, count = len(rule.transform.value), tuple(array.shape), len(rule.targets)
     if axes and len(shape) != axes:
         return f"wrong shape: {source} {shape}, {rule.transform.name} needs {axes} axes"
+    if rule.shapes is not None and shape != rule.shapes[0]:
+        return f"wrong shape: {source} {shape}, the model has {rule.shapes[0]}"
     if count > 1 and (not shape or shape[0] % count):
         return f"wrong shape: {source} {shape}, its first axis must hold {count} equal parts"
     return None
@@ -331,10 +340,14 @@ def _compile(table: Table, *, forward: bool) -> list[_Rule]:
     for row in table:
         paths = (row.flax,) if isinstance(row.flax, str) else row.flax
         if forward:
-            rules.append(_Rule(_pattern(row.torch), tuple(_format(path) for path in paths), row.transform))
+            targets = tuple(_format(path) for path in paths)
+            rules.append(_Rule(_pattern(row.torch), targets, row.transform, shapes=row.shapes))
         else:
             back = (_format(row.torch),)
-            rules += [_Rule(_pattern(path), back, row.transform, part, len(paths)) for part, path in enumerate(paths)]
+            shapes = None if row.shapes is None else (row.shapes[1], row.shapes[0])
+            rules += [
+                _Rule(_pattern(path), back, row.transform, part, len(paths), shapes) for part, path in enumerate(paths)
+            ]
     return rules
 
 

@@ -41,7 +41,8 @@ def save(
             from; None writes the same.
         to: "torch" for the names and axes of the architecture, "flax" for those of the module.
         format: "safetensors", which is the only one of "torch"; "orbax" (the default of "flax"), "msgpack" (with the
-            names that transformers 4 gave its Flax models) or "npz".
+            names that transformers 4 gave its Flax models) or "npz" (with the names of the architecture, if it is one
+            of Google's archives).
         max_shard_size: bytes of a safetensors file.
 
     Raises:
@@ -153,11 +154,13 @@ def _write(directory, leaves, package, entry, config, origin, beside, to, format
     tensors = translate(leaves, rows, forward=False, expect=expect)  # checks the leaves, whatever is written
     note: dict[str, Any] = {}
     same = origin.architecture == entry.name
-    if to == "torch":
+    trees = any("/" in row.torch for row in rows)
+    if to == "torch" or (trees and format == "npz"):
         tensors = restored(tensors, package, entry, config, origin)
     else:
         old = families.offered(package, "flax_table", None, config, entry.name) if format == "msgpack" else None
         tensors = leaves if old is None else translate(leaves, old, forward=False)
+    if to == "flax":
         note = (origin if same else Origin(entry.name)).note() | {"config": config.to_dict()}
     raw = {**config.to_dict(), "architectures": [entry.name]}
     raw = dict(families.offered(package, "describe", raw, config, entry.name))

@@ -1,11 +1,11 @@
-"""Vision Transformers: `ViTModel` and `ViTForImageClassification` of Hugging Face, `vit_*` and `deit_*` of timm."""
+"""Vision Transformers: `ViTModel` and `ViTForImageClassification` of Hugging Face, those of timm, Google's `.npz`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from converters.mapping import Row
+from converters.vit import google, timm
 from converters.vit import table as hugging_face
-from converters.vit import timm
 from converters.vit.config import ViTConfig as Config
 from converters.vit.model import Features, ViTForImageClassification, ViTModel
 from converters.vit.table import SHARDING, aliases
@@ -15,6 +15,8 @@ MODELS = {
     "ViTForImageClassification": ViTForImageClassification,
     "timm/VisionTransformer": ViTForImageClassification,
     "timm/VisionTransformerDistilled": ViTForImageClassification,
+    "vit_jax/ViT": ViTForImageClassification,
+    "big_vision/ViT": ViTForImageClassification,
 }
 
 __all__ = [
@@ -30,7 +32,7 @@ __all__ = [
     "table",
 ]
 
-_LAYOUTS: Mapping[str, Any] = {"timm": timm}
+_LAYOUTS: Mapping[str, Any] = {"timm": timm, "vit_jax": google, "big_vision": google}
 
 
 def _of(architecture: str) -> Any:

@@ -85,6 +85,8 @@ def backbone(torch: str, flax: str) -> list[Row]:
 
 def aliases(architecture: str) -> list[tuple[str, str]]:
     """The names of transformers 5's `state_dict()`; and those of a bare model in one with a head, or the other way."""
+    if architecture in ("vit_jax/ViT", "big_vision/ViT"):
+        return [("^opt/target/", "")]
     if "/" in architecture:
         return []
     if architecture == "ViTModel":

@@ -41,8 +41,8 @@ def table(config: ViTConfig, architecture: str) -> list[Row]:
     """Rows between timm's names and the module's paths.
 
     Example:
-        >>> table(ViTConfig(), "timm/VisionTransformer")[0].flax
-        'vit/embeddings/cls_token'
+        >>> table(ViTConfig(), "timm/VisionTransformer")[1].flax
+        'vit/embeddings/position_embeddings'
     """
     block, path = "blocks.{i}.", "vit/encoder/layer/{i}/"
     rows = [
@@ -117,7 +117,7 @@ def configure(raw: Mapping[str, Any], shapes: Shapes, architecture: str) -> ViTC
     told = "map" if attn_pool else "avg" if fc_norm or not token else "token"
     reg_tokens = shapes["reg_token"][1] if "reg_token" in shapes else 0
     prefix = token + ("dist_token" in shapes) + reg_tokens
-    size, no_embed_class = _places(args, shapes["pos_embed"][1], prefix, (patch[0], patch[1]))
+    size, no_embed_class = places(args, shapes["pos_embed"][1], prefix, (patch[0], patch[1]))
     return ViTConfig(
         hidden_size=width,
         num_hidden_layers=sum(bool(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name)) for name in shapes),
@@ -166,8 +166,25 @@ def _heads(args: Mapping[str, Any], variant: str, width: int, shapes: Shapes) ->
     )
 
 
-def _places(args: Mapping[str, Any], places: int, prefix: int, patch: tuple[int, int]) -> tuple[Any, bool]:
-    """The size of images, and whether the tokens before the patches have no position."""
+def places(args: Mapping[str, Any], places: int, prefix: int, patch: tuple[int, int]) -> tuple[Any, bool]:
+    """What a number of position embeddings tells.
+
+    Args:
+        args: what is known, as timm names it: `img_size`, `pretrained_cfg`, `no_embed_class`.
+        places: how many there are.
+        prefix: tokens before the patches.
+        patch: height and width of a patch.
+
+    Returns:
+        The size of images, and whether the tokens before the patches have no position.
+
+    Raises:
+        ConversionError: they do not fit, or several sizes would.
+
+    Example:
+        >>> places({}, 17, 1, (8, 8))
+        (32, False)
+    """
     given = args.get("img_size") or (args.get("pretrained_cfg") or {}).get("input_size", [])[1:]
     counts = [places - prefix, places]
     if "no_embed_class" in args or not prefix:
