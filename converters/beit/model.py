@@ -131,8 +131,8 @@ class BeitForImageClassification(nnx.Module):
         if config.labels:
             self.classifier = linear(config, config.hidden_size, len(config.labels), rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array | None:
-        pooled = self.beit(images).pooled
+    def __call__(self, images: jax.Array) -> jax.Array:
+        pooled: Any = self.beit(images).pooled
         return self.classifier(pooled) if self.config.labels else pooled
 
 
