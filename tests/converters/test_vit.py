@@ -231,7 +231,7 @@ def images_for(config, count=3):
 @pytest.mark.peers
 @pytest.mark.parametrize("architecture", HEADS)
 # Every example compiles, so that shrinking one would take minutes.
-@hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=2, phases=[hypothesis.Phase.generate])
 @hypothesis.given(fields=CONFIGS, pooler=st.booleans(), new=st.booleans())
 def test_outputs_and_files_agree_with_transformers(architecture, fields, pooler, new, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("vit")

@@ -195,7 +195,7 @@ def check_both_ways(peer, tmp_path, tolerance=1e-5, **options):
 
 @pytest.mark.peers
 # Every example compiles, so that shrinking one would take minutes.
-@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=4, phases=[hypothesis.Phase.generate])
 @hypothesis.given(arguments=ARGUMENTS, pool=POOLS, told=st.booleans())
 def test_outputs_and_files_agree_with_timm(arguments, pool, told, tmp_path_factory):
     timm = import_timm()
