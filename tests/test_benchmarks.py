@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import measure, merges
-from tadrop_jax import mergekit_recipe, registry
+from benchmarks import cost, measure, merges
+from tadrop_jax import mergekit_recipe, registry, streaming
+from tests.helpers import family, run_streamed
 
 TINY = {
     "converting": ["--size", "0.1M", "--formats", "safetensors,npz"],
     "in_memory": ["--size", "0.1M", "--tasks", "2", "--rules", "task_arithmetic"],
     "linear_algebra": ["--size", "8", "--tasks", "2"],
     "merge_gpt2": ["--size", "0.1M", "--methods", "task_arithmetic,slerp"],
+    "cost": ["--methods", "ties,emr+tadrop,iso_c"],
     "scaling": ["--sizes", "0.1M", "--task-size", "0.1M", "--tasks", "2"],
     "selection": ["--sizes", "1e3", "--dtypes", "bfloat16"],
     "start_up": ["--only", "import tadrop"],
@@ -70,3 +72,27 @@ def test_recipes_of_the_peer_are_for_the_same_rule(method):
     recipe = merges.peer_recipe(method, [Path("base"), *models], "float32")
     read = mergekit_recipe.read(recipe, Path("."), lambda note: None)
     assert read["method"] == method
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "task_arithmetic+tadrop", "emr+tadrop"])
+def test_streamed_merges_read_no_more_than_the_paper_says(method, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(streaming, "KEEP_BYTES", 0)
+    base, models = family(2, {"w": (40, 50)})
+    read = []
+    run_streamed(base, models, cost.build(method), progress=read.append, workers=1)
+    said = cost.passes(cost.build(method), 2)
+    assert 0 < sum(read) <= (said.kept if kept else said.files) * 3 * base["w"].nbytes
+
+
+def test_paper_of_a_rule_that_wants_whole_tensors():
+    said = cost.passes(cost.build("iso_c"), 8)
+    assert said.whole
+    assert said.files == said.kept == 1
+
+
+def test_time_on_paper_is_that_of_the_slowest_part():
+    said, slow = cost.passes(cost.build("ties"), 8), cost.MACHINES[0]
+    taken, bound = cost.seconds(said, slow._replace(read=1e6), 1e9, 10, 8, 2)
+    assert (taken, bound) == (pytest.approx(3 * 9 * 2e9 / 1e6), "reading")

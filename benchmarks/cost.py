@@ -1,0 +1,190 @@
+"""The cost of a merge on paper: passes, bytes and collectives of each rule, read off its steps.
+
+    python -m benchmarks.cost [--parameters 70e9] [--tensors 723] [--tasks 8] [--bytes 2] [--json FILE]
+
+Nothing is measured here. A rule's stages say how often the executors look at the data: docs/cost.md derives the
+formulas, and compares them with measurements. The machines are described by the few numbers of `MACHINES`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks import measure, merges
+from tadrop_jax import registry, selection
+from tadrop_jax.steps import AnyStep, Ranks, chain, expand
+
+# Rounds of counting of a selection in memory, each one read of the keys and one all-reduce.
+ROUNDS = -(-32 // selection.BITS_PER_ROUND)
+FLOAT32 = 4
+
+
+class Passes(NamedTuple):
+    """How often a merge looks at the data.
+
+    Attributes:
+        files: reads of all input files, of tensors that are too large to keep: at most; samples apart.
+        kept: the same for tensors that are kept in memory while their own stages run.
+        blocks: evaluations of the chain on every entry, streamed: what the processor works on.
+        ranks: stages of order statistics of one tensor.
+        tree_ranks: stages of order statistics of the whole tree.
+        sums: stages that add up.
+        whole: whether a step wants whole tensors or rows; then its arithmetic is not counted here.
+    """
+
+    files: int
+    kept: int
+    blocks: int
+    ranks: int
+    tree_ranks: int
+    sums: int
+    whole: bool
+
+    def device_bytes(self, tasks: int, itemsize: int) -> float:
+        """Bytes an entry that move between a device's memory and its cores, merged in memory.
+
+        Every stage of sums and the last pass read base and models; the last writes one model. A selection in a tensor
+        writes the keys of all tasks in float32 once and reads them once a round; one over the tree makes the keys anew
+        from base and models in every round.
+        """
+        inputs = (tasks + 1) * itemsize
+        selections = self.ranks * (inputs + FLOAT32 * tasks * (1 + ROUNDS)) + self.tree_ranks * ROUNDS * inputs
+        return selections + (self.sums + 1) * inputs + itemsize
+
+    def all_reduces(self, tensors: int) -> int:
+        """All-reduces of a sharded merge of so many tensors; each carries a few numbers a task.
+
+        A stage over the tree adds up over tensors on the host, so that every tensor has its own reduction there too.
+        """
+        return tensors * ((self.ranks + self.tree_ranks) * ROUNDS + self.sums)
+
+
+class Machine(NamedTuple):
+    """What a merge meets; rates in bytes a second.
+
+    Attributes:
+        name: in the table.
+        read: of all input files, from where they lie to where the arithmetic is.
+        write: of the output file.
+        memory: of what the arithmetic works in, all devices together.
+        evaluations: entries a second that a pass of the chain gets through (entries of base and models count each), all
+            cores together; None where memory bounds it.
+        reduction_s: latency of one small all-reduce; 0 on one device.
+    """
+
+    name: str
+    read: float
+    write: float
+    memory: float
+    evaluations: float | None
+    reduction_s: float
+
+
+MACHINES = (
+    # PCIe 4 SSD, sustained; eight cores at what two of an AMD EPYC were measured at, each.
+    Machine("laptop", 5e9, 2e9, 80e9, 8 * 0.25e9, 0),
+    # Tensors go over PCIe 5 x16 to the device one after another, the files in host memory or on disks as fast as that.
+    Machine("H200", 50e9, 50e9, 4.8e12, None, 0),
+    # 64 hosts of 4 chips, each reading its shards at 1.5 GB/s from object storage; 819 GB/s a chip.
+    Machine("v5e-256", 64 * 1.5e9, 64 * 1.0e9, 256 * 819e9, None, 30e-6),
+)
+METHODS = ("task_arithmetic", "ties", "task_arithmetic+tadrop", "ties+tadrop", "emr", "emr+tadrop", "pcb", "t_switch")
+COLUMNS = {
+    "method": ("method", ""),
+    "files": ("reads of the files", "d"),
+    "kept": ("of kept tensors", "d"),
+    "blocks": ("evaluations", "d"),
+    "device": ("device bytes / entry", ".0f"),
+    "over": ("/ least", ".1f"),
+    "reductions": ("all-reduces", "d"),
+    **{m.name: (f"{m.name}, s", ".1f") for m in MACHINES},
+    **{f"{m.name}_bound": ("bound by", "") for m in MACHINES},
+}
+
+
+def build(method: str) -> AnyStep:
+    """The chain of ``METHOD`` or ``METHOD+SPARSIFIER``, as the command line makes it."""
+    rule, _, sparsifier = method.partition("+")
+    known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
+    values = {"density": None} if sparsifier and "density" in known else {}
+    step = registry.build(rule, values or {n: v for n, v in merges.VALUES.items() if n in known}, "rule")
+    return chain(registry.build(sparsifier, {}, "sparsifier"), step) if sparsifier else step
+
+
+def passes(step: AnyStep, tasks: int, path: str = "weight", shape: tuple[int, ...] = (4096, 4096)) -> Passes:
+    """Counts the passes of a chain over one tensor.
+
+    Args:
+        step: rule, or a chain that ends with one.
+        tasks: T.
+        path: of the tensor; some rules treat some tensors in another way.
+        shape: of the tensor.
+
+    Example:
+        >>> passes(build("ties"), 8)[:3]
+        (3, 3, 3)
+        >>> passes(build("task_arithmetic+tadrop"), 8)[:3]
+        (4, 1, 4)
+    """
+    steps = [s.for_tensor(path, shape, tasks) for s in expand(step, tasks)]
+    stages = [stage for s in steps for stage in s.stages]
+    of_tree = [at for at, stage in enumerate(stages) if stage.scope == "global"]
+    own = len(stages) - len(of_tree)
+    whole = any(s.piece in ("row", "tensor") or any(stage.scope == "row" for stage in s.stages) for s in steps)
+    ranks, tree_ranks = (
+        sum(isinstance(stage, Ranks) and (stage.scope == "global") == tree for stage in stages)
+        for tree in (False, True)
+    )
+    # What a stage over the tree needs of single tensors is read before it, whatever their size.
+    before = sum(stage.scope != "global" for stage in stages[: of_tree[-1]]) if of_tree else 0
+    files = len(of_tree) + 1 if whole else len(stages) + 1
+    kept = len(of_tree) + 1 + (0 if whole else before)
+    blocks = files if whole else len(of_tree) + own + 1
+    return Passes(files, kept, blocks, ranks, tree_ranks, len(stages) - ranks - tree_ranks, whole)
+
+
+def seconds(found: Passes, at: Machine, parameters: float, tensors: int, tasks: int, itemsize: int):
+    """Wall seconds of a merge whose reading, arithmetic and writing overlap, and what bounds it."""
+    inputs = parameters * (tasks + 1) * itemsize
+    # Files are read again for every stage only where they are streamed; what lies in device memory is read there.
+    reads = found.files if at.reduction_s == 0 else 1
+    parts = {
+        "reading": reads * inputs / at.read,
+        "memory": parameters * found.device_bytes(tasks, itemsize) / at.memory,
+        "writing": parameters * itemsize / at.write,
+        "all-reduces": found.all_reduces(tensors) * at.reduction_s,
+    }
+    if at.evaluations is not None:
+        parts["processor"] = found.blocks * parameters * (tasks + 1) / at.evaluations
+        del parts["memory"]  # blocks stay in the caches
+    bound = max(parts, key=lambda part: parts[part])
+    if at.reduction_s:  # loading, merging and saving come one after another
+        return sum(parts.values()), bound
+    return parts[bound], bound
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--parameters", type=float, default=70e9)
+    parser.add_argument("--tensors", type=int, default=723, help="of the model (723: a Llama of 80 layers)")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--bytes", type=int, default=2, help="of a stored number (2: bfloat16)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="METHOD or METHOD+SPARSIFIER, comma-separated")
+    options = parser.parse_args(arguments)
+    rows = []
+    least = (options.tasks + 2) * options.bytes
+    for method in options.methods.split(","):
+        found = passes(build(method), options.tasks)
+        device = found.device_bytes(options.tasks, options.bytes)
+        row = {"method": method, **found._asdict(), "device": device, "over": device / least}
+        row["reductions"] = found.all_reduces(options.tensors)
+        for at in MACHINES:
+            taken = seconds(found, at, options.parameters, options.tensors, options.tasks, options.bytes)
+            row[at.name], row[f"{at.name}_bound"] = taken
+        rows.append({key: row[key] for key in COLUMNS})
+    setting = {"parameters": options.parameters, "tasks": options.tasks, "bytes": options.bytes}
+    measure.show("cost", measure.machine(), setting, COLUMNS, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
