@@ -6,12 +6,13 @@ Nothing is measured here. A rule's stages say how often the executors look at th
 formulas, and compares them with measurements. The machines are described by the few numbers of `MACHINES`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks import measure, merges
 from tadrop_jax import registry, selection
-from tadrop_jax.steps import AnyStep, Ranks, chain, expand
+from tadrop_jax.steps import AnyStep, Ranks, Step, chain, expand
 
 # Rounds of counting of a selection in memory, each one read of the keys and one all-reduce.
 ROUNDS = -(-32 // selection.BITS_PER_ROUND)
@@ -29,6 +30,7 @@ class Passes(NamedTuple):
         tree_ranks: stages of order statistics of the whole tree.
         sums: stages that add up.
         whole: whether a step wants whole tensors or rows; then its arithmetic is not counted here.
+        bundle: bytes an entry of what a rule with one model a task leaves; 0 for rules that leave one model.
     """
 
     files: int
@@ -38,6 +40,11 @@ class Passes(NamedTuple):
     tree_ranks: int
     sums: int
     whole: bool
+    bundle: float
+
+    def output_bytes(self, itemsize: int) -> float:
+        """Bytes an entry that are written."""
+        return self.bundle or itemsize
 
     def device_bytes(self, tasks: int, itemsize: int) -> float:
         """Bytes an entry that move between a device's memory and its cores, merged in memory.
@@ -48,7 +55,7 @@ class Passes(NamedTuple):
         """
         inputs = (tasks + 1) * itemsize
         selections = self.ranks * (inputs + FLOAT32 * tasks * (1 + ROUNDS)) + self.tree_ranks * ROUNDS * inputs
-        return selections + (self.sums + 1) * inputs + itemsize
+        return selections + (self.sums + 1) * inputs + self.output_bytes(itemsize)
 
     def all_reduces(self, tensors: int) -> int:
         """All-reduces of a sharded merge of so many tensors; each carries a few numbers a task.
@@ -81,7 +88,7 @@ class Machine(NamedTuple):
 
 MACHINES = (
     # PCIe 4 SSD, sustained; eight cores at what two of an AMD EPYC were measured at, each.
-    Machine("laptop", 5e9, 2e9, 80e9, 8 * 0.25e9, 0),
+    Machine("laptop", 5e9, 2e9, 80e9, 8 * 0.38e9, 0),
     # Tensors go over PCIe 5 x16 to the device one after another, the files in host memory or on disks as fast as that.
     Machine("H200", 50e9, 50e9, 4.8e12, None, 0),
     # 64 hosts of 4 chips, each reading its shards at 1.5 GB/s from object storage; 819 GB/s a chip.
@@ -139,7 +146,14 @@ def passes(step: AnyStep, tasks: int, path: str = "weight", shape: tuple[int, ..
     files = len(of_tree) + 1 if whole else len(stages) + 1
     kept = len(of_tree) + 1 + (0 if whole else before)
     blocks = files if whole else len(of_tree) + own + 1
-    return Passes(files, kept, blocks, ranks, tree_ranks, len(stages) - ranks - tree_ranks, whole)
+    sums = len(stages) - ranks - tree_ranks
+    return Passes(files, kept, blocks, ranks, tree_ranks, sums, whole, _bundle_bytes(steps[-1], tasks, shape))
+
+
+def _bundle_bytes(last: Step, tasks: int, shape: tuple[int, ...]) -> float:
+    parts = () if last.kind is None else last.kind.parts(shape, tasks).values()
+    sizes = (math.prod(part.stored) * (1 if part.dtype == "bits" else FLOAT32) for part in parts)
+    return sum(sizes) / math.prod(shape)
 
 
 def seconds(found: Passes, at: Machine, parameters: float, tensors: int, tasks: int, itemsize: int):
@@ -150,7 +164,7 @@ def seconds(found: Passes, at: Machine, parameters: float, tensors: int, tasks: 
     parts = {
         "reading": reads * inputs / at.read,
         "memory": parameters * found.device_bytes(tasks, itemsize) / at.memory,
-        "writing": parameters * itemsize / at.write,
+        "writing": parameters * found.output_bytes(itemsize) / at.write,
         "all-reduces": found.all_reduces(tensors) * at.reduction_s,
     }
     if at.evaluations is not None:

@@ -1,6 +1,7 @@
 """Every benchmark runs at a tiny size, prints its table, and writes what the documentation is made of."""
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benchmarks import cost, measure, merges
 from tadrop_jax import mergekit_recipe, registry, streaming
 from tests.helpers import family, run_streamed
 
+ROOT = Path(__file__).parents[1]
 TINY = {
     "converting": ["--size", "0.1M", "--formats", "safetensors,npz"],
     "in_memory": ["--size", "0.1M", "--tasks", "2", "--rules", "task_arithmetic"],
@@ -96,3 +98,21 @@ def test_time_on_paper_is_that_of_the_slowest_part():
     said, slow = cost.passes(cost.build("ties"), 8), cost.MACHINES[0]
     taken, bound = cost.seconds(said, slow._replace(read=1e6), 1e9, 10, 8, 2)
     assert (taken, bound) == (pytest.approx(3 * 9 * 2e9 / 1e6), "reading")
+
+
+def test_pages_show_the_results():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate_benchmarks.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name in generate.PAGES:
+        text = (ROOT / "docs" / f"{name}.md").read_text()
+        assert "<!-- table: " in text
+        assert generate.filled(text) == text, "python docs/generate_benchmarks.py"
+
+
+def test_costs_in_the_documentation_are_those_of_the_steps(tmp_path):
+    cost.main(["--json", str(tmp_path / "cost.json")])
+    now, told = (json.loads(f.read_text()) for f in (tmp_path / "cost.json", ROOT / "benchmarks/results/cost.json"))
+    assert now["rows"] == told["rows"], (
+        "python -m benchmarks cost --out benchmarks/results, then docs/generate_benchmarks.py"
+    )
