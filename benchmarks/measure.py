@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -109,21 +110,24 @@ def in_turns(candidates: Mapping[str, Callable[[], Measurement]], rounds: int) -
     return found
 
 
-def ratio(runs: Sequence[Measurement], to: Sequence[Measurement] | None, less_s: float = 0.0) -> float | None:
-    """The median over rounds of the ratio of wall times; None where the other was not measured.
+def ratio(
+    runs: Sequence[Measurement], to: Sequence[Measurement] | None, less: float | None = 0, of: str = "wall_s"
+) -> float | None:
+    """The median over rounds of a ratio; None where the other was not measured.
 
     Args:
         runs: one measurement a round.
         to: those of what is compared with.
-        less_s: seconds that are taken off ``runs`` first, start-up for instance.
+        less: seconds that are taken off ``runs`` first, start-up for instance.
+        of: wall or processor seconds; the latter mind other load on the machine less.
     """
     if not to or not runs:
         return None
+    sides = [[getattr(m, of) for m in side] for side in (runs, to)]
     # What was measured once (a slow peer) is set beside the middle of the other's rounds.
     if len(runs) != len(to):
-        middle = [statistics.median(m.wall_s for m in side) for side in (runs, to)]
-        return max(middle[0] - less_s, 0) / middle[1]
-    return statistics.median(max(a.wall_s - less_s, 0) / b.wall_s for a, b in zip(runs, to, strict=True))
+        sides = [[statistics.median(side)] for side in sides]
+    return statistics.median(max(a - (less or 0), 0) / b if b else math.inf for a, b in zip(*sides, strict=True))
 
 
 def fastest(runs: Sequence[Measurement] | None) -> float | None:

@@ -22,6 +22,7 @@ COLUMNS = {
     "mergekit / ours": ("mergekit / ours", ".1f"),
     "ours / floor": ("ours / floor", ".2f"),
     "without": ("without start-up / floor", ".2f"),
+    "cpu": ("the same, cpu", ".2f"),
     "wall_s": ("ours, s", ".2f"),
     "start_s": ("start-up, s", ".2f"),
     "cpu_s": ("ours, cpu s", ".2f"),
@@ -58,7 +59,10 @@ def row(method: str, inputs: Sequence[Path], tiny: Sequence[Path], scratch: Path
         "method": method,
         "mergekit / ours": measure.ratio(runs.get("mergekit", []), runs.get("ours")),
         "ours / floor": measure.ratio(runs.get("ours", []), runs.get("floor")),
-        "without": measure.ratio(runs.get("ours", []), runs.get("floor"), less_s=start or 0),
+        "without": measure.ratio(runs.get("ours", []), runs.get("floor"), less=start),
+        "cpu": measure.ratio(
+            runs.get("ours", []), runs.get("floor"), less=measure.processor(runs.get("start")), of="cpu_s"
+        ),
         "wall_s": measure.fastest(runs.get("ours")),
         "start_s": start,
         "cpu_s": measure.processor(runs.get("ours")),

@@ -49,10 +49,11 @@ _PEERS = importlib.import_module("benchmarks.selection").PEERS
 def test_ratios_are_medians_over_rounds():
     ours, floor = ([measure.Measurement(s, 0) for s in row] for row in ((2, 9, 4), (1, 3, 1)))
     assert measure.ratio(ours, floor) == 3
-    assert measure.ratio(ours, floor, less_s=1) == pytest.approx(8 / 3)
+    assert measure.ratio(ours, floor, less=1) == pytest.approx(8 / 3)
     assert measure.ratio(ours, None) is None
     assert measure.ratio([measure.Measurement(12, 0)], ours) == 3
     assert measure.fastest(ours) == 2
+    assert measure.ratio(ours, [m._replace(cpu_s=2) for m in floor], of="cpu_s") == 0
 
 
 def test_tables():
