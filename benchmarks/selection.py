@@ -111,14 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--limit", type=float, default=20, help="seconds of a call that is too long to wait for (20)")
     options = measure.chosen(parser.parse_args(arguments), sizes=([10**i for i in range(4, 9)], [10**4, 10**6]))
-    rows = []
+    facts, rows = measure.machine(), []
     for name in options.dtypes.split(","):
         for of in ("k-th", "quantile"):
             rates: dict[str, float] = {}
             for entries in sorted(options.sizes):
                 rows.append(row(of, values(entries, DTYPES[name]), options.rounds, options.limit, rates))
     setting = {"density": DENSITY, "quantile": QUANTILE, "rounds": options.rounds}
-    measure.show("selection", measure.machine(), setting, COLUMNS, rows, options.json)
+    measure.show("selection", facts, setting, COLUMNS, rows, options.json)
 
 
 if __name__ == "__main__":
