@@ -7,6 +7,7 @@ of one tensor at a time: "model / least" is for a model of many such tensors. Pr
 
 import argparse
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def account(rule, shape, dtype, tasks: int, mesh, spec, donate: bool) -> dict[st
         return tj.merge(base, models, rule, shardings={"w": lies})
 
     compiled = jax.jit(merge, donate_argnums=0 if donate else ()).lower([tensor] * tasks, tensor).compile()
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return {
         "argument": found.argument_size_in_bytes,
@@ -43,7 +44,7 @@ def account(rule, shape, dtype, tasks: int, mesh, spec, donate: bool) -> dict[st
 
 def main() -> None:
     """Measures each rule, with the models donated and without."""
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--tensors", type=int, default=32)
@@ -59,15 +60,11 @@ def main() -> None:
     for name, make in RULES.items():
         for donate in (False, True):
             found = account(make(), shape, dtype, given.tasks, mesh, PartitionSpec("a", "b"), donate)
-            one = found["all"] / least
-            model = (given.tensors * (found["all"] - found["temporary"]) + found["temporary"]) / (given.tensors * least)
-            line = {
-                "rule": name,
-                "donate": donate,
-                "one tensor / least": round(one, 2),
-                "model / least": round(model, 2),
-            }
-            print(json.dumps({**line, **found, "least": least, "tasks": given.tasks, "dtype": given.dtype}))
+            kept = found["all"] - found["temporary"]
+            model = (given.tensors * kept + found["temporary"]) / (given.tensors * least)
+            line = {"rule": name, "donate": donate, "one tensor / least": round(found["all"] / least, 2)}
+            line |= {"model / least": round(model, 2), **found}
+            print(json.dumps({**line, "least": least, "tasks": given.tasks, "dtype": given.dtype}))
 
 
 if __name__ == "__main__":
