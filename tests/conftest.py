@@ -28,6 +28,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_functions():
+    """Compiled functions of a file's steps are of no use to the next one, and thousands of them take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 # Few and shared: every new shape costs a compilation.
 SHAPES = {"block/bias": (33,), "block/kernel": (7, 5), "conv/kernel": (3, 3, 2, 4), "scale": ()}
 

@@ -15,6 +15,8 @@ from tadrop_jax.cli import main
 from tadrop_jax.errors import CheckpointError
 from tests.helpers import DTYPES, family, merge, read_model, report_of, save_family, save_model
 
+pytestmark = pytest.mark.optimised
+
 KINDS = [m.name for m in registry.METHODS.values() if m.output == "one model per task"]
 SHAPES = {"block/bias": (33,), "block/kernel": (7, 5), "head": (3, 5), "scale": ()}
 every_kind = pytest.mark.parametrize("kind", KINDS)

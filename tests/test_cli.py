@@ -27,6 +27,8 @@ from tests.helpers import (
     save_model,
 )
 
+pytestmark = pytest.mark.optimised
+
 SHAPES = {"layer/kernel": (24, 9), "layer/bias": (9,), "head.weight": (3, 9)}
 
 

@@ -11,6 +11,8 @@ import tadrop_jax as tj
 from tadrop_jax.cli import main
 from tests.helpers import family, merge, read_model, report_of, save_family, save_model
 
+pytestmark = pytest.mark.optimised
+
 SHAPES = {"layer/kernel": (24, 9), "layer/bias": (9,), "head.weight": (3, 9)}
 
 

@@ -10,6 +10,8 @@ import converters
 from tadrop_jax import demo
 from tadrop_jax.errors import MergeError
 
+pytestmark = pytest.mark.optimised
+
 pytest.importorskip("sklearn")
 
 SMALL = demo.Settings(

@@ -6,6 +6,8 @@ import pytest
 from tadrop_jax.cli import main
 from tests.helpers import merge, read_model, report_of, save_model
 
+pytestmark = pytest.mark.optimised
+
 RNG = np.random.default_rng(0)
 
 

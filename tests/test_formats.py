@@ -13,6 +13,8 @@ from tadrop_jax.cli import main
 from tests.converters.files.torch_files import save_legacy, save_zip, state_dict
 from tests.helpers import merge, read_model, refused, save_family
 
+pytestmark = pytest.mark.optimised
+
 SHAPES = {"layer.kernel": (12, 5), "layer.bias": (5,), "scale": ()}
 
 

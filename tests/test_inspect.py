@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 import tadrop_jax as tj
 from tadrop_jax import cli, streaming
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

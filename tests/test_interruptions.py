@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 from tadrop_jax import streaming
 from tests.helpers import REPOSITORY, command, files_of, merge, read_model, report_of, save_family
 
+pytestmark = pytest.mark.optimised
+
 SHAPES = {"layer/kernel": (24, 9), "layer/bias": (9,), "head.weight": (3, 9)}
 
 

@@ -14,6 +14,8 @@ from tadrop_jax.planning import Request
 from tadrop_jax.steps import Step, Sums, spec
 from tests.helpers import family, run_streamed, save_family
 
+pytestmark = pytest.mark.optimised
+
 TASKS = 3
 SHAPES = {
     "one/kernel": (7, 5),

@@ -7,6 +7,8 @@ import pytest
 
 import tadrop_jax as tj
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def base():

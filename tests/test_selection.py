@@ -10,6 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 import tadrop_jax as tj
 
+pytestmark = pytest.mark.optimised
+
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 TINY = {jnp.float32: 1e-45, jnp.bfloat16: 9.2e-41, jnp.float16: 6e-8}  # the smallest subnormal, or near it
 

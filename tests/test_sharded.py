@@ -16,6 +16,8 @@ from tadrop_jax import memory
 from tadrop_jax.errors import MergeError
 from tests.helpers import family
 
+pytestmark = pytest.mark.optimised
+
 SHAPES = {"kernel": (64, 48), "bias": (16,)}
 EXPLICIT = AxisType.Explicit
 # Mesh, and how each tensor lies on it. "partly": split over one axis and replicated over the other, or replicated.

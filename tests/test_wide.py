@@ -13,6 +13,8 @@ import pytest
 import tadrop_jax as tj
 from tadrop_jax import memory, randomness, wide
 
+pytestmark = pytest.mark.optimised
+
 SIZES = (1, 7, 1000, 38_597_376, 2**31 + 12_345, 2**40 + 77)
 
 
