@@ -42,7 +42,7 @@ PAIRS += [(s, r) for r in RULES for s in ("none", "tadrop") if (s, r) not in PAI
 PAIRS += [("magnitude-global", "ties-authors"), ("n_m-ceil", "ties-mergekit")]
 
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
+pytestmark = [pytest.mark.usefixtures("small_blocks"), pytest.mark.optimised]
 
 
 @functools.cache
