@@ -87,15 +87,13 @@ class BEiT3Config:
 
 
 def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], architecture: str) -> BEiT3Config:
-    """The configuration of a checkpoint; without a `config.json` its shapes tell it.
+    """The configuration of a checkpoint: what a `config.json` says, and from the shapes what it leaves open.
 
-    Heads are taken to be 64 wide, as in the base and the large model, and the activation to be gelu.
+    Without one, heads are taken to be 64 wide, as in the base and the large model, and the activation to be gelu.
 
     Raises:
-        ConversionError: tensors that tell a size are missing.
+        ConversionError: tensors that tell a size are missing, or nothing tells the number of heads.
     """
-    if "encoder_embed_dim" in raw:
-        return BEiT3Config.from_dict(raw)
     prefix = "" if architecture == "torchscale/BEiT3" else "beit3."
     layer = f"{prefix}encoder.layers.0."
     needed = {
@@ -107,21 +105,32 @@ def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arc
     }
     absent = [f"missing: {name}" for name in needed.values() if name not in shapes]
     if absent:
+        if "encoder_embed_dim" in raw:
+            return BEiT3Config.from_dict(raw)  # the table tells what is missing
         raise ConversionError("not a BEiT3:", absent)
     sizes = {what: shapes[name] for what, name in needed.items()}
     width, channels, patch, _ = sizes["patch"]
     head = next((shapes[n][0] for n in ("head.3.weight", "head.dense2.weight", "head.weight") if n in shapes), 2)
-    return BEiT3Config(
-        encoder_embed_dim=width,
-        encoder_attention_heads=max(width // 64, 1),
-        encoder_ffn_embed_dim=sizes["ffn"][0],
-        encoder_layers=sum(n.startswith(f"{prefix}encoder.layers.") and n.endswith("ffn.A.fc1.weight") for n in shapes),
-        subln=f"{layer}ffn.A.ffn_layernorm.weight" in shapes,
-        normalize_output=f"{prefix}encoder.layer_norm.A.weight" in shapes,
-        img_size=round((sizes["image"][0] - 3) ** 0.5) * patch,
-        patch_size=patch,
-        in_chans=channels,
-        vocab_size=sizes["text"][0],
-        max_source_positions=sizes["tokens"][0],
-        num_classes=head,
-    )
+    told = {
+        "encoder_embed_dim": width,
+        "encoder_ffn_embed_dim": sizes["ffn"][0],
+        "encoder_layers": sum(
+            n.startswith(f"{prefix}encoder.layers.") and n.endswith("ffn.A.fc1.weight") for n in shapes
+        ),
+        "subln": f"{layer}ffn.A.ffn_layernorm.weight" in shapes,
+        "normalize_output": f"{prefix}encoder.layer_norm.A.weight" in shapes,
+        "img_size": round((sizes["image"][0] - 3) ** 0.5) * patch,
+        "patch_size": patch,
+        "in_chans": channels,
+        "vocab_size": sizes["text"][0],
+        "max_source_positions": sizes["tokens"][0],
+        "num_classes": head,
+    }
+    if "encoder_attention_heads" not in raw:
+        if width % 64:
+            raise ConversionError(
+                f"the shapes do not tell how many heads a BEiT3 of width {width} has: "
+                'pass config={"encoder_attention_heads": N}'
+            )
+        told["encoder_attention_heads"] = width // 64
+    return BEiT3Config.from_dict(told | dict(raw))

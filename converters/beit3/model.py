@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from converters.activations import ACTIVATIONS
+from converters.attention import attend
 from converters.beit3.config import BEiT3Config
 
 _init = nnx.initializers.truncated_normal(0.02)
@@ -83,7 +84,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, split: int, mask: jax.Array | None) -> jax.Array:
         apart = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
         q, k, v = (project(x, split).reshape(apart) for project in (self.q_proj, self.k_proj, self.v_proj))
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+        attended = attend(q, k, v, mask=mask)
         if self.inner_attn_ln is not None:
             attended = self.inner_attn_ln(attended, split)
         return self.out_proj(attended, split)

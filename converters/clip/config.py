@@ -145,43 +145,46 @@ def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arc
     """The configuration of a checkpoint; OpenAI's have none, and their shapes tell it (`clip/model.py`, `build_model`).
 
     There heads are 64 wide, the activation is quick_gelu, and a text ends at its largest token. OpenCLIP's later models
-    use gelu, which their weights do not tell: pass `config=` for those, or a `config.json`.
+    use gelu, which their weights do not tell: what `config=` or a `config.json` says goes before the shapes.
 
     Raises:
-        ConversionError: the vision tower is a ResNet, or tensors that tell a size are missing.
+        ConversionError: the vision tower is a ResNet, tensors that tell a size are missing, or nothing tells the number
+            of heads.
     """
-    if not architecture.startswith("openai/") or "vision_config" in raw:
+    if not architecture.startswith("openai/"):
         return CLIPConfig.from_dict(raw)
     needed = ("visual.conv1.weight", "visual.proj", "positional_embedding", "token_embedding.weight", "text_projection")
     absent = [name for name in needed if name not in shapes]
     if absent:
+        if "text_config" in raw and "vision_config" in raw:
+            return CLIPConfig.from_dict(raw)  # the table tells what is missing
         raise ConversionError("not a CLIP of two transformers:", [f"missing: {name}" for name in absent])
     width, channels, patch, _ = shapes["visual.conv1.weight"]
     side = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
     context, text_width = shapes["positional_embedding"]
     dim = shapes["text_projection"][1]
 
-    def layers(prefix: str) -> int:
-        return sum(name.startswith(prefix) and name.endswith(".ln_1.weight") for name in shapes)
+    def tower(part: str, width: int, prefix: str) -> dict[str, Any]:
+        given = dict(raw.get(f"{part}_config") or {})
+        if width % 64 and "num_attention_heads" not in given:
+            raise ConversionError(
+                f"the shapes do not tell how many heads a tower of width {width} has: "
+                f'pass config={{"{part}_config": {{"num_attention_heads": N}}}}'
+            )
+        return {
+            "hidden_size": width,
+            "intermediate_size": shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0],
+            "num_hidden_layers": sum(
+                n.startswith(f"{prefix}transformer.") and n.endswith(".ln_1.weight") for n in shapes
+            ),
+            "num_attention_heads": width // 64,
+            "projection_dim": dim,
+        } | given
 
-    text = TextConfig(
-        hidden_size=text_width,
-        intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        num_hidden_layers=layers("transformer."),
-        num_attention_heads=max(text_width // 64, 1),
-        vocab_size=shapes["token_embedding.weight"][0],
-        max_position_embeddings=context,
-        eos_token_id=2,
-        projection_dim=dim,
-    )
-    vision = VisionConfig(
-        hidden_size=width,
-        intermediate_size=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-        num_hidden_layers=layers("visual."),
-        num_attention_heads=max(width // 64, 1),
-        num_channels=channels,
-        image_size=side * patch,
-        patch_size=patch,
-        projection_dim=dim,
-    )
-    return CLIPConfig(text, vision, projection_dim=dim)
+    text = {"vocab_size": shapes["token_embedding.weight"][0], "max_position_embeddings": context, "eos_token_id": 2}
+    vision = {"num_channels": channels, "image_size": side * patch, "patch_size": patch}
+    described = {
+        "text_config": text | tower("text", text_width, ""),
+        "vision_config": vision | tower("vision", width, "visual."),
+    }
+    return CLIPConfig.from_dict({"projection_dim": dim} | dict(raw) | described)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from converters.activations import ACTIVATIONS
+from converters.attention import attend
 from converters.clip.config import CLIPConfig, TextConfig, TowerConfig, VisionConfig
 
 
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
         q, k, v = (dense(x).reshape(split) for dense in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape))
+        return self.out_proj(attend(q, k, v, mask=mask))
 
 
 class Layer(nnx.Module):

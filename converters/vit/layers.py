@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from converters.activations import ACTIVATIONS
+from converters.attention import attend
 from converters.vit.config import EncoderConfig, ViTConfig, pair
 
 
@@ -63,25 +64,6 @@ def project(images: jax.Array, projection: nnx.Conv, config: EncoderConfig) -> j
 def before(tokens: list[jax.Array], x: jax.Array) -> jax.Array:
     """Puts tokens `(1, count, hidden)` before those of each image."""
     return jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in tokens), x], axis=1)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """Scaled dot products, the softmax in float32; also in float16, which jax.nn's attention does not do on a CPU.
-
-    Args:
-        q: `(batch, queries, heads, head)`.
-        k: `(batch, keys, heads, head)`.
-        v: as k.
-        bias: `(heads, queries, keys)`, added before the softmax.
-
-    Returns:
-        `(batch, queries, heads * head)`.
-    """
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5)
-    if bias is not None:
-        scores = scores + bias.astype(scores.dtype)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*q.shape[:2], -1)
 
 
 class SelfAttention(nnx.Module):

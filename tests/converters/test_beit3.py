@@ -1,7 +1,11 @@
 """BEiT3: the encoder against torchscale's, the heads against their formulas in torch; bytes, files, shapes."""
 
 import functools
+import tempfile
+from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,11 +209,15 @@ def test_bytes_shapes_and_detection(name, tmp_path):
     converters.save(tmp_path / "a", model)
     tensors = converters.read_tensors(tmp_path / "a")
     (tmp_path / "a" / "config.json").unlink()
-    opened = open_model(tmp_path / "a")
+    with pytest.raises(converters.ConversionError, match="how many heads a BEiT3 of width 8 has"):
+        open_model(tmp_path / "a")
+    heads = {"encoder_attention_heads": 2}
+    opened = open_model(tmp_path / "a", config=heads)
     assert opened.entry.name == f"torchscale/{name}"
-    sizes = {"encoder_attention_heads": 1, "num_classes": opened.config.num_classes}
-    assert opened.config == Config(**TINY | sizes, normalize_output=name != "BEiT3ForImageClassification")
-    module, _ = converters.load(tmp_path / "a")
+    classes = 3 if tensors.keys() & {"head.weight", "head.3.weight", "head.dense2.weight"} else 2
+    normalized = name != "BEiT3ForImageClassification"
+    assert opened.config == Config(**TINY, num_classes=classes, normalize_output=normalized)
+    module, _ = converters.load(tmp_path / "a", config=heads)
     converters.save(tmp_path / "b", module)
     assert_same_bytes(tmp_path / "b", tensors)
     assert all(str(a.dtype) == "bfloat16" for a in tensors.values())
@@ -254,3 +262,24 @@ def test_what_is_not_supported_says_why(tmp_path):
     with pytest.raises(converters.ConversionError, match="not a BEiT3") as caught:
         converters.load(tmp_path)
     assert "missing: vision_embed.proj.weight" in caught.value.problems
+
+
+@pytest.mark.peers
+@hypothesis.settings(max_examples=2, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.given(
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([1, 2, 4]),
+    wide=st.integers(1, 3),
+    patch=st.sampled_from([2, 4]),
+    act=st.sampled_from(["gelu", "relu", "swish"]),
+)
+def test_random_configurations(layers, heads, wide, patch, act):
+    changes = {"encoder_layers": layers, "encoder_embed_dim": 4 * heads * wide, "encoder_attention_heads": heads}
+    changes |= {"patch_size": patch, "activation_fn": act}
+    model = encoder(**changes)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), state_of(model))
+        module, _ = converters.load(folder, config={"encoder_attention_heads": heads, "activation_fn": act})
+        features = module(TOKENS, IMAGES[:2], PADDING).features
+    inputs = {"textual_tokens": TOKENS, "visual_tokens": IMAGES[:2], "text_padding_position": PADDING}
+    np.testing.assert_allclose(features, by_torchscale(model, **inputs), rtol=1e-5, atol=1e-5)

@@ -1,7 +1,10 @@
 """CLIP: against transformers and torch's own fused attention, byte for byte, both layouts."""
 
 import functools
+import tempfile
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,12 +170,19 @@ def test_openai_layout_and_back(tmp_path):
 
 
 def test_openai_shapes_tell_the_configuration(tmp_path):
+    """All but the heads, where a width is not one of OpenAI's; what is given goes before what is told."""
     converters.save(tmp_path / "openai", random_model(), architecture="openai/CLIP")
     (tmp_path / "openai" / "config.json").unlink()
-    opened = open_model(tmp_path / "openai")
+    with pytest.raises(converters.ConversionError, match="how many heads a tower of width 8 has"):
+        open_model(tmp_path / "openai")
+    given = {
+        "text_config": {"num_attention_heads": 2},
+        "vision_config": {"num_attention_heads": 3, "hidden_act": "gelu"},
+    }
+    opened = open_model(tmp_path / "openai", config=given)
     assert opened.entry.name == "openai/CLIP"
-    assert opened.config.vision == VisionConfig(**VISION | {"num_attention_heads": 1})
-    assert opened.config.text == TextConfig(**TEXT | {"num_attention_heads": 1, "eos_token_id": 2})
+    assert opened.config.vision == VisionConfig(**VISION | {"hidden_act": "gelu"})
+    assert opened.config.text == TextConfig(**TEXT | {"eos_token_id": 2})
 
 
 def test_openclip_names_with_a_text_prefix(tmp_path):
@@ -258,3 +268,41 @@ def test_what_is_not_supported_says_why(tmp_path):
     with pytest.raises(converters.ConversionError, match="two transformers") as caught:
         converters.load(tmp_path)
     assert "missing: visual.proj" in caught.value.problems
+
+
+@pytest.mark.peers
+@hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.given(
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([1, 2, 4]),
+    wide=st.integers(1, 3),
+    patch=st.sampled_from([2, 4]),
+    act=st.sampled_from(["gelu", "quick_gelu", "relu"]),
+    eps=st.sampled_from([1e-5, 1e-3]),
+)
+def test_random_configurations(layers, heads, wide, patch, act, eps):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    both = {"num_hidden_layers": layers, "hidden_size": 4 * heads * wide, "num_attention_heads": heads}
+    both |= {"hidden_act": act, "layer_norm_eps": eps}
+    config = transformers.CLIPConfig(
+        text_config=TEXT | both | {"bos_token_id": 0},
+        vision_config=VISION | both | {"patch_size": patch},
+        projection_dim=6,
+    )
+    model = transformers.CLIPModel(config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        module, _ = converters.load(folder)
+    assert_agree(ours(module), outputs(model), 1e-5)
+
+
+def test_float16_runs():
+    graph, state = nnx.split(random_model())
+    half = nnx.merge(graph, jax.tree.map(lambda a: a.astype(jnp.float16), state))
+    assert_agree(ours(half), ours(nnx.merge(graph, state)), 0.05)
