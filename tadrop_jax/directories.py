@@ -165,7 +165,11 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
     def done(k: int, carries: Carries) -> None:
         stream = streams[k]
         back.done(stream.name)
-        log.add(stream.name, log.describe(stream, carries, steps, len(tasks)))
+        row = log.describe(stream, carries, steps, len(tasks))
+        if turned.places and "/" in turned.places.get(stream.name, (stream.name,))[0]:
+            # It has no name in PyTorch: rows, groups and random numbers cannot follow it there.
+            row["in PyTorch"] = "part of a fused tensor, or in another shape"
+        log.add(stream.name, row)
         for name in outputs_of(stream):
             sink.mark_done(name)
 

@@ -180,3 +180,20 @@ def test_trees_of_an_unknown_architecture_merge_among_themselves(format, tmp_pat
     assert merge(tmp_path, method="ties") == 0
     ours, plain = (read_model(tmp_path / name) for name in ("out", "plain"))
     assert {n: a.tobytes() for n, a in ours.items()} == {n: a.tobytes() for n, a in plain.items()}
+
+
+def test_the_report_names_parts_of_fused_tensors(tmp_path):
+    """OpenAI's CLIP has query, key and value in one tensor: what goes by rows or at random differs there."""
+    from converters.clip import MODELS, TextConfig, VisionConfig
+    from converters.clip import Config as ClipConfig
+
+    size = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = TextConfig(**size, vocab_size=9, max_position_embeddings=4, projection_dim=6)
+    config = ClipConfig(text, VisionConfig(**size, image_size=8, patch_size=4, projection_dim=6), projection_dim=6)
+    for seed, name in enumerate(("base", "m0", "m1")):
+        module = MODELS["CLIPModel"](config, rngs=nnx.Rngs(seed))
+        converters.save(tmp_path / name, module, architecture="openai/CLIP", to="flax", format="npz")
+    assert merge(tmp_path, method="dare_linear") == 0
+    rows = json.loads((tmp_path / "out" / "merge_report.json").read_text())["tensors"]
+    told = {name for name, row in rows.items() if "in PyTorch" in row}
+    assert told == {name for name in rows if any(f"/{p}_proj/" in name for p in "qkv")}
