@@ -250,7 +250,8 @@ ENTRIES = (
             Parameter("version", "choice", "repository", "which of the official two", ("repository", "vision")),
             Parameter("coefficient", "numbers", None, "multiplies the vectors; none: 1, for vision 1.2", optional=True),
         ),
-        properties=frozenset({"symmetric", "zero", "gradients"}),
+        # Not symmetric to the last bit: a sum over tasks decides at its threshold.
+        properties=frozenset({"zero", "gradients"}),
     ),
     Method(
         "ram",

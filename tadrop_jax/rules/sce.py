@@ -38,7 +38,7 @@ def sce(density: Any = 0.1, coefficient=1.0) -> Step:
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
       >>> stack = {"w": jnp.array([[2.0, 1.0, 3.0], [2.0, 1.0, -1.0]])}
-      >>> tj.merge_task_vectors(stack, tj.sce(None))["w"].tolist()
+      >>> tj.merge_task_vectors(stack, tj.sce(None))["w"].round(4).tolist()
       [2.0, 1.0, 3.0]
     """
     density = None if density is None else number("sce", "density", density, 0, 1)
