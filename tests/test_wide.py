@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
-from tadrop_jax import memory, randomness, wide
+from tadrop_jax import pieces, randomness, wide
 
 pytestmark = pytest.mark.optimised
 
@@ -63,7 +63,7 @@ def test_uniform_is_jax_random_bits():
 def test_positions_are_64_bits():
     """A shard that lies beyond 2^32 entries of a (2^20, 2^20) tensor."""
     offsets = [jnp.uint32(2**20 - 2), jnp.uint32(2**20 - 3)]
-    high, low = memory._positions((2, 3), (2**20, 2**20), None, offsets)
+    high, low = pieces.positions((2, 3), (2**20, 2**20), None, offsets)
     found = (np.asarray(high).astype(np.int64) << 32) + np.asarray(low)
     rows, columns = np.mgrid[2**20 - 2 : 2**20, 2**20 - 3 : 2**20]
     np.testing.assert_array_equal(found, rows * 2**20 + columns)
