@@ -99,7 +99,7 @@ def test_encoder_agrees_with_torchscale(changes, tmp_path):
 
 def head_in_torch(name: str, features, split: int, tensors):
     """The head's formula in torch.nn.functional, on the encoder's features."""
-    import torch
+    torch = pytest.importorskip("torch")
     from torch.nn import functional as F
 
     t = {n: torch.tensor(a) for n, a in tensors.items()}
@@ -165,7 +165,7 @@ def random_model(name: str, **changes):
 @pytest.mark.peers
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_agree_with_their_formulas(name, tmp_path):
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = random_model(name)
     converters.save(tmp_path, model)
@@ -183,7 +183,7 @@ def test_heads_agree_with_their_formulas(name, tmp_path):
 
 @pytest.mark.peers
 def test_retrieval_agrees_with_its_formula(tmp_path):
-    import torch
+    torch = pytest.importorskip("torch")
     from torch.nn import functional as F
 
     model = random_model("BEiT3ForRetrieval")

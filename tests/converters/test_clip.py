@@ -124,7 +124,7 @@ def test_activations_and_the_old_end_of_text(act, eos, tmp_path):
 
 @pytest.mark.peers
 def test_bfloat16(tmp_path):
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = of_transformers("CLIPModel", layers=2)
     expected = outputs(model)
@@ -282,7 +282,7 @@ def test_what_is_not_supported_says_why(tmp_path):
 )
 def test_random_configurations(layers, heads, wide, patch, act, eps):
     transformers = pytest.importorskip("transformers")
-    import torch
+    torch = pytest.importorskip("torch")
 
     both = {"num_hidden_layers": layers, "hidden_size": 4 * heads * wide, "num_attention_heads": heads}
     both |= {"hidden_act": act, "layer_norm_eps": eps}
