@@ -271,15 +271,17 @@ def test_what_is_not_supported_says_why(tmp_path):
     heads=st.sampled_from([1, 2, 4]),
     wide=st.integers(1, 3),
     patch=st.sampled_from([2, 4]),
+    side=st.sampled_from([8, 12]),
     act=st.sampled_from(["gelu", "relu", "swish"]),
 )
-def test_random_configurations(layers, heads, wide, patch, act):
+def test_random_configurations(layers, heads, wide, patch, side, act):
     changes = {"encoder_layers": layers, "encoder_embed_dim": 4 * heads * wide, "encoder_attention_heads": heads}
-    changes |= {"patch_size": patch, "activation_fn": act}
+    changes |= {"patch_size": patch, "img_size": side, "activation_fn": act}
+    images = RNG.normal(size=(2, side, side, 3)).astype(np.float32)
     model = encoder(**changes)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), state_of(model))
         module, _ = converters.load(folder, config={"encoder_attention_heads": heads, "activation_fn": act})
-        features = module(TOKENS, IMAGES[:2], PADDING).features
-    inputs = {"textual_tokens": TOKENS, "visual_tokens": IMAGES[:2], "text_padding_position": PADDING}
+        features = module(TOKENS, images, PADDING).features
+    inputs = {"textual_tokens": TOKENS, "visual_tokens": images, "text_padding_position": PADDING}
     np.testing.assert_allclose(features, by_torchscale(model, **inputs), rtol=1e-5, atol=1e-5)

@@ -63,13 +63,13 @@ def of_transformers(name: str, **changes):
     return model
 
 
-def outputs(model) -> list[np.ndarray]:
+def outputs(model, images=IMAGES) -> list[np.ndarray]:
     """What a model of transformers gives for the images and the texts."""
     import torch
 
     inputs = {}
     if "Text" not in type(model).__name__:
-        inputs["pixel_values"] = torch.tensor(IMAGES.transpose(0, 3, 1, 2)).to(model.dtype)
+        inputs["pixel_values"] = torch.tensor(images.transpose(0, 3, 1, 2)).to(model.dtype)
     if "Text" in type(model).__name__ or type(model).__name__ == "CLIPModel":
         inputs |= {"input_ids": torch.tensor(TOKENS), "attention_mask": torch.tensor(MASK)}
     with torch.no_grad():
@@ -81,12 +81,12 @@ def outputs(model) -> list[np.ndarray]:
     return list(found.values())
 
 
-def ours(module) -> list[np.ndarray]:
+def ours(module, images=IMAGES) -> list[np.ndarray]:
     name = type(module).__name__
     if name == "CLIPModel":
-        out = module(TOKENS, IMAGES, MASK)
+        out = module(TOKENS, images, MASK)
         return [out.logits_per_image, out.image_embeds, out.text_embeds]
-    out = module(TOKENS, MASK) if "Text" in name else module(IMAGES)
+    out = module(TOKENS, MASK) if "Text" in name else module(images)
     return list(out) if isinstance(out, tuple) else [out]
 
 
@@ -277,10 +277,11 @@ def test_what_is_not_supported_says_why(tmp_path):
     heads=st.sampled_from([1, 2, 4]),
     wide=st.integers(1, 3),
     patch=st.sampled_from([2, 4]),
+    side=st.sampled_from([8, 12]),
     act=st.sampled_from(["gelu", "quick_gelu", "relu"]),
     eps=st.sampled_from([1e-5, 1e-3]),
 )
-def test_random_configurations(layers, heads, wide, patch, act, eps):
+def test_random_configurations(layers, heads, wide, patch, side, act, eps):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
 
@@ -288,7 +289,7 @@ def test_random_configurations(layers, heads, wide, patch, act, eps):
     both |= {"hidden_act": act, "layer_norm_eps": eps}
     config = transformers.CLIPConfig(
         text_config=TEXT | both | {"bos_token_id": 0},
-        vision_config=VISION | both | {"patch_size": patch},
+        vision_config=VISION | both | {"patch_size": patch, "image_size": side},
         projection_dim=6,
     )
     model = transformers.CLIPModel(config).eval()
@@ -299,7 +300,8 @@ def test_random_configurations(layers, heads, wide, patch, act, eps):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         module, _ = converters.load(folder)
-    assert_agree(ours(module), outputs(model), 1e-5)
+    images = RNG.normal(size=(2, side, side, 3)).astype(np.float32)
+    assert_agree(ours(module, images), outputs(model, images), 1e-5)
 
 
 def test_float16_runs():
