@@ -1,0 +1,115 @@
+"""What the suites have in common: tasks with a head each on one shared backbone, and how they are judged."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Params = Any  # a pytree of arrays: the part of the model that all tasks share
+Inputs = Any  # what the backbone takes: a pytree of arrays (N, ...)
+Encode = Callable[[Params, Inputs], jax.Array]
+
+
+class Part(NamedTuple):
+    """Inputs, a pytree of arrays `(N, ...)`, and their labels `(N,)`."""
+
+    inputs: Inputs
+    labels: np.ndarray
+
+    def take(self, index: np.ndarray | slice) -> "Part":
+        """Some of them, in that order."""
+        return Part(jax.tree.map(lambda array: array[index], self.inputs), self.labels[index])
+
+
+class Task(NamedTuple):
+    """A classification task: what to train on, to choose coefficients by, to report on; the number of classes."""
+
+    name: str
+    train: Part
+    validation: Part
+    test: Part
+    classes: int
+
+
+class Head(NamedTuple):
+    """A linear classifier: kernel `(features, classes)` and bias `(classes,)`."""
+
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+class Tuned(NamedTuple):
+    """A fine-tuned model: its backbone, its head, its task, and how its task's inputs become features `(N, F)`."""
+
+    task: Task
+    params: Params
+    head: Head
+    encode: Encode
+
+
+class Suite(NamedTuple):
+    """A base and its fine-tunes. `layout` is what `tj.merge` takes: tensors' axes in PyTorch order."""
+
+    base: Params
+    tuned: list[Tuned]
+    layout: Callable | None
+
+
+def features(encode: Encode, params: Params, inputs: Inputs, size: int = 200) -> np.ndarray:
+    """Features `(N, F)` of inputs, computed in batches of one size, so that one compilation serves all tasks.
+
+    Args:
+        encode: jitted; of the parameters and a batch.
+        params: the backbone.
+        inputs: a pytree of arrays `(N, ...)`.
+        size: of a batch.
+    """
+    count = len(jax.tree.leaves(inputs)[0])
+    found = []
+    for start in range(0, count, size):
+        index = np.arange(start, start + size) % count  # the last batch is filled up from the start
+        batch = jax.tree.map(lambda array, index=index: array[index], inputs)
+        found.append(np.asarray(encode(params, batch)))
+    return np.concatenate(found)[:count]
+
+
+def accuracy(tuned: Tuned, params: Params, part: Part) -> float:
+    """The share of right answers that a backbone gives under a task's own head."""
+    return share_right(features(tuned.encode, params, part.inputs), tuned.head, part.labels)
+
+
+def share_right(found: np.ndarray, head: Head, labels: np.ndarray) -> float:
+    """The share of features `(N, F)` whose largest logit is that of their label `(N,)`."""
+    return float(np.mean((found @ head.kernel + head.bias).argmax(-1) == labels))
+
+
+def probe(train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: np.ndarray, classes: int) -> Head:
+    """A linear probe: logistic regression on the base's features, its penalty chosen on validation data.
+
+    Args:
+        train: features `(N, F)`.
+        labels: `(N,)`, every class at least once.
+        validation: features `(M, F)`.
+        held: their labels `(M,)`.
+        classes: the number of classes.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    heads = []
+    mean, scale = train.mean(0), train.std(0) + 1e-6
+    with threadpool_limits(2):
+        for penalty in (0.01, 0.1, 1.0):
+            found = LogisticRegression(C=penalty, max_iter=100, tol=1e-3).fit((train - mean) / scale, labels)
+            kernel, bias = found.coef_.T, found.intercept_
+            if classes == 2:  # one column, for the second class
+                kernel, bias = np.hstack([0 * kernel, kernel]), np.append(0, bias)
+            kernel = kernel / scale[:, None]
+            heads.append(Head(kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32)))
+    return max(heads, key=lambda head: share_right(validation, head, held))
+
+
+def read_head(tensors: dict[str, np.ndarray], name: str) -> Head:
+    """A head from the tensors of a PyTorch checkpoint: `NAME.weight` (classes, features) and `NAME.bias`."""
+    return Head(tensors[f"{name}.weight"].T, tensors[f"{name}.bias"])

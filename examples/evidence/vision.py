@@ -1,0 +1,164 @@
+"""The vision suite: a small ViT pretrained on Tiny ImageNet, and its fine-tunes on up to 30 tasks."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import converters
+from converters.vit import Config, ViTForImageClassification
+from examples.evidence import suites, training, vision_tasks
+from examples.evidence.images import augmented, normalised
+from examples.evidence.suites import Head, Suite, Tuned
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How models are fine-tuned: an optimiser of `training`, its rate, steps and weight decay."""
+
+    optimiser: Callable[..., optax.GradientTransformation]
+    rate: float
+    steps: int
+    weight_decay: float = 0.0
+    batch: int = 128
+
+
+RECIPES = {
+    "adamw": Recipe(training.adamw, 3e-4, 400, weight_decay=0.05),
+    "sgd": Recipe(training.sgd, 3e-2, 400),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The sizes of everything; the defaults are those of the results."""
+
+    width: int = 192
+    layers: int = 6
+    heads: int = 3
+    patch: int = 8
+    batch: int = 256
+    epochs: int = 20
+    rate: float = 1e-3
+
+    def config(self, classes: int) -> Config:
+        """The model's configuration with a head for so many classes."""
+        return Config(
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+            image_size=32,
+            patch_size=self.patch,
+            labels=_labels(classes),
+        )
+
+
+def pretrain(data: Path, out: Path, *, progress: Progress, settings: Settings = Settings()) -> None:
+    """Trains the base on 140 classes of Tiny ImageNet and saves it as a Hugging Face directory `out`/base."""
+    train, test = vision_tasks.pretraining(data)
+    config = settings.config(vision_tasks.PRETRAINING_CLASSES)
+    module = ViTForImageClassification(config, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(module)
+    steps = settings.epochs * (len(train.labels) // settings.batch)
+
+    def loss(params, batch, key):
+        logits = nnx.merge(graph, params)(augmented(normalised(batch.inputs), key, flip=True))
+        wanted = optax.smooth_labels(jax.nn.one_hot(batch.labels, logits.shape[-1]), 0.1)
+        return optax.softmax_cross_entropy(logits, wanted).mean()
+
+    index = training.shuffled(len(train.labels), settings.batch, seed=0)
+    params = training.fit(
+        params,
+        loss,
+        lambda step: train.take(index(step)),
+        training.adamw(settings.rate, steps),
+        steps,
+        out=out / "pretraining",
+        progress=progress,
+    )
+    head = _head(params)
+    found = suites.features(encode(module), params["vit"], test.inputs)
+    _save(out / "base", params, config, {"accuracy": suites.share_right(found, head, test.labels)})
+
+
+def finetune(data: Path, out: Path, name: str, recipe: str, seed: int, *, progress: Progress) -> None:
+    """Fine-tunes the base on a task, from a linear probe's head on; saves `out`/RECIPE/seedSEED/NAME."""
+    directory = place(out, recipe, seed, name)
+    task, how = vision_tasks.task(data, name), RECIPES[recipe]
+    module, params = converters.load(out / "base")
+    graph, apply = nnx.graphdef(module), encode(module)
+    seen = [suites.features(apply, params["vit"], part.inputs) for part in task[1:4]]
+    head = suites.probe(seen[0], task.train.labels, seen[1], task.validation.labels, task.classes)
+    params["classifier"]["kernel"][...], params["classifier"]["bias"][...] = head
+
+    def loss(params, batch, key):
+        images = augmented(normalised(batch.inputs), key, flip=vision_tasks.mirrored(name))
+        logits = nnx.merge(graph, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    index = training.shuffled(len(task.train.labels), how.batch, seed=seed)
+    params = training.fit(
+        params,
+        loss,
+        lambda step: task.train.take(index(step)),
+        how.optimiser(how.rate, how.steps, weight_decay=how.weight_decay),
+        how.steps,
+        out=directory.with_suffix(".training"),
+        seed=seed,
+        every=how.steps,
+        progress=progress,
+    )
+    tuned = suites.features(apply, params["vit"], task.test.inputs)
+    report = {
+        "probe": suites.share_right(seen[2], head, task.test.labels),
+        "tuned": suites.share_right(tuned, _head(params), task.test.labels),
+    }
+    _save(directory, params, dataclasses.replace(module.config, labels=_labels(task.classes)), report)
+    shutil.rmtree(directory.with_suffix(".training"))
+
+
+def place(out: Path, recipe: str, seed: int, name: str) -> Path:
+    """Where a fine-tune lies: a Hugging Face directory."""
+    return out / recipe / f"seed{seed}" / name
+
+
+def load(data: Path, out: Path, recipe: str, seed: int, names: tuple[str, ...]) -> Suite:
+    """Reads the base and its fine-tunes, as anyone would read Hugging Face directories."""
+    module, base = converters.load(out / "base")
+    apply = encode(module)
+    tuned = []
+    for name in names:
+        _, params = converters.load(place(out, recipe, seed, name))
+        tuned.append(Tuned(vision_tasks.task(data, name), params["vit"], _head(params), apply))
+    layout = converters.layout(module)
+    return Suite(base["vit"], tuned, lambda path: layout(f"vit/{path}"))
+
+
+def encode(module: ViTForImageClassification) -> suites.Encode:
+    """Gives the jitted function of a backbone's parameters and images (N, 32, 32, 3) uint8: features (N, hidden)."""
+    graph = nnx.graphdef(module.vit)
+    return jax.jit(lambda params, images: nnx.merge(graph, params)(normalised(images))[:, 0])
+
+
+def _save(directory: Path, params: nnx.State, config: Config, accuracy: dict[str, float]) -> None:
+    """Writes what was measured, then the model: where the model is, all is."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory.with_suffix(".json").write_text(json.dumps(accuracy) + "\n")
+    converters.save(directory, params, config)
+
+
+def _head(params: nnx.State) -> Head:
+    return Head(*(np.asarray(params["classifier"][name][...]) for name in ("kernel", "bias")))
+
+
+def _labels(classes: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(classes))

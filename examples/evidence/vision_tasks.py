@@ -1,0 +1,122 @@
+"""The image tasks: eight sets of different kinds, and up to 30 with parts of them and new questions about them.
+
+What is what: whole sets; `tiny_0` to `tiny_5`, ten classes each of Tiny ImageNet that the base never saw; parts of
+GTSRB's and Caltech-101's classes; `pacs_domain` (photo, painting or cartoon?); `turned_...` (by how many quarter turns
+was the image turned?).
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from examples.evidence.images import read
+from examples.evidence.suites import Part, Task
+
+EIGHT = ("mnist", "fashion_mnist", "kmnist", "cifar10", "gtsrb", "scenes", "caltech101", "pacs_cartoon")
+FOURTEEN = (*EIGHT, "dtd10", "pacs_photo", "pacs_art_painting", "tiny_0", "tiny_1", "tiny_2")
+TWENTY = (*FOURTEEN, "tiny_3", "tiny_4", "tiny_5", "gtsrb_speed", "gtsrb_danger", "pacs_domain")
+THIRTY = (
+    *TWENTY,
+    *("caltech_0", "caltech_1", "caltech_2", "caltech_3", "caltech_4", "gtsrb_mandatory"),
+    *("turned_cifar10", "turned_scenes", "turned_caltech101", "turned_fashion_mnist"),
+)
+
+PRETRAINING_CLASSES = 140  # of Tiny ImageNet's 200; the others are tasks
+_SIGNS = {"gtsrb_speed": range(9), "gtsrb_danger": range(18, 32), "gtsrb_mandatory": range(33, 41)}
+_DOMAINS = ("pacs_photo", "pacs_art_painting", "pacs_cartoon")
+_NO_MIRROR = ("mnist", "kmnist", "gtsrb", "turned")
+
+
+def task(data: Path, name: str, *, most: tuple[int, int] = (400, 1000)) -> Task:
+    """Reads a task.
+
+    Args:
+        data: the directory of image sets.
+        name: one of `THIRTY`.
+        most: at most so many images to validate and to test on, drawn once and for all.
+    """
+    train, test = _labelled(data, name)
+    rng = np.random.default_rng(0)
+    validation = _held_out(train.labels, rng, by_order=name.startswith("gtsrb"))
+    parts = (train.take(~validation), train.take(validation), test)
+    few = [part.take(rng.permutation(len(part.labels))[:m]) for part, m in zip(parts[1:], most, strict=True)]
+    return Task(name, parts[0], *few, classes=int(max(part.labels.max() for part in parts)) + 1)
+
+
+def mirrored(name: str) -> bool:
+    """Whether a mirror image has the same label: not of digits, letters and traffic signs."""
+    return not name.startswith(_NO_MIRROR)
+
+
+def pretraining(data: Path) -> tuple[Part, Part]:
+    """The classes of Tiny ImageNet that the base is trained on: train and test images."""
+    chosen = _tiny_order()[:PRETRAINING_CLASSES]
+    train, test = _read(data, "tiny_imagenet32")
+    return _only(train, chosen), _only(test, chosen)
+
+
+def _labelled(data: Path, name: str) -> tuple[Part, Part]:
+    kind, _, part = name.rpartition("_")
+    if kind == "tiny":
+        start = PRETRAINING_CLASSES + 10 * int(part)
+        return _parts(data, "tiny_imagenet32", _tiny_order()[start : start + 10])
+    if kind == "caltech":
+        return _parts(data, "caltech101", np.arange(20 * int(part), 20 * int(part) + 20))
+    if name in _SIGNS:
+        return _parts(data, "gtsrb", np.array(_SIGNS[name]))
+    if name == "pacs_domain":
+        return _domains(data)
+    if name.startswith("turned_"):
+        train, test = _read(data, name.removeprefix("turned_"))
+        return _turned(train, seed=1), _turned(test, seed=2)
+    return _read(data, name)
+
+
+_read = functools.cache(read)
+
+
+def _tiny_order() -> np.ndarray:
+    return np.random.default_rng(0).permutation(200)
+
+
+def _parts(data: Path, name: str, classes: np.ndarray) -> tuple[Part, Part]:
+    train, test = _read(data, name)
+    return _only(train, classes), _only(test, classes)
+
+
+def _only(all_: Part, classes: np.ndarray) -> Part:
+    """The images of some classes, their labels counted anew."""
+    number = np.full(int(all_.labels.max()) + 1, -1, np.int32)
+    number[classes] = np.arange(len(classes))
+    labels = number[all_.labels]
+    return Part(all_.inputs[labels >= 0], labels[labels >= 0])
+
+
+def _domains(data: Path) -> tuple[Part, Part]:
+    sets = [_read(data, name) for name in _DOMAINS]
+    train, test = (
+        Part(
+            np.concatenate([part.inputs for part in parts]),
+            np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.labels) for part in parts]),
+        )
+        for parts in zip(*sets, strict=True)
+    )
+    return train, test
+
+
+def _turned(all_: Part, seed: int) -> Part:
+    turns = np.random.default_rng(seed).integers(0, 4, len(all_.labels)).astype(np.int32)
+    return Part(np.stack([np.rot90(image, n) for image, n in zip(all_.inputs, turns, strict=True)]), turns)
+
+
+def _held_out(labels: np.ndarray, rng: np.random.Generator, *, by_order: bool) -> np.ndarray:
+    """Marks a tenth of each class; with `by_order` its last fifth, since neighbours are frames of one film (GTSRB)."""
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        if by_order:
+            held[places[-max(1, len(places) // 5) :]] = True
+        else:
+            held[rng.choice(places, max(1, len(places) // 10), replace=False)] = True
+    return held
