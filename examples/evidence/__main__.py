@@ -1,47 +1,72 @@
-"""`python -m examples.evidence vision --data DIR --out DIR`: trains, merges, tabulates; goes on where it stopped.
+"""Trains a base and its fine-tunes, merges them in every way, writes a table; goes on where it stopped.
 
-Each step is skipped when its result is there: take a directory away and it is made anew.
+    python -m examples.evidence vision --data DIR --out DIR                # 8 tasks, 3 seeds
+    python -m examples.evidence vision --data DIR --out DIR --count 30 --seeds 0
+    python -m examples.evidence vision --fast --out DIR                    # a minute, no data needed
+
+Each step is skipped when its result is there: take a directory away, or a line of the table, and it is made anew.
 """
 
 import argparse
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+SUITES = ("vision",)
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a suite."""
-    parser = argparse.ArgumentParser(prog="python -m examples.evidence", description=__doc__)
-    parser.add_argument("suite", choices=["vision"])
-    parser.add_argument("--data", type=Path, required=True, help="the directory of data sets")
-    parser.add_argument("--out", type=Path, required=True, help="where models and results go")
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Runs a suite and gives the path of its table."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m examples.evidence", description=__doc__, formatter_class=form)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the data sets")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where models and the table go")
     parser.add_argument("--recipe", default="adamw", help="how models are fine-tuned (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of fine-tuning")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="default: the eight of the main table")
+    parser.add_argument("--count", type=int, metavar="N", help="tasks (default: the suite's main table)")
+    parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all)")
+    parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
+    parser.add_argument("--fast", action="store_true", help="a small model, small tasks that need no --data")
     chosen = parser.parse_args(arguments)
+    if chosen.data is None and not chosen.fast:
+        parser.error("--data is needed, or --fast")
     chosen.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
-    from examples.evidence import vision, vision_tasks
+    from examples.evidence import experiments
 
-    names = chosen.tasks or vision_tasks.EIGHT
+    suite = importlib.import_module(f"examples.evidence.{chosen.suite}")
+    recipe, count = ("fast", min(suite.GROUPS)) if chosen.fast else (chosen.recipe, chosen.count or suite.COUNT)
+    names, settings = suite.GROUPS[count], suite.Settings.fast() if chosen.fast else suite.Settings()
+    rules = chosen.rules or [*experiments.RULES, *(experiments.OWN.keys() - experiments.RULES.keys())]
+    table = chosen.out / f"{recipe}.csv"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        train(bar, "pretraining", chosen.out / "base", functools.partial(vision.pretrain, chosen.data, chosen.out))
+        base = functools.partial(suite.pretrain, chosen.data, chosen.out, settings=settings)
+        train(bar, "pretraining", chosen.out / "base", base)
         for seed in chosen.seeds:
             for name in names:
-                run = functools.partial(vision.finetune, chosen.data, chosen.out, name, chosen.recipe, seed)
-                train(bar, f"{name}, seed {seed}", vision.place(chosen.out, chosen.recipe, seed, name), run)
+                tune = functools.partial(suite.finetune, chosen.data, chosen.out, name, recipe, seed)
+                train(bar, f"{name}, seed {seed}", suite.place(chosen.out, recipe, seed, name), tune)
+            models = suite.load(chosen.data, chosen.out, recipe, seed, names)
+            experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
+    return table
 
 
 def train(bar: Progress, title: str, result: Path, run: Callable[..., None]) -> None:
     """Runs a training with a progress bar, unless its result is there."""
-    if result.exists():
-        return
+    if not result.exists():
+        run(progress=told(bar, title))
+
+
+def told(bar: Progress, title: str) -> Callable[[int, int], None]:
+    """A row of the progress display, as a function of what is done and of all."""
     row = bar.add_task(title)
-    run(progress=lambda done, steps: bar.update(row, completed=done, total=steps))
+    return lambda done, all_: bar.update(row, completed=done, total=all_)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def fit(
     *,
     out: Path,
     seed: int = 0,
-    every: int = 500,
+    every: int = 250,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Params:
     """Trains, and goes on from the last checkpoint if there is one.

@@ -22,18 +22,26 @@ THIRTY = (
     *("turned_cifar10", "turned_scenes", "turned_caltech101", "turned_fashion_mnist"),
 )
 
+FAST = ("digits_odd", "digits_large", "digits_loops")  # of scikit-learn's digits, for tests
+GROUPS = {3: FAST, 8: EIGHT, 14: FOURTEEN, 20: TWENTY, 30: THIRTY}
+
 PRETRAINING_CLASSES = 140  # of Tiny ImageNet's 200; the others are tasks
 _SIGNS = {"gtsrb_speed": range(9), "gtsrb_danger": range(18, 32), "gtsrb_mandatory": range(33, 41)}
+_QUESTIONS = {
+    "digits_odd": np.arange(10) % 2,
+    "digits_large": np.arange(10) // 5,
+    "digits_loops": np.array([1, 0, 0, 0, 0, 0, 1, 0, 2, 1]),
+}
 _DOMAINS = ("pacs_photo", "pacs_art_painting", "pacs_cartoon")
-_NO_MIRROR = ("mnist", "kmnist", "gtsrb", "turned")
+_NO_MIRROR = ("mnist", "kmnist", "gtsrb", "turned", "digits")
 
 
-def task(data: Path, name: str, *, most: tuple[int, int] = (400, 1000)) -> Task:
+def task(data: Path | None, name: str, *, most: tuple[int, int] = (400, 1000)) -> Task:
     """Reads a task.
 
     Args:
-        data: the directory of image sets.
-        name: one of `THIRTY`.
+        data: the directory of image sets; `FAST` needs none.
+        name: one of `THIRTY` or `FAST`.
         most: at most so many images to validate and to test on, drawn once and for all.
     """
     train, test = _labelled(data, name)
@@ -49,14 +57,21 @@ def mirrored(name: str) -> bool:
     return not name.startswith(_NO_MIRROR)
 
 
-def pretraining(data: Path) -> tuple[Part, Part]:
-    """The classes of Tiny ImageNet that the base is trained on: train and test images."""
+def pretraining(data: Path | None) -> tuple[Part, Part]:
+    """What the base is trained on, train and test images: classes of Tiny ImageNet; without data, digits."""
+    if data is None:
+        return _digits()
     chosen = _tiny_order()[:PRETRAINING_CLASSES]
     train, test = _read(data, "tiny_imagenet32")
     return _only(train, chosen), _only(test, chosen)
 
 
-def _labelled(data: Path, name: str) -> tuple[Part, Part]:
+def _labelled(data: Path | None, name: str) -> tuple[Part, Part]:
+    if name in _QUESTIONS:
+        train, test = _digits()
+        return Part(train.inputs, _QUESTIONS[name][train.labels]), Part(test.inputs, _QUESTIONS[name][test.labels])
+    if data is None:
+        raise ValueError(f"{name} needs the directory of image sets")
     kind, _, part = name.rpartition("_")
     if kind == "tiny":
         start = PRETRAINING_CLASSES + 10 * int(part)
@@ -74,6 +89,16 @@ def _labelled(data: Path, name: str) -> tuple[Part, Part]:
 
 
 _read = functools.cache(read)
+
+
+def _digits() -> tuple[Part, Part]:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    order = np.random.default_rng(0).permutation(len(labels))
+    grey = (pixels[order].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    whole = Part(grey[..., None].repeat(3, 3), labels[order].astype(np.int32))
+    return whole.take(slice(0, 1400)), whole.take(slice(1400, None))
 
 
 def _tiny_order() -> np.ndarray:

@@ -1,0 +1,193 @@
+"""What is compared: sparsifiers of the library, controls of TADrop, and other ways to share a budget of entries.
+
+A control takes TADrop's budget, the share of all entries that it prunes of each task, and spreads it over the tensors
+in another way; pruning and restoring the norm are the same. So a difference between two of them is one of the spread.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import tadrop_jax as tj
+
+Stack = Any  # the task vectors: a tree of arrays (T, ...)
+Shares = list[np.ndarray]  # a sparsity for each tensor and task: (T,) each, in the order of jax.tree.leaves
+LARGEST = 0.98  # no tensor is pruned further than that
+
+
+def tadrop_shares(stack: Stack, q_low: float = 0.75, q_high: float = 0.95, s_max: float = 0.9) -> Shares:
+    """TADrop's sparsities: the quantile ratios, clipped."""
+    ratios = tj.quantile_ratios(stack, q_low=q_low, q_high=q_high)
+    return [np.minimum(np.asarray(ratio), s_max) for ratio in jax.tree.leaves(ratios)]
+
+
+def budget(stack: Stack, shares: Shares) -> np.ndarray:
+    """The share of all entries that is pruned, one number a task."""
+    sizes = _sizes(stack)
+    return np.sum([size * share for size, share in zip(sizes, shares, strict=True)], axis=0) / sum(sizes)
+
+
+def uniform(stack: Stack, shares: Shares) -> Shares:
+    """The mean for all tensors: the same budget without any adaptivity."""
+    return [budget(stack, shares) for _ in shares]
+
+
+def reversed_(stack: Stack, shares: Shares) -> Shares:
+    """Mirrored at the mean: heavy tails are pruned the most."""
+    return at_budget(stack, [-share for share in shares], budget(stack, shares))
+
+
+def shuffled(stack: Stack, shares: Shares, seed: int = 0) -> Shares:
+    """TADrop's own sparsities, each at another tensor with as many axes."""
+    axes = np.array([leaf.ndim for leaf in jax.tree.leaves(stack)])
+    order = np.arange(len(shares))
+    rng = np.random.default_rng(seed)
+    for number in np.unique(axes):
+        order[axes == number] = rng.permutation(order[axes == number])
+    return at_budget(stack, [shares[i] for i in order], budget(stack, shares))
+
+
+def amplified(stack: Stack, shares: Shares, factor: float = 4.0) -> Shares:
+    """TADrop's differences from the mean, times a factor."""
+    return at_budget(stack, [factor * share for share in shares], budget(stack, shares))
+
+
+def equal_energy(stack: Stack, shares: Shares) -> Shares:
+    """All tensors of a task keep the same share of their squared norm, in as few entries as that takes."""
+    return _by_curve(stack, shares, lambda ordered: np.cumsum(ordered**2) / max(np.sum(ordered**2), 1e-30))
+
+
+def one_threshold(stack: Stack, shares: Shares) -> Shares:
+    """One threshold for all tensors of a task: the least loss of squared norm at the budget (equal marginal loss)."""
+    return _by_curve(stack, shares, lambda ordered: ordered)
+
+
+def relative_threshold(stack: Stack, shares: Shares) -> Shares:
+    """One threshold in units of each tensor's root mean square: tensors' scales are taken out of the last."""
+    return _by_curve(stack, shares, lambda ordered: ordered / max(np.sqrt(np.mean(ordered**2)), 1e-30))
+
+
+def by_conflict(stack: Stack, shares: Shares, factor: float = 2.0) -> Shares:
+    """Tensors are pruned the more, the more of a task's magnitude lies where it has the sign that loses the vote."""
+
+    def conflict(leaf):
+        flat = leaf.reshape(len(leaf), -1)
+        loses = np.sign(flat) * np.sign(flat.sum(0)) < 0
+        return np.sum(np.abs(flat) * loses, 1) / np.maximum(np.sum(np.abs(flat), 1), 1e-30)
+
+    return at_budget(stack, [factor * conflict(leaf) for leaf in _leaves(stack)], budget(stack, shares))
+
+
+def by_norm(stack: Stack, shares: Shares, factor: float = 0.5) -> Shares:
+    """A tensor is pruned the more, the smaller its norm is in this task, compared with the other tasks'."""
+
+    def weakness(leaf):
+        norms = np.linalg.norm(leaf.reshape(len(leaf), -1), axis=1)
+        return -factor * norms / max(norms.mean(), 1e-30)
+
+    return at_budget(stack, [weakness(leaf) for leaf in _leaves(stack)], budget(stack, shares))
+
+
+CONTROLS: dict[str, Callable[[Stack, Shares], Shares]] = {
+    "uniform": uniform,
+    "shuffled": shuffled,
+    "reversed": reversed_,
+}
+CANDIDATES: dict[str, Callable[[Stack, Shares], Shares]] = {
+    "amplified": amplified,
+    "equal energy": equal_energy,
+    "one threshold": one_threshold,
+    "relative threshold": relative_threshold,
+    "by conflict": by_conflict,
+    "by norm": by_norm,
+}
+
+
+def prune(stack: Stack, shares: Shares) -> Stack:
+    """Zeros the smallest entries of each tensor and task, then restores its 2-norm, as TADrop does.
+
+    Args:
+        stack: the task vectors.
+        shares: how much of each is pruned: floor(share * entries); entries that equal the smallest kept stay.
+
+    Returns:
+        As `stack`.
+    """
+    leaves = [_prune(leaf, share) for leaf, share in zip(_leaves(stack), shares, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(stack), leaves)
+
+
+def scaled_only(stack: Stack, pruned: Stack) -> Stack:
+    """Nothing is pruned, but each tensor grows as it would have: the scaling alone."""
+
+    def grow(leaf, after):
+        norms = [
+            np.linalg.norm(np.where(after != 0, leaf, 0).reshape(len(leaf), -1), axis=1),
+            np.linalg.norm(leaf.reshape(len(leaf), -1), axis=1),
+        ]
+        factor = np.where(norms[0] > 0, norms[1] / np.maximum(norms[0], 1e-30), 1)
+        return (leaf * factor.reshape(-1, *[1] * (leaf.ndim - 1))).astype(np.float32)
+
+    leaves = [grow(leaf, after) for leaf, after in zip(_leaves(stack), _leaves(pruned), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(stack), leaves)
+
+
+def at_budget(stack: Stack, scores: Shares, wanted: np.ndarray) -> Shares:
+    """Sparsities that differ as the scores do, moved so far up or down that the whole tree is at its budget.
+
+    Args:
+        stack: the task vectors.
+        scores: for each tensor `(T,)`.
+        wanted: the budget of each task `(T,)`.
+    """
+
+    def shares(offset):
+        return [np.clip(score + offset, 0, LARGEST) for score in scores]
+
+    span = 1 + max(float(np.abs(score).max()) for score in scores)
+    offset = _solve(lambda offset: budget(stack, shares(offset)), -span, span, wanted)
+    return shares(offset)
+
+
+def _by_curve(stack: Stack, shares: Shares, rising: Callable[[np.ndarray], np.ndarray]) -> Shares:
+    """Prunes each tensor up to where a function of its ordered magnitudes reaches a level, one level a task."""
+    curves = [[rising(np.sort(np.abs(row))) for row in leaf.reshape(len(leaf), -1)] for leaf in _leaves(stack)]
+
+    def shares_at(levels):
+        rows = [[np.searchsorted(row, level) / len(row) for row, level in zip(c, levels, strict=True)] for c in curves]
+        return [np.minimum(row, LARGEST) for row in np.array(rows)]
+
+    high = np.array([max(float(curve[t][-1]) for curve in curves) for t in range(len(curves[0]))])
+    levels = _solve(lambda levels: budget(stack, shares_at(levels)), 0 * high, high, budget(stack, shares))
+    return shares_at(levels)
+
+
+def _solve(rising: Callable[[np.ndarray], np.ndarray], low, high, wanted: np.ndarray) -> np.ndarray:
+    """Bisection, for all tasks at once."""
+    low, high = np.broadcast_to(low, wanted.shape).astype(float), np.broadcast_to(high, wanted.shape).astype(float)
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = rising(middle) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+
+def _prune(leaf: np.ndarray, share: np.ndarray) -> np.ndarray:
+    flat = leaf.reshape(len(leaf), -1)
+    kept = np.empty_like(flat)
+    for row, out, rank in zip(flat, kept, np.floor(share * flat.shape[1]).astype(int), strict=True):
+        sizes = np.abs(row)
+        out[:] = np.where(sizes >= np.partition(sizes, rank)[rank], row, 0)
+        norm = np.linalg.norm(out)
+        out *= np.linalg.norm(row) / norm if norm else 0
+    return kept.reshape(leaf.shape)
+
+
+def _leaves(stack: Stack) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(stack)]
+
+
+def _sizes(stack: Stack) -> list[int]:
+    return [leaf[0].size for leaf in jax.tree.leaves(stack)]

@@ -1,0 +1,194 @@
+"""Every rule after every sparsifier: merged through the public API, tuned on validation data, reported on test data.
+
+The coefficient is tuned the same way for every arm, and does not see how large an arm's task vectors are: the merged
+vector is tried at seven lengths, from .35 to 2.1 of the mean length of the task vectors, and the one that is best on
+validation data is tested. Per-task rules (EMR, T-Switch, TALL) have no coefficient.
+"""
+
+import csv
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import tadrop_jax as tj
+from examples.evidence import arms
+from examples.evidence.arms import Stack
+from examples.evidence.suites import Suite, accuracy
+
+LENGTHS = tuple(round(0.35 * 1.35**i, 3) for i in range(7))
+QUANTILES = ((0.25, 0.75), (0.5, 0.9), (0.75, 0.95), (0.9, 0.99), (0.95, 0.99), (0.98, 0.998))
+FIELDS = ("tasks", "seed", "rule", "sparsifier", "sparsity", "length", "validation", "test", "by_task")
+
+
+class Arm(NamedTuple):
+    """Sparsified task vectors and the share of all entries that was pruned."""
+
+    stack: Stack
+    sparsity: float
+
+
+class Result(NamedTuple):
+    """A merge's accuracies: on validation data (mean), on test data (mean and by task); the length that was chosen."""
+
+    length: float | None
+    validation: float
+    test: float
+    by_task: tuple[float, ...]
+
+
+RULES: dict[str, Callable[[], Any]] = {
+    "task arithmetic": lambda: tj.task_arithmetic(1.0),
+    "TIES": lambda: tj.ties(density=None),
+    "consensus": lambda: tj.consensus(),
+    "PCB": lambda: tj.pcb(),
+    "TSV-M": lambda: tj.tsv_m(),
+    "Iso-C": lambda: tj.iso_c(),
+    "SVC": lambda: tj.svc(tj.task_arithmetic(1.0)),
+    "EMR": lambda: tj.emr(),
+    "TALL": lambda: tj.tall(),
+    "T-Switch": lambda: tj.t_switch(density=None),
+}
+# A rule's own trimming, in place of a sparsifier.
+OWN: dict[str, Callable[[], Any]] = {
+    "TIES": lambda: tj.ties(0.2),
+    "T-Switch": lambda: tj.t_switch(),
+    "CABS": lambda: tj.cabs(),
+}
+
+
+def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> dict[str, Callable[[], Arm]]:
+    """Every way to sparsify: the library's methods, TADrop's controls and the candidates at TADrop's budget.
+
+    Args:
+        stack: the task vectors.
+        quantiles: TADrop's, which set the budget of controls and candidates.
+    """
+    shares = functools.cache(lambda: arms.tadrop_shares(stack, *quantiles))
+
+    def library(sparsifier, seed: int = 0):
+        return lambda: _counted(stack, tj.sparsify(stack, sparsifier, key=jax.random.key(seed)))
+
+    def spread(how):
+        return lambda: _counted(stack, arms.prune(stack, how(stack, shares())))
+
+    found = {"none": lambda: Arm(stack, 0.0)}
+    found |= {f"magnitude {density}": library(tj.magnitude(density)) for density in (0.1, 0.2, 0.5)}
+    found |= {f"uniform {sparsity}": library(tj.uniform(sparsity)) for sparsity in (0.3, 0.5, 0.7, 0.9)}
+    found |= {f"DARE {density}": library(tj.dare(density)) for density in (0.5, 0.8)}
+    found |= {"n:m 16:32": library(tj.rescale(tj.n_m(16, 32)))}
+    found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
+    found |= {"scaling alone": lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares())), 0.0)}
+    return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
+
+
+def run(
+    suite: Suite,
+    out: Path,
+    seed: int,
+    rules: Sequence[str],
+    names: Sequence[str] | None,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Merges and judges, and appends a line for each pair of rule and sparsifier to a CSV file.
+
+    Args:
+        suite: a base and its fine-tunes.
+        out: the file; lines that are there already are not computed again.
+        seed: of the fine-tunes, for the table.
+        rules: names out of `RULES` and `OWN`.
+        names: of `sparsifiers`; None for all.
+        progress: is told the number of merges done and of all.
+    """
+    there = {(line["tasks"], line["seed"], line["rule"], line["sparsifier"]) for line in read(out)}
+    head = (str(len(suite.tuned)), str(seed))
+    stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
+    ways = sparsifiers(stack)
+    wanted = [("own", rule) for rule in rules if rule in OWN]
+    wanted += [(name, rule) for name in (ways if names is None else names) for rule in rules if rule in RULES]
+    arm_of = functools.lru_cache(1)(lambda name: ways[name]())
+    for done, (name, rule) in enumerate(wanted, start=1):
+        if (*head, rule, name) not in there:
+            arm, how = (Arm(stack, 0.0), OWN) if name == "own" else (arm_of(name), RULES)
+            result = judge(suite, arm.stack, how[rule]())
+            line = (*head, rule, name, f"{arm.sparsity:.4f}", *_written(result))
+            _append(out, line)
+        progress(done, len(wanted))
+
+
+def judge(suite: Suite, stack: Stack, rule: Any) -> Result:
+    """Merges by a rule, chooses the length on validation data, and tests.
+
+    Args:
+        suite: a base and its fine-tunes.
+        stack: their task vectors, sparsified.
+        rule: of the library, on task vectors, its coefficient 1.
+    """
+    merged = tj.merge_task_vectors(stack, rule)
+    if isinstance(merged, tj.Bundle):
+        models = [_added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
+        return Result(None, float(np.mean(_accuracies(suite, models, "validation"))), *_tested(suite, models))
+    unit = _mean_length(stack) / max(_lengths(jax.tree.map(lambda leaf: leaf[None], merged))[0], 1e-30)
+    tried = []
+    for length in LENGTHS:
+        model = _added(suite.base, merged, length * unit)
+        tried.append(float(np.mean(_accuracies(suite, [model] * len(suite.tuned), "validation"))))
+    best = int(np.argmax(tried))
+    model = _added(suite.base, merged, LENGTHS[best] * unit)
+    return Result(LENGTHS[best], tried[best], *_tested(suite, [model] * len(suite.tuned)))
+
+
+def read(path: Path) -> Iterator[dict[str, str]]:
+    """The lines of a CSV file that `run` wrote, none if there is no such file."""
+    if path.exists():
+        with path.open(newline="") as file:
+            yield from csv.DictReader(file)
+
+
+def _append(path: Path, line: tuple) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(FIELDS)
+        writer.writerow(line)
+
+
+def _written(result: Result) -> tuple:
+    length = "" if result.length is None else result.length
+    by_task = " ".join(f"{value:.4f}" for value in result.by_task)
+    return length, f"{result.validation:.5f}", f"{result.test:.5f}", by_task
+
+
+def _accuracies(suite: Suite, models: list, part: str) -> tuple[float, ...]:
+    pairs = zip(suite.tuned, models, strict=True)
+    return tuple(accuracy(tuned, model, getattr(tuned.task, part)) for tuned, model in pairs)
+
+
+def _tested(suite: Suite, models: list) -> tuple[float, tuple[float, ...]]:
+    found = _accuracies(suite, models, "test")
+    return float(np.mean(found)), found
+
+
+def _counted(before: Stack, after: Stack) -> Arm:
+    zeros = [sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (before, after)]
+    return Arm(after, 1 - zeros[1] / max(zeros[0], 1))
+
+
+@jax.jit
+def _added(base, vector, factor=1.0):
+    return jax.tree.map(lambda b, v: b + factor * v, base, vector)
+
+
+@jax.jit
+def _lengths(stack) -> jax.Array:
+    """The 2-norm of each task's whole vector, (T,)."""
+    return sum(jax.numpy.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in jax.tree.leaves(stack)) ** 0.5
+
+
+def _mean_length(stack) -> float:
+    return float(jax.numpy.mean(_lengths(stack)))
