@@ -8,8 +8,10 @@ Each step is skipped when its result is there: take a directory away, or a line 
 """
 
 import argparse
+import csv
 import functools
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +38,9 @@ def main(arguments: list[str] | None = None) -> Path:
     if chosen.data is None and not chosen.fast:
         parser.error("--data is needed, or --fast")
     chosen.out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     from examples.evidence import experiments
 
     suite = importlib.import_module(f"examples.evidence.{chosen.suite}")
@@ -54,7 +58,20 @@ def main(arguments: list[str] | None = None) -> Path:
                 train(bar, f"{name}, seed {seed}", suite.place(chosen.out, recipe, seed, name), tune)
             models = suite.load(chosen.data, chosen.out, recipe, seed, names)
             experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
+            experiments.describe(models, table.with_name(f"{recipe}-ratios.csv"))
+    write_models(table.with_name(f"{recipe}-models.csv"), chosen.out / recipe)
     return table
+
+
+def write_models(path: Path, models: Path) -> None:
+    """Collects what was measured of each fine-tune: its accuracy and that of a linear probe of the base."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("seed", "task", "probe", "tuned"))
+        for found in sorted(models.glob("seed*/*.json")):
+            said = json.loads(found.read_text())
+            seed = found.parent.name.removeprefix("seed")
+            writer.writerow((seed, found.stem, f"{said['probe']:.4f}", f"{said['tuned']:.4f}"))
 
 
 def train(bar: Progress, title: str, result: Path, run: Callable[..., None]) -> None:

@@ -192,3 +192,14 @@ def _lengths(stack) -> jax.Array:
 
 def _mean_length(stack) -> float:
     return float(jax.numpy.mean(_lengths(stack)))
+
+
+def describe(suite: Suite, out: Path) -> None:
+    """Writes each tensor's quantile ratio, the mean and the standard deviation over tasks, to a CSV file."""
+    said = tj.explain(suite.base, [tuned.params for tuned in suite.tuned], tj.tadrop())
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("tensor", "entries", "ratio", "sd_over_tasks", "sparsity", "conflict"))
+        for (name, row), leaf in zip(said.items(), jax.tree.leaves(suite.base), strict=True):
+            ratio, *means = row["quantile_ratio"], np.mean(row["sparsity"]), np.mean(row["sign_conflict"])
+            writer.writerow((name, leaf.size, *(f"{v:.4f}" for v in (np.mean(ratio), np.std(ratio), *means))))

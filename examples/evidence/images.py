@@ -54,13 +54,14 @@ def normalised(images):
     return images.astype(np.float32) / 127.5 - 1
 
 
-def augmented(images, key, *, flip: bool):
-    """Images moved by up to four pixels, brighter or darker, and half of them mirrored. Traces inside `jit`.
+def augmented(images, key, *, flip: bool, move: int = 4):
+    """Images moved by some pixels, brighter or darker, and half of them mirrored. Traces inside `jit`.
 
     Args:
         images: `(N, 32, 32, 3)` float.
         key: a random key.
         flip: whether a mirror image has the same label (not of digits, letters and traffic signs).
+        move: by how many pixels at most.
 
     Returns:
         As `images`.
@@ -70,8 +71,8 @@ def augmented(images, key, *, flip: bool):
 
     count = len(images)
     place, mirror, light = jax.random.split(key, 3)
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
-    row, column = jax.random.randint(place, (2, count), 0, 9)
+    padded = jnp.pad(images, ((0, 0), (move, move), (move, move), (0, 0)), mode="edge")
+    row, column = jax.random.randint(place, (2, count), 0, 2 * move + 1)
     rows, columns = (start[:, None] + jnp.arange(SIDE) for start in (row, column))
     images = padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
     if flip:

@@ -1,0 +1,150 @@
+"""What the CSV files of the suites say, as Markdown tables and pictures: `python -m examples.evidence.tables`.
+
+It fills docs/results.md, where a pair of comments says what goes there: `<!-- NAME FILE ... -->` and `<!-- end -->`,
+NAME being a function of `TABLES` and FILE a file of docs/results.
+"""
+
+import csv
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+DOCS = Path(__file__).parents[2] / "docs"
+_PLACE = re.compile(r"(<!-- (\w+) ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+Lines = list[dict[str, str]]
+
+
+def read(name: str) -> Lines:
+    """The lines of a file of docs/results."""
+    with (DOCS / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def accuracies(file: str, tasks: str) -> str:
+    """Test accuracies: a row for each sparsifier, a column for each rule, the mean over seeds."""
+    lines = [line for line in read(file) if line["tasks"] == tasks]
+    rules = _ordered(line["rule"] for line in lines)
+    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for line in lines:
+        cells[line["sparsifier"], line["rule"]].append(100 * float(line["test"]))
+    sparsity = defaultdict(list)
+    for line in lines:
+        sparsity[line["sparsifier"]].append(float(line["sparsity"]))
+    rows = []
+    for name in _ordered(line["sparsifier"] for line in lines):
+        row = [name, "" if name == "own" else f"{np.mean(sparsity[name]):.2f}"]
+        rows.append(row + [f"{np.mean(cells[name, r]):.1f}" if cells[name, r] else "" for r in rules])
+    best = [max((row[i] for row in rows if row[i]), key=float) for i in range(2, len(rules) + 2)]
+    for row in rows:
+        row[2:] = [f"**{v}**" if v and v == b else v for v, b in zip(row[2:], best, strict=True)]
+    return markdown(["sparsifier", "pruned", *rules], rows) + "\n\n" + _seeds(lines)
+
+
+def differences(file: str, tasks: str, arm: str, *others: str) -> str:
+    """One arm minus others, in points: the mean over seeds and tasks, and its 95 % confidence interval.
+
+    Differences are paired: the same fine-tunes, the same images. The interval is Student's over pairs of seed and task.
+    """
+    lines = [line for line in read(file) if line["tasks"] == tasks]
+    found = {(line["rule"], line["sparsifier"], line["seed"]): _by_task(line) for line in lines}
+    seeds, rules = _ordered(line["seed"] for line in lines), _ordered(line["rule"] for line in lines)
+    rows = []
+    for other in others:
+        row = [other]
+        for rule in rules:
+            pairs = [(found.get((rule, arm, s)), found.get((rule, other, s))) for s in seeds]
+            values = [a - b for a, b in pairs if a is not None and b is not None]
+            row.append(interval(np.concatenate(values)) if values else "")
+        rows.append(row)
+    return markdown([f"{arm} minus", *rules], rows) + "\n\n" + _seeds(lines)
+
+
+def models(file: str, *_: str) -> str:
+    """The fine-tunes: a linear probe of the base against the fine-tuned model, by task, the mean over seeds."""
+    lines = read(file)
+    rows = []
+    for name in _ordered(line["task"] for line in lines):
+        here = [line for line in lines if line["task"] == name]
+        means = [100 * np.mean([float(line[key]) for line in here]) for key in ("probe", "tuned")]
+        rows.append([name, str(len(here)), *(f"{mean:.1f}" for mean in means), f"{means[1] - means[0]:+.1f}"])
+    return markdown(["task", "seeds", "probe", "fine-tuned", "gain"], rows)
+
+
+def ratios(file: str, *_: str) -> str:
+    """Quantile ratios by kind of tensor: mean over layers and tasks, spread over tensors and over tasks."""
+    kinds: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
+    for line in read(file):
+        kind = re.sub(r"(^|/)\d+/", r"\1*/", line["tensor"])
+        kinds[kind].append((int(line["entries"]), float(line["ratio"]), float(line["sd_over_tasks"])))
+    rows = []
+    for kind, found in kinds.items():
+        entries, means, spread = np.array(found).T
+        rows.append([f"`{kind}`", f"{int(entries.sum()):,}", f"{means.mean():.3f}", f"{means.std():.3f}"])
+        rows[-1].append(f"{spread.mean():.3f}")
+    return markdown(["tensors", "entries", "ratio", "s.d. over layers", "s.d. over tasks"], rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "accuracies": accuracies,
+    "differences": differences,
+    "models": models,
+    "ratios": ratios,
+}
+
+
+def interval(values: np.ndarray) -> str:
+    """The mean of differences `(N,)`, in points, and half the width of its 95 % confidence interval."""
+    from scipy.stats import t
+
+    values = 100 * values
+    if len(values) < 2:
+        return f"{values.mean():+.2f}"
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    text = f"{values.mean():+.2f} ± {half:.2f}"
+    return f"**{text}**" if abs(values.mean()) > half else text
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(text: str) -> str:
+    """The page, with its tables as the files say now."""
+
+    def table(found: re.Match) -> str:
+        arguments = [part.strip() for part in found[3].split(";")]
+        return f"{found[1]}\n{TABLES[found[2]](*arguments)}\n\n{found[4]}"
+
+    return _PLACE.sub(table, text)
+
+
+def _by_task(line: dict[str, str]) -> np.ndarray:
+    return np.array([float(value) for value in line["by_task"].split()])
+
+
+def _ordered(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _seeds(lines: Lines) -> str:
+    count = len({line["seed"] for line in lines})
+    return f"*{lines[0]['tasks']} tasks, {count} seed{'s' if count > 1 else ''} of fine-tuning.*"
+
+
+def main() -> None:
+    """Fills the page; with --check, fails if that changes it."""
+    page = DOCS / "results.md"
+    now = page.read_text()
+    if "--check" in sys.argv and now != filled(now):
+        sys.exit(f"{page} is not up to date: python -m examples.evidence.tables")
+    page.write_text(filled(now))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Controls and candidates of the experiments: the library's pruning, and the budget that they are told to keep."""
+
+import jax
+import numpy as np
+import pytest
+
+import tadrop_jax as tj
+from examples.evidence import arms
+
+
+@pytest.fixture(scope="module")
+def stack():
+    """Two task vectors with tails that differ from tensor to tensor; a few ties and zeros."""
+    rng = np.random.default_rng(0)
+    tree = {
+        "heavy": rng.standard_t(2, (2, 40, 30)),
+        "normal": rng.normal(size=(2, 30, 40)),
+        "flat": rng.uniform(-1, 1, (2, 50, 10)),
+        "bias": rng.normal(size=(2, 40)),
+        "other": np.round(rng.normal(size=(2, 60)), 1),
+    }
+    return {name: leaf.astype(np.float32) for name, leaf in tree.items()}
+
+
+def test_pruning_at_tadrops_shares_is_tadrop(stack):
+    ours, theirs = arms.prune(stack, arms.tadrop_shares(stack)), tj.sparsify(stack, tj.tadrop())
+    for name in stack:
+        assert np.array_equal(ours[name] != 0, np.asarray(theirs[name]) != 0), name
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*arms.CONTROLS, *arms.CANDIDATES])
+def test_a_spread_keeps_the_budget(stack, name):
+    shares = arms.tadrop_shares(stack)
+    spread = (arms.CONTROLS | arms.CANDIDATES)[name](stack, shares)
+    np.testing.assert_allclose(arms.budget(stack, spread), arms.budget(stack, shares), atol=2e-3)
+    assert all(share.shape == (2,) and np.all((share >= 0) & (share <= arms.LARGEST)) for share in spread)
+
+
+def test_spreads_spread_as_they_say(stack):
+    shares = arms.tadrop_shares(stack)
+    names = sorted(stack)  # the order of jax.tree.leaves
+    at = dict(zip(names, shares, strict=True))
+    assert np.all(at["heavy"] < at["normal"])
+    assert np.all(at["normal"] < at["flat"])
+    reversed_ = dict(zip(names, arms.reversed_(stack, shares), strict=True))
+    assert np.all(reversed_["heavy"] > reversed_["flat"])
+    wide = dict(zip(names, arms.amplified(stack, shares), strict=True))
+    assert np.all(wide["flat"] - wide["heavy"] > 2 * (at["flat"] - at["heavy"]))
+    energy = arms.prune(stack, arms.equal_energy(stack, shares))
+    kept = [
+        np.sum(np.where(energy[n] != 0, stack[n], 0) ** 2, (1, 2)) / np.sum(stack[n] ** 2, (1, 2)) for n in names[1:4]
+    ]
+    np.testing.assert_allclose(kept, kept[:1] * 3, atol=0.01)
+    single = arms.prune(stack, arms.one_threshold(stack, shares))
+    smallest = [np.min(np.abs(stack[n][0][single[n][0] != 0])) for n in names]
+    assert max(smallest) < min(smallest) + 0.1
+    grown = arms.scaled_only(stack, arms.prune(stack, shares))
+    assert all(np.all(np.abs(grown[n]) >= np.abs(stack[n])) for n in names)
+    assert jax.tree.structure(grown) == jax.tree.structure(stack)
