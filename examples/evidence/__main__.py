@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--recipe", default="adamw", help="how models are fine-tuned (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of fine-tuning")
     parser.add_argument("--count", type=int, metavar="N", help="tasks (default: the suite's main table)")
-    parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all)")
+    parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all that do not learn)")
     parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
     parser.add_argument("--fast", action="store_true", help="a small model, small tasks that need no --data")
     chosen = parser.parse_args(arguments)

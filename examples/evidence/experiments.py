@@ -18,6 +18,7 @@ import tadrop_jax as tj
 from examples.evidence import arms
 from examples.evidence.arms import Stack
 from examples.evidence.suites import Suite, accuracy
+from examples.evidence.training import shuffled
 
 LENGTHS = tuple(round(0.35 * 1.35**i, 3) for i in range(7))
 QUANTILES = ((0.25, 0.75), (0.5, 0.9), (0.75, 0.95), (0.9, 0.99), (0.95, 0.99), (0.98, 0.998))
@@ -48,6 +49,8 @@ RULES: dict[str, Callable[[], Any]] = {
     "TSV-M": lambda: tj.tsv_m(),
     "Iso-C": lambda: tj.iso_c(),
     "SVC": lambda: tj.svc(tj.task_arithmetic(1.0)),
+    "TIES, SVC": lambda: tj.svc(tj.ties(density=None)),
+    "TSV-M, SVC": lambda: tj.svc(tj.tsv_m()),
     "EMR": lambda: tj.emr(),
     "TALL": lambda: tj.tall(),
     "T-Switch": lambda: tj.t_switch(density=None),
@@ -58,6 +61,29 @@ OWN: dict[str, Callable[[], Any]] = {
     "T-Switch": lambda: tj.t_switch(),
     "CABS": lambda: tj.cabs(),
 }
+
+
+def adamerging(suite: Suite, stack: Stack, steps: int = 100, size: int = 16) -> Result:
+    """Learns a coefficient for each tensor and task on the validation inputs, without their labels; tests.
+
+    The authors take 500 steps of Adam at .001 on test inputs; these are 100 at .01.
+    """
+
+    def logits(tuned):
+        return lambda params, inputs: tuned.encode(params, inputs) @ tuned.head.kernel + tuned.head.bias
+
+    def batches(tuned):
+        index = shuffled(len(tuned.task.validation.labels), size, seed=0)
+        return lambda step: tuned.task.validation.take(index(step)).inputs
+
+    models = [_added(suite.base, jax.tree.map(lambda leaf, t=t: leaf[t], stack)) for t in range(len(suite.tuned))]
+    functions, inputs = [logits(tuned) for tuned in suite.tuned], [batches(tuned) for tuned in suite.tuned]
+    found = tj.adamerging(functions, inputs, suite.base, models, steps=steps, learning_rate=1e-2)
+    return _judged(suite, [found.params] * len(suite.tuned))
+
+
+# Rules that learn: of the suite and the task vectors, the result. They take as long as some hundred evaluations.
+LEARNED: dict[str, Callable[[Suite, Stack], Result]] = {"AdaMerging": adamerging}
 
 
 def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> dict[str, Callable[[], Arm]]:
@@ -99,7 +125,7 @@ def run(
         suite: a base and its fine-tunes.
         out: the file; lines that are there already are not computed again.
         seed: of the fine-tunes, for the table.
-        rules: names out of `RULES` and `OWN`.
+        rules: names out of `RULES`, `OWN` and `LEARNED`.
         names: of `sparsifiers`; None for all.
         progress: is told the number of merges done and of all.
     """
@@ -108,12 +134,17 @@ def run(
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
     ways = sparsifiers(stack)
     wanted = [("own", rule) for rule in rules if rule in OWN]
-    wanted += [(name, rule) for name in (ways if names is None else names) for rule in rules if rule in RULES]
+    wanted += [
+        (name, rule)
+        for name in (ways if names is None else names)
+        for rule in rules
+        if rule in RULES or rule in LEARNED
+    ]
     arm_of = functools.lru_cache(1)(lambda name: ways[name]())
     for done, (name, rule) in enumerate(wanted, start=1):
         if (*head, rule, name) not in there:
             arm, how = (Arm(stack, 0.0), OWN) if name == "own" else (arm_of(name), RULES)
-            result = judge(suite, arm.stack, how[rule]())
+            result = LEARNED[rule](suite, arm.stack) if rule in LEARNED else judge(suite, arm.stack, how[rule]())
             line = (*head, rule, name, f"{arm.sparsity:.4f}", *_written(result))
             _append(out, line)
         progress(done, len(wanted))
@@ -130,7 +161,7 @@ def judge(suite: Suite, stack: Stack, rule: Any) -> Result:
     merged = tj.merge_task_vectors(stack, rule)
     if isinstance(merged, tj.Bundle):
         models = [_added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
-        return Result(None, float(np.mean(_accuracies(suite, models, "validation"))), *_tested(suite, models))
+        return _judged(suite, models)
     unit = _mean_length(stack) / max(_lengths(jax.tree.map(lambda leaf: leaf[None], merged))[0], 1e-30)
     tried = []
     for length in LENGTHS:
@@ -138,7 +169,7 @@ def judge(suite: Suite, stack: Stack, rule: Any) -> Result:
         tried.append(float(np.mean(_accuracies(suite, [model] * len(suite.tuned), "validation"))))
     best = int(np.argmax(tried))
     model = _added(suite.base, merged, LENGTHS[best] * unit)
-    return Result(LENGTHS[best], tried[best], *_tested(suite, [model] * len(suite.tuned)))
+    return _judged(suite, [model] * len(suite.tuned), LENGTHS[best])
 
 
 def read(path: Path) -> Iterator[dict[str, str]]:
@@ -169,9 +200,9 @@ def _accuracies(suite: Suite, models: list, part: str) -> tuple[float, ...]:
     return tuple(accuracy(tuned, model, getattr(tuned.task, part)) for tuned, model in pairs)
 
 
-def _tested(suite: Suite, models: list) -> tuple[float, tuple[float, ...]]:
-    found = _accuracies(suite, models, "test")
-    return float(np.mean(found)), found
+def _judged(suite: Suite, models: list, length: float | None = None) -> Result:
+    validation, test = (_accuracies(suite, models, part) for part in ("validation", "test"))
+    return Result(length, float(np.mean(validation)), float(np.mean(test)), test)
 
 
 def _counted(before: Stack, after: Stack) -> Arm:

@@ -1,0 +1,74 @@
+"""Pictures of what the CSV files in docs/results say: `python -m examples.evidence.pictures`."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from examples.evidence.tables import DOCS, read
+
+_LAYER = re.compile(r"(?:layers?|h)/(\d+)/")
+
+
+def ratios(file: str, out: Path) -> None:
+    """Quantile ratios of the matrices of a model, by layer and kind; the two lines say what tails would give."""
+    found: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
+    for line in read(file):
+        layer = _LAYER.search(line["tensor"])
+        if layer and int(line["entries"]) > 2000:
+            kind = line["tensor"][layer.end() :].removesuffix("/kernel")
+            found[kind].append((int(layer[1]), float(line["ratio"]), float(line["sd_over_tasks"])))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, value in (("normal", 0.587), ("Laplace", 0.463)):
+        axes.axhline(value, color="0.7", linewidth=1)
+        axes.annotate(name, (0, value), xytext=(0, 2), textcoords="offset points", color="0.5", fontsize=8)
+    for kind, points in found.items():
+        layers, means, spread = np.array(sorted(points)).T
+        axes.errorbar(layers, means, spread, marker="o", capsize=2, linewidth=1, label=kind)
+    axes.set(
+        xlabel="layer", ylabel="quantile ratio (.75/.95)", xticks=sorted({p[0] for k in found.values() for p in k})
+    )
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def by_sparsity(file: str, tasks: str, rules: Sequence[str], out: Path) -> None:
+    """Test accuracy against the share that is pruned: TADrop at several quantiles, uniform sparsity at several."""
+    lines = [line for line in read(file) if line["tasks"] == tasks]
+    figure, axes = plt.subplots(1, len(rules), figsize=(4 * len(rules), 3.4), layout="constrained", squeeze=False)
+    for place, rule in zip(axes[0], rules, strict=True):
+        for kind, style in (("uniform", "o-"), ("TADrop", "s--"), ("magnitude", "^:"), ("DARE", "v:")):
+            points = defaultdict(list)
+            for line in lines:
+                if line["rule"] == rule and line["sparsifier"].startswith((kind, "none")):
+                    points[line["sparsifier"]].append((float(line["sparsity"]), 100 * float(line["test"])))
+            means = np.array(sorted(np.mean(found, 0).tolist() for found in points.values()))
+            place.plot(*means.T, style, label=kind, markersize=4)
+        place.set(title=rule, xlabel="share pruned", ylabel="test accuracy, %")
+        place.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Draws a pair of pictures for each table that is there."""
+    for table in sorted((DOCS / "results").glob("*-ratios.csv")):
+        ratios(table.name, table.with_suffix(".svg"))
+        runs = table.name.replace("-ratios", "")
+        counts = sorted({line["tasks"] for line in read(runs)}, key=int)
+        rules = [
+            rule for rule in ("task arithmetic", "TIES", "EMR") if any(line["rule"] == rule for line in read(runs))
+        ]
+        by_sparsity(runs, counts[0], rules, table.with_name(runs).with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
