@@ -148,10 +148,11 @@ def save(bundle, path, format: str = "safetensors") -> None:
     Args:
       bundle: a :class:`~tadrop_jax.bundles.Bundle`.
       path: a directory that does not exist, or is empty.
-      format: ``"safetensors"`` or ``"orbax"``.
+      format: ``"safetensors"`` or ``"orbax"``. A bundle that is spread over several processes is saved by Orbax, by all
+        of them at once.
 
     Raises:
-      MergeError: for another format.
+      MergeError: for another format, or safetensors of tensors that are spread over several processes.
       CheckpointError: if the directory is not empty or cannot be written.
     """
     tensors, described = _flat(bundle)
@@ -162,6 +163,9 @@ def save(bundle, path, format: str = "safetensors") -> None:
         return
     if format != "safetensors":
         raise MergeError(f"format must be 'safetensors' or 'orbax', got {format!r}")
+    far = next((n for n, value in tensors.items() if not isinstance(value, np.ndarray)), None)
+    if far is not None:
+        raise MergeError(f"tensor {far!r} is spread over several processes, which write one bundle by format='orbax'")
     layout = {name: (value.dtype, value.shape) for name, value in tensors.items()}
     with open_sink(Path(path), layout) as sink:
         for name, value in tensors.items():
@@ -201,7 +205,7 @@ def load(path, like=None, kind: Kind | None = None):
     else:
         from tadrop_jax.checkpoints import orbax
 
-        stored = orbax.load(path)
+        stored = orbax.restore(path)
         tensors, described = stored["tensors"], json.loads(bytes(np.asarray(stored["description"])))
     kind, tasks = kind or kind_of(described["method"]), tuple(described["tasks"])
     shapes = {n: tuple(s) for n, s in described["shapes"].items()}
@@ -247,10 +251,15 @@ def _flat(bundle) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors |= {f"{part}/{name}": value for part, value in (parts or {}).items()}
     for task, kept in zip(bundle.tasks, bundle.own, strict=False):
         tensors |= {f"own/{task}/{name}": leaf for name, leaf in kept.items()}
-    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items() if value is not None}
+    arrays = {name: _here(value) for name, value in tensors.items() if value is not None}
     shapes = {n: s for n, s in zip(names, bundle.shapes, strict=True) if s is not None}
     more = {"names": names, "baseless": bundle.base is None}
     return arrays, description(bundle.kind, bundle.tasks, shapes, bundle.scalars, **more)
+
+
+def _here(value):
+    """The array in this process's memory, unless other processes hold parts of it."""
+    return value if not getattr(value, "is_fully_addressable", True) else np.asarray(value, order="C")
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

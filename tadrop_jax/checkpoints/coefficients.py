@@ -72,7 +72,7 @@ def load(path, like=None) -> tuple:
         with open_source(path) as source:
             tensors = {n: source.read(n, 0, i.size).reshape(i.shape) for n, i in source.tensors.items()}
     else:
-        tensors = orbax.load(path)
+        tensors = orbax.restore(path)
     if "losses" not in tensors:
         raise CheckpointError(f"{path}: holds no learned coefficients")
     losses = np.asarray(tensors["losses"])
