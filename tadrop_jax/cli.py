@@ -20,7 +20,6 @@ _ADVICE = {
     MismatchError: " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks; with a "
     "method that gives one model per task --differing own lets them stay each task's own)",
 }
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         "--digests", action="store_true", help="put SHA-256 digests of the inputs into the report (slow)"
     )
     merge.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
+    merge.add_argument("--processes", type=int, metavar="N", help="share the work: N processes run this command, each")
+    merge.add_argument("--process", type=int, metavar="I", help="with a number of its own, 0 to N - 1")
     merge.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory, or a .safetensors file")
     merge.set_defaults(run=_merge)
@@ -195,8 +196,12 @@ def _merge(options) -> int:
         rule = registry.method(described["method"])
         if any(p.name == "density" for p in rule.parameters) and described["parameters"]["density"] is None:
             told.append(f"{rule.name}: its own trimming is off, since --sparsify is given without --density")
-    out = _checked_out(options.out, options.resume)
-    size = _size(options.max_shard_size)
+    process, processes = options.process, options.processes
+    if (process is None) != (processes is None) or (processes is not None and not 0 <= process < processes):
+        raise MergeError("--process I and --processes N go together, and I is 0 to N - 1")
+    # Of several processes others may have begun, or be done.
+    out = _checked_out(options.out, options.resume, alone=processes in (None, 1))
+    size = console.bytes_in(options.max_shard_size)
     if options.workers is not None and options.workers < 1:
         raise MergeError(f"--workers must be at least 1, got {options.workers}")
     _start_jax()
@@ -221,6 +226,8 @@ def _merge(options) -> int:
         check_finite=not options.allow_nonfinite,
         digests=options.digests,
         workers=options.workers,
+        process=process or 0,
+        processes=processes or 1,
     )
     began = time.perf_counter()
     try:
@@ -237,6 +244,8 @@ def _merge(options) -> int:
         print(f"warning: {line}", file=sys.stderr)
     if not options.quiet:
         console.print_summary(report, out, time.perf_counter() - began)
+        if not out.exists():
+            print(f"process {process} of {processes} is done; {out} appears with the last one")
     return 0
 
 
@@ -322,7 +331,7 @@ def _task(options) -> int:
     _start_jax()
     from tadrop_jax.checkpoints.bundles import write_task
 
-    size = write_task(options.bundle, options.task, options.out, _size(options.max_shard_size))
+    size = write_task(options.bundle, options.task, options.out, console.bytes_in(options.max_shard_size))
     if not options.quiet:
         print(f"{options.out}: the model of task {options.task!r}, {console.size(size)}")
     return 0
@@ -330,7 +339,7 @@ def _task(options) -> int:
 
 def _convert(options) -> int:
     _checked_out(options.out, resume=False)
-    size = _size(options.max_shard_size)
+    size = console.bytes_in(options.max_shard_size)
     _start_jax()
     import converters
 
@@ -377,30 +386,15 @@ def _start_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-def _checked_out(out: Path, resume: bool) -> Path:
+def _checked_out(out: Path, resume: bool, alone: bool = True) -> Path:
     """Refuses an output that is there already, before anything is read."""
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    if alone and out.exists() and (out.is_file() or any(out.iterdir())):
         raise MergeError(f"{out}: exists already{'' if out.is_file() else ' and is not empty'}; nothing is overwritten")
     if not out.resolve().parent.is_dir():
         raise MergeError(f"{out}: its parent directory does not exist")
-    if resume and not out.with_name(out.name + ".partial").is_dir():
+    if alone and resume and not out.with_name(out.name + ".partial").is_dir():
         raise MergeError(f"{out}.partial: there is nothing to resume")
     return out
-
-
-def _size(text: str) -> int:
-    number, unit = text.strip().upper(), 1
-    for suffix, factor in _UNITS.items():
-        if number.endswith(suffix):
-            number, unit = number.removesuffix(suffix), factor
-            break
-    try:
-        size = int(float(number) * unit)
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise MergeError(f"--max-shard-size must be a size such as 500MB or 5GB, got {text!r}")
-    return size
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 from tadrop_jax import registry
+from tadrop_jax.errors import MergeError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def print_methods(name: str | None) -> None:
@@ -135,3 +138,23 @@ def print_conversion(opened, out: Path, to: str) -> None:
             f"fused in PyTorch and apart in Flax: {names}; methods that go by rows, groups, ranks within a tensor or "
             "random numbers give other weights for these in Flax"
         )
+
+
+def bytes_in(text: str) -> int:
+    """The size that ``--max-shard-size`` names, in bytes.
+
+    Raises:
+      MergeError: if it names none.
+    """
+    number, unit = text.strip().upper(), 1
+    for suffix, factor in _UNITS.items():
+        if number.endswith(suffix):
+            number, unit = number.removesuffix(suffix), factor
+            break
+    try:
+        size = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise MergeError(f"--max-shard-size must be a size such as 500MB or 5GB, got {text!r}")
+    return size

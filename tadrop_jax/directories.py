@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.files.sidecars import sidecars
+from tadrop_jax import processes
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.opening import open_models, pytorch_places
 from tadrop_jax.checkpoints.safetensors import Sink, Source, open_sink
@@ -47,7 +48,8 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
       progress: called with the bytes read so far, and about how many there are to read.
 
     Returns:
-      The report, as it stands beside the result.
+      The report, as it stands beside the result. For one of several processes that of its share, as long as the result
+      is not there: :func:`tadrop_jax.processes.join` makes it when all shares are.
 
     Raises:
       MergeError: if the request or its inputs are wrong; then nothing is left behind.
@@ -66,22 +68,35 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
             if bundle
             else _layout(sources[0], plan, request.dtype)
         )
-        sink = stack.enter_context(
-            open_sink(
-                request.out,
-                layout,
-                max_shard_size=request.max_shard_size,
-                fingerprint=_fingerprint(request, sources),
-                resume=request.resume,
+        fingerprint = _fingerprint(request, sources)
+        share = _share(request, sources, plan, layout, bundle)
+        several = request.processes > 1
+        report = processes.begin(request, fingerprint) if several else None
+        if report is None:
+            sink = stack.enter_context(
+                open_sink(
+                    share.out,
+                    share.layout,
+                    max_shard_size=request.max_shard_size,
+                    fingerprint=fingerprint,
+                    resume=request.resume and (not several or processes.has_begun(share)),
+                    among=share.among,
+                )
             )
-        )
+            try:
+                report = _merge(
+                    request, sources, steps, plan, tasks, sink, bundle, share, layout, fingerprint, progress
+                )
+            except (CheckpointError, OSError) as error:
+                raise MergeFailed(str(error)) from error
+            except MergeError:
+                sink.discard()  # the inputs are wrong: there is nothing to resume
+                processes.abandon(request)
+                raise
         try:
-            return _merge(request, sources, steps, plan, tasks, sink, bundle, progress)
-        except (CheckpointError, OSError) as error:
+            return processes.join(request, fingerprint) or report if several else report
+        except CheckpointError as error:
             raise MergeFailed(str(error)) from error
-        except MergeError:
-            sink.discard()  # the inputs are wrong: there is nothing to resume
-            raise
 
 
 def inspect_directories(
@@ -116,7 +131,9 @@ def inspect_directories(
     }
 
 
-def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool, progress) -> dict:
+def _merge(
+    request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool, share, layout, fingerprint, progress
+) -> dict:
     base = sources[0]
     turned = Turned(sources, {} if bundle else pytorch_places(base))
     back = Back(turned, sink.write)
@@ -125,20 +142,21 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
     log = TensorLog(sink.partial, fresh=not sink.done)
     prefix = "base/" if bundle else ""
     for name in base.tensors:
-        if name in plan.aliases or (bundle and name in plan.own):
+        if name not in share.tensors or (bundle and name in plan.own):
             continue
         if bundle or name in plan.kept or name in plan.own:
             _copy(base, name, sink, prefix + name, request)
         if name in plan.kept:
             log.add(name, {"from": "base", "because": plan.kept[name]})
     for name, target in plan.aliases.items():
-        log.add(name, {"tied_to": target})
+        if target in share.tensors:
+            log.add(name, {"tied_to": target})
     if bundle:
         for source, task in zip(sources[1:], tasks, strict=True):
             for name in plan.own:
-                if name in source.tensors:
+                if name in source.tensors and name in share.tensors:
                     _copy(source, name, sink, f"own/{task}/{name}", request)
-        for name in plan.own:
+        for name in share.tensors & {*plan.own}:
             log.add(name, {"from": "each task's own model"})
 
     def outputs_of(stream: Stream) -> list[str]:
@@ -173,7 +191,9 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
         for name in outputs_of(stream):
             sink.mark_done(name)
 
-    skip = [k for k, s in enumerate(streams) if set(outputs_of(s)) <= sink.done]
+    mine = [k for k, s in enumerate(streams) if s.name in share.tensors]
+    there = [k for k in mine if set(outputs_of(streams[k])) <= sink.done]
+    skip = {*range(len(streams))}.difference(mine).union(there)
     settings = _settings(request, _counter(progress, total))
     with _naming_files(turned):
         outcome = run(steps, streams, len(tasks), write, done, settings, skip)
@@ -187,11 +207,16 @@ def _merge(request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool,
         "scalars": {k: v.tolist() for k, v in scalars.items()},
         "tensors": log.close(),
     }
-    same = [p for p, differs in zip(request.models, outcome.differs, strict=True) if not differs]
-    report["warnings"] = [f"{p}: equals the base, its task vector is zero" for p in same if not skip]
+    several = share.among is not None
+    # A resumed merge has not seen all of its tensors, nor has one of several processes.
+    report["warnings"] = [] if skip else processes.equal_to_base(request.models, outcome.differs)
+    if several:
+        report |= {"fingerprint": fingerprint, "differs": None if there else list(outcome.differs)}
     if request.differing == "own":
         report["warnings"] += implausible(sources, plan, request.models)
-    _add_files(request, sink, tasks, steps[-1].kind, scalars, report, sources, plan)
+    if request.process == 0:
+        _add_files(request, sink, tasks, steps[-1].kind, scalars, report, sources, plan, layout)
+    sink.add_file(REPORT, json.dumps(report, indent=1).encode())
     progress(total, total)
     sink.finish()
     return report
@@ -228,7 +253,7 @@ def _naming_files(turned: Turned):
         ) from None
 
 
-def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan) -> None:
+def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan, layout) -> None:
     if kind is not None:
         for folder, path in (
             ("base", request.base),
@@ -237,9 +262,10 @@ def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan:
             for file in sidecars(path):
                 if file.name not in _NOT_COPIED:
                     sink.add_file(f"{folder}/{file.name}", file)
-        folders = dict.fromkeys(name.partition("/")[0] for name in sink.plan)
+        folders = dict.fromkeys(name.partition("/")[0] for name in layout)
         sizes = {
-            part: _part_bytes(sink, part) for part in ("base", *(f for f in folders if f not in ("base", "own")), "own")
+            part: _part_bytes(layout, part)
+            for part in ("base", *(f for f in folders if f not in ("base", "own")), "own")
         }
         full = sum(s.size_bytes for s in sources[1:])
         report["size"] = {"bundle_bytes": sum(sizes.values()), "full_models_bytes": full, "parts_bytes": sizes}
@@ -252,13 +278,12 @@ def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan:
                 sink.add_file(file.name, _config_with_dtype(file, request.dtype))
             elif file.name not in _NOT_COPIED:
                 sink.add_file(file.name, file)
-    sink.add_file(REPORT, json.dumps(report, indent=1).encode())
 
 
-def _part_bytes(sink: Sink, part: str) -> int:
+def _part_bytes(layout, part: str) -> int:
     return sum(
         math.prod(shape) * np.dtype(dtype).itemsize
-        for name, (dtype, shape) in sink.plan.items()
+        for name, (dtype, shape) in layout.items()
         if name.startswith(part + "/")
     )
 
@@ -301,6 +326,17 @@ def _bundle_layout(sources, plan: Plan, tasks, kind, dtype) -> dict[str, tuple[n
     return layout
 
 
+def _share(request: Request, sources, plan: Plan, layout, bundle: bool) -> processes.Share:
+    """The tensors of this process, with what it writes of them."""
+    home = {n: n.split("/", 2 if n.startswith("own/") else 1)[-1] if bundle else n for n in layout}
+    merged = {*plan.merged}
+    sizes = {}
+    for name in dict.fromkeys(home.values()):
+        info = next(s.tensors[name] for s in sources if name in s.tensors)
+        sizes[name] = info.nbytes, len(sources) if name in merged else 1
+    return processes.share_of(request, layout, home, processes.work_of(sizes, layout, home))
+
+
 def _out_dtype(dtype: np.dtype, wanted: np.dtype | None) -> np.dtype:
     return dtype if wanted is None or dtype.kind in "iubc" else wanted
 
@@ -328,6 +364,8 @@ def _bytes_to_read(steps, sources, plan: Plan) -> int:
 
 def _fingerprint(request: Request, sources: Sequence[Source]) -> str:
     parts = [json.dumps(request.recipe, sort_keys=True)]
+    if request.processes > 1:
+        parts.append(f"{request.processes} processes, files of {request.max_shard_size}")
     for source in sources:
         stats = [os.stat(f) for f in source.files]
         parts.append(source.header_digest + json.dumps([(s.st_size, s.st_mtime_ns) for s in stats]))

@@ -35,6 +35,8 @@ class Request(NamedTuple):
       check_finite: refuse NaN and infinity.
       digests: put full SHA-256 digests of the inputs into the report.
       workers: threads; None means one a core.
+      process: which of several processes this is, from 0; each merges its share of the tensors.
+      processes: how many there are.
     """
 
     base: Path
@@ -52,6 +54,8 @@ class Request(NamedTuple):
     check_finite: bool = True
     digests: bool = False
     workers: int | None = None
+    process: int = 0
+    processes: int = 1
 
 
 class Plan(NamedTuple):

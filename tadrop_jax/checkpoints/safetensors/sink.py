@@ -25,6 +25,7 @@ from tadrop_jax.errors import CheckpointError, checkpoint_errors
 Plan = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 _INDEX = "model.safetensors.index.json"
+_ONLY = "model.safetensors"
 _SYNC_SECONDS = 30.0
 
 
@@ -154,7 +155,7 @@ class Sink:
                 f"{self.partial}: {len(missing)} tensors are unfinished, the first is {missing[0]!r}."
             )
         try:
-            if len(self._shards) > 1:
+            if self._shards[0].name != _ONLY:
                 (self.partial / _INDEX).write_text(_index(self._shards))
             self._sync_data()
             written = [file for file in self.partial.iterdir() if file.name not in {journal.NAME, *self._fds}]
@@ -247,6 +248,7 @@ def open_sink(
     metadata: Mapping[str, str] | None = None,
     fingerprint: str = "",
     resume: bool = False,
+    among: tuple[int, int] | None = None,
 ) -> Sink:
     """Starts an output; its files get their full size at once, so that a full disk shows here.
 
@@ -262,6 +264,7 @@ def open_sink(
         fingerprint: identifies the merge, for `resume`.
         resume: go on from what an interrupted run left; `Sink.done` then names the tensors that are complete.
             When False, what such a run left is deleted.
+        among: of a result that several sinks write, how many files come before this one's, and how many there are.
 
     Returns:
         The sink.
@@ -289,12 +292,18 @@ def open_sink(
     groups = [dict(plan)] if single else _split(plan, max_shard_size)
     metadata = {"format": "pt"} if metadata is None else metadata
     shards = []
-    for number, group in enumerate(groups, 1):
-        name = "model" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}"
+    before, of_all = among or (0, len(groups))
+    for number, group in enumerate(groups, before + 1):
+        name = _ONLY if of_all == 1 else f"model-{number:05}-of-{of_all:05}.safetensors"
         wide_first = dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize))
         with checkpoint_errors():
-            shards.append(_Shard(f"{name}.safetensors", *header.encode(wide_first, metadata)))
+            shards.append(_Shard(name, *header.encode(wide_first, metadata)))
     return Sink(out, plan, shards, fingerprint, resume)
+
+
+def count_shards(plan: Plan, max_shard_size: int) -> int:
+    """How many files a plan takes."""
+    return len(_split(plan, max_shard_size))
 
 
 def _split(plan: Plan, max_shard_size: int) -> list[dict[str, tuple[np.dtype, tuple[int, ...]]]]:
