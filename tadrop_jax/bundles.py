@@ -8,35 +8,73 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tadrop_jax.errors import MergeError
 from tadrop_jax.kinds import Kind
-from tadrop_jax.placement import entries_of, gathered, sharding_of
+from tadrop_jax.placement import axis_names, entries_of, gathered, place, sharding_of
 from tadrop_jax.trees import named_leaves
 
 
 def pack(masks: jax.Array) -> jax.Array:
     """``(T, *S)`` masks as uint8 ``(T, ceil(n/8))``: ``np.packbits`` of the row-major tensor, one row a task.
 
-    Of masks that are spread over devices each packs its part, and the bits are brought together, not the masks, where
-    the last axis divides into whole bytes.
+    Of masks that are spread over devices by their first axis each device packs and keeps its part. For other axes the
+    bits of this one tensor are brought together (not the masks, where the last axis divides into whole bytes), and are
+    spread again where they divide evenly.
     """
-    lies = sharding_of(masks)
+    tasks, shape, lies = masks.shape[0], masks.shape[1:], sharding_of(masks)
     if lies is None:
-        return jnp.packbits(jnp.reshape(masks, (masks.shape[0], -1)), axis=1)
-    if masks.ndim > 1 and lies.shard_shape(masks.shape)[-1] % 8 == 0:
-        spec = PartitionSpec(*entries_of(lies, masks.ndim))
-        in_bytes = jax.shard_map(
-            lambda part: jnp.packbits(part, axis=-1), mesh=lies.mesh, in_specs=spec, out_specs=spec, check_vma=False
-        )
-        return jnp.reshape(gathered(jax.jit(in_bytes)(masks), lies.mesh), (masks.shape[0], -1))
-    return jnp.packbits(jnp.reshape(gathered(masks, lies.mesh), (masks.shape[0], -1)), axis=1)
+        return _flat_bits(masks)
+    spec = PartitionSpec(*entries_of(lies, masks.ndim))
+    names = axis_names(spec)
+    spread = PartitionSpec(None, names)
+    if _by_first_axis(shape, spec[1:], lies.mesh):
+        return _on_each(_flat_bits, lies.mesh, spec, spread)(masks)
+    if shape and lies.shard_shape(masks.shape)[-1] % 8 == 0:
+        masks = _on_each(functools.partial(jnp.packbits, axis=-1), lies.mesh, spec, spec)(masks)
+        bits = jnp.reshape(gathered(masks, lies.mesh), (tasks, -1))
+    else:
+        bits = _flat_bits(gathered(masks, lies.mesh))
+    even = bits.shape[1] % math.prod(lies.mesh.shape[name] for name in names) == 0
+    return place(bits, NamedSharding(lies.mesh, spread)) if even else bits
 
 
 def unpack(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of :func:`pack` for one task's row: bool array of shape S."""
+    """The inverse of :func:`pack` for one task's row: bool array of shape S, spread by its first axis if bits are."""
+    lies = sharding_of(bits)
+    if lies is not None:
+        spec = PartitionSpec(*entries_of(lies, 1))
+        if _by_first_axis(shape, (*spec, *(None,) * (len(shape) - 1)), lies.mesh):
+            parts = math.prod(lies.mesh.shape[name] for name in axis_names(spec))
+            part = (shape[0] // parts, *shape[1:])
+            return _on_each(functools.partial(unpack, shape=part), lies.mesh, spec, spec)(bits)
+        bits = gathered(bits, lies.mesh)
     return jnp.reshape(jnp.unpackbits(bits, count=math.prod(shape)).astype(bool), shape)
+
+
+def _flat_bits(masks):
+    return jnp.packbits(jnp.reshape(masks, (masks.shape[0], -1)), axis=1)
+
+
+def _beside(value, *others):
+    """Brings an array to where the first of others of its shape that is spread over devices lies."""
+    where = [sharding_of(o) for o in others if np.shape(o) == np.shape(value)]
+    to = next((lies for lies in where if lies is not None), None)
+    return value if to is None else place(value, to)
+
+
+def _on_each(fn, mesh, given: PartitionSpec, found: PartitionSpec):
+    """A function of each device's part."""
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=given, out_specs=found, check_vma=False))
+
+
+def _by_first_axis(shape, entries, mesh) -> bool:
+    """Whether the first axis is split alone, into parts that are whole bytes of the row-major tensor."""
+    if not shape or entries[0] is None or any(entry is not None for entry in entries[1:]):
+        return False
+    parts = math.prod(mesh.shape[name] for name in axis_names(PartitionSpec(entries[0])))
+    return shape[0] % parts == 0 and (math.prod(shape) // parts) % 8 == 0
 
 
 @functools.partial(
@@ -131,7 +169,7 @@ class Bundle:
         out = []
         for name, leaf, vector in zip(names, leaves, vectors, strict=True):
             if vector is not None:
-                out.append((jnp.asarray(leaf).astype(jnp.float32) + vector).astype(leaf.dtype))
+                out.append((jnp.asarray(leaf).astype(jnp.float32) + _beside(vector, leaf)).astype(leaf.dtype))
             else:
                 out.append(own.get(name, leaf))
         return jax.tree_util.tree_unflatten(treedef, out)
@@ -190,7 +228,7 @@ class Bundle:
         for name, part in self.kind.parts(shape, len(self.tasks)).items():
             row = parts[name] if part.over == "entries" else parts[name][t]
             found[name] = unpack(row, shape) if part.dtype == "bits" else row.astype(jnp.float32)
-        return found
+        return {name: _beside(value, *found.values()) for name, value in found.items()}
 
     def _column(self, part: str) -> list[Any]:
         if not any(part in parts for parts in self.parts if parts is not None):

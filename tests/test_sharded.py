@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tadrop_jax as tj
 from benchmarks.sharded_memory import account
-from tadrop_jax import memory
+from tadrop_jax import bundles, memory
 from tadrop_jax.errors import MergeError
 from tests.helpers import family
 
@@ -126,6 +126,25 @@ def test_bundles(make, trees):
             np.testing.assert_allclose(value, expected.task_vector(t)[name], rtol=1e-5, atol=2e-6, err_msg=name)
     if make is tj.tall:
         assert found.unified["kernel"].sharding.is_equivalent_to(placed["kernel"].sharding, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
+def test_bits_are_spread_as_well(kind):
+    """Of one axis without communication; of two axes brought together, packed, and spread again; else on all."""
+    masks = np.random.default_rng(0).random((2, 64, 24)) < 0.5
+    wanted = np.packbits(masks.reshape(2, -1), axis=1)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    for spec, each in (((None, ("a", "b")), 24), ((None, "a"), 48), ((None, "a", "b"), 24), ((None, None, "b"), 96)):
+        placed = jax.device_put(masks, NamedSharding(mesh, PartitionSpec(*spec)))
+        bits = bundles.pack(placed)
+        np.testing.assert_array_equal(bits, wanted)
+        assert bits.sharding.shard_shape(bits.shape) == (2, each), spec
+        np.testing.assert_array_equal(bundles.unpack(bits[1], (64, 24)), masks[1])
+    odd = jax.device_put(masks[:, :, :9], NamedSharding(mesh, PartitionSpec(None, ("a", "b"))))
+    np.testing.assert_array_equal(bundles.pack(odd), np.packbits(masks[:, :, :9].reshape(2, -1), axis=1))
+    alone = jax.device_put(masks, NamedSharding(mesh, PartitionSpec(None, "a")))
+    if kind == EXPLICIT:  # on other axes a traced array does not tell how it lies
+        assert not operations(jax.jit(bundles.pack).lower(alone).compile().as_text(), "all-gather")
 
 
 def test_models_that_lie_elsewhere_are_brought_to_the_base(trees, on_one_device):
