@@ -1,10 +1,15 @@
 """What the suites have in common: tasks with a head each on one shared backbone, and how they are judged."""
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+import converters
 
 Params = Any  # a pytree of arrays: the part of the model that all tasks share
 Inputs = Any  # what the backbone takes: a pytree of arrays (N, ...)
@@ -30,6 +35,35 @@ class Task(NamedTuple):
     validation: Part
     test: Part
     classes: int
+
+
+def cut(name: str, train: Part, test: Part, *, most: tuple[int, int] = (400, 1000), by_order: bool = False) -> Task:
+    """Cuts validation data from the training data; draws what is validated and tested on once and for all.
+
+    Args:
+        name: of the task.
+        train: to cut from.
+        test: to report on.
+        most: at most so many to validate and to test on.
+        by_order: hold out the last fifth of each class, where neighbours are alike, and not a tenth at random.
+    """
+    rng = np.random.default_rng(0)
+    validation = _held_out(train.labels, rng, by_order=by_order)
+    parts = (train.take(~validation), train.take(validation), test)
+    few = [part.take(rng.permutation(len(part.labels))[:m]) for part, m in zip(parts[1:], most, strict=True)]
+    return Task(name, parts[0], *few, classes=int(max(part.labels.max() for part in parts)) + 1)
+
+
+def _held_out(labels: np.ndarray, rng: np.random.Generator, *, by_order: bool) -> np.ndarray:
+    """Marks a tenth of each class, or its last fifth."""
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        if by_order:
+            held[places[-max(1, len(places) // 5) :]] = True
+        else:
+            held[rng.choice(places, max(1, len(places) // 10), replace=False)] = True
+    return held
 
 
 class Head(NamedTuple):
@@ -84,7 +118,9 @@ def share_right(found: np.ndarray, head: Head, labels: np.ndarray) -> float:
     return float(np.mean((found @ head.kernel + head.bias).argmax(-1) == labels))
 
 
-def probe(train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: np.ndarray, classes: int) -> Head:
+def probe(
+    train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: np.ndarray, classes: int, *, bias: bool = True
+) -> Head:
     """A linear probe: logistic regression on the base's features, its penalty chosen on validation data.
 
     Args:
@@ -93,23 +129,55 @@ def probe(train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: n
         validation: features `(M, F)`.
         held: their labels `(M,)`.
         classes: the number of classes.
+        bias: whether the head has one; its bias is zero otherwise.
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     heads = []
-    mean, scale = train.mean(0), train.std(0) + 1e-6
+    mean, scale = bias * train.mean(0), train.std(0) + 1e-6
     with threadpool_limits(2):
         for penalty in (0.01, 0.1, 1.0):
-            found = LogisticRegression(C=penalty, max_iter=100, tol=1e-3).fit((train - mean) / scale, labels)
-            kernel, bias = found.coef_.T, found.intercept_
+            found = LogisticRegression(C=penalty, max_iter=100, tol=1e-3, fit_intercept=bias)
+            found.fit((train - mean) / scale, labels)
+            kernel, shift = found.coef_.T, found.intercept_ * np.ones(len(found.coef_))
             if classes == 2:  # one column, for the second class
-                kernel, bias = np.hstack([0 * kernel, kernel]), np.append(0, bias)
+                kernel, shift = np.hstack([0 * kernel, kernel]), np.append(0, shift)
             kernel = kernel / scale[:, None]
-            heads.append(Head(kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32)))
+            heads.append(Head(kernel.astype(np.float32), (shift - mean @ kernel).astype(np.float32)))
     return max(heads, key=lambda head: share_right(validation, head, held))
 
 
 def read_head(tensors: dict[str, np.ndarray], name: str) -> Head:
     """A head from the tensors of a PyTorch checkpoint: `NAME.weight` (classes, features) and `NAME.bias`."""
     return Head(tensors[f"{name}.weight"].T, tensors[f"{name}.bias"])
+
+
+def place(out: Path, recipe: str, seed: int, name: str) -> Path:
+    """Where a fine-tune lies: a Hugging Face directory."""
+    return out / recipe / f"seed{seed}" / name
+
+
+def save(directory: Path, model: Any, config: Any, measured: dict[str, float], *, files: Sequence[Path] = ()) -> None:
+    """Writes what was measured (`directory`.json), then the model: where the model is, all is.
+
+    Args:
+        directory: where to.
+        model: what `converters.save` takes.
+        config: its configuration.
+        measured: numbers by name.
+        files: to be copied beside the model.
+    """
+    part = directory.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    converters.save(part, model, config)
+    for file in files:
+        shutil.copy(file, part)
+    directory.with_suffix(".json").write_text(json.dumps(measured) + "\n")
+    part.rename(directory)
+
+
+def class_names(classes: int) -> tuple[str, ...]:
+    """The names that Hugging Face gives classes that have none."""
+    return tuple(f"LABEL_{i}" for i in range(classes))

@@ -1,6 +1,7 @@
 """The training loop of all suites: one jitted step, a checkpoint now and then, and on from it when started again."""
 
 import csv
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -14,6 +15,22 @@ import orbax.checkpoint as ocp
 
 Params = Any
 Batch = Any
+Progress = Callable[[int, int], None]  # is told the number of steps done and of all
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How models are fine-tuned: an optimiser of this file, its rate, steps and weight decay."""
+
+    optimiser: Callable[..., optax.GradientTransformation]
+    rate: float
+    steps: int
+    weight_decay: float = 0.0
+    batch: int = 128
+
+    def schedule(self) -> optax.GradientTransformation:
+        """The optimiser, with everything set."""
+        return self.optimiser(self.rate, self.steps, weight_decay=self.weight_decay)
 
 
 def fit(
@@ -26,7 +43,7 @@ def fit(
     out: Path,
     seed: int = 0,
     every: int = 250,
-    progress: Callable[[int, int], None] = lambda done, steps: None,
+    progress: Progress = lambda done, steps: None,
 ) -> Params:
     """Trains, and goes on from the last checkpoint if there is one.
 

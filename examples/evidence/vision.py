@@ -1,9 +1,7 @@
 """The vision suite: a small ViT pretrained on Tiny ImageNet, and its fine-tunes on up to 30 tasks."""
 
 import dataclasses
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,20 +13,14 @@ import converters
 from converters.vit import Config, ViTForImageClassification
 from examples.evidence import suites, training, vision_tasks
 from examples.evidence.images import augmented, normalised
-from examples.evidence.suites import Head, Suite, Tuned
-
-Progress = Callable[[int, int], None]
+from examples.evidence.suites import Head, Suite, Tuned, class_names, place
+from examples.evidence.training import Progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How models are fine-tuned: an optimiser of `training`, its rate, steps and weight decay."""
+class Recipe(training.Recipe):
+    """How models are fine-tuned; `move` is by how many pixels images are moved at most."""
 
-    optimiser: Callable[..., optax.GradientTransformation]
-    rate: float
-    steps: int
-    weight_decay: float = 0.0
-    batch: int = 128
     move: int = 4
 
 
@@ -70,7 +62,7 @@ class Settings:
             initializer_range=self.initial,
             image_size=32,
             patch_size=self.patch,
-            labels=_labels(classes),
+            labels=class_names(classes),
         )
 
 
@@ -101,7 +93,7 @@ def pretrain(data: Path | None, out: Path, *, progress: Progress, settings: Sett
     )
     head = _head(params)
     found = suites.features(encode(module), params["vit"], test.inputs)
-    _save(out / "base", params, config, {"accuracy": suites.share_right(found, head, test.labels)})
+    suites.save(out / "base", params, config, {"accuracy": suites.share_right(found, head, test.labels)})
 
 
 def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *, progress: Progress) -> None:
@@ -124,7 +116,7 @@ def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *,
         params,
         loss,
         lambda step: task.train.take(index(step)),
-        how.optimiser(how.rate, how.steps, weight_decay=how.weight_decay),
+        how.schedule(),
         how.steps,
         out=directory.with_suffix(".training"),
         seed=seed,
@@ -136,13 +128,8 @@ def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *,
         "probe": suites.share_right(seen[2], head, task.test.labels),
         "tuned": suites.share_right(tuned, _head(params), task.test.labels),
     }
-    _save(directory, params, dataclasses.replace(module.config, labels=_labels(task.classes)), report)
+    suites.save(directory, params, dataclasses.replace(module.config, labels=class_names(task.classes)), report)
     shutil.rmtree(directory.with_suffix(".training"))
-
-
-def place(out: Path, recipe: str, seed: int, name: str) -> Path:
-    """Where a fine-tune lies: a Hugging Face directory."""
-    return out / recipe / f"seed{seed}" / name
 
 
 def load(data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str, ...]) -> Suite:
@@ -163,16 +150,5 @@ def encode(module: ViTForImageClassification) -> suites.Encode:
     return jax.jit(lambda params, images: nnx.merge(graph, params)(normalised(images))[:, 0])
 
 
-def _save(directory: Path, params: nnx.State, config: Config, accuracy: dict[str, float]) -> None:
-    """Writes what was measured, then the model: where the model is, all is."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    directory.with_suffix(".json").write_text(json.dumps(accuracy) + "\n")
-    converters.save(directory, params, config)
-
-
 def _head(params: nnx.State) -> Head:
     return Head(*(np.asarray(params["classifier"][name][...]) for name in ("kernel", "bias")))
-
-
-def _labels(classes: int) -> tuple[str, ...]:
-    return tuple(f"LABEL_{i}" for i in range(classes))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.evidence.images import read
-from examples.evidence.suites import Part, Task
+from examples.evidence.suites import Part, Task, cut
 
 EIGHT = ("mnist", "fashion_mnist", "kmnist", "cifar10", "gtsrb", "scenes", "caltech101", "pacs_cartoon")
 FOURTEEN = (*EIGHT, "dtd10", "pacs_photo", "pacs_art_painting", "tiny_0", "tiny_1", "tiny_2")
@@ -35,20 +35,14 @@ _DOMAINS = ("pacs_photo", "pacs_art_painting", "pacs_cartoon")
 _NO_MIRROR = ("mnist", "kmnist", "gtsrb", "turned", "digits")
 
 
-def task(data: Path | None, name: str, *, most: tuple[int, int] = (400, 1000)) -> Task:
-    """Reads a task.
+def task(data: Path | None, name: str) -> Task:
+    """Reads a task; GTSRB's neighbours are frames of one film.
 
     Args:
         data: the directory of image sets; `FAST` needs none.
         name: one of `THIRTY` or `FAST`.
-        most: at most so many images to validate and to test on, drawn once and for all.
     """
-    train, test = _labelled(data, name)
-    rng = np.random.default_rng(0)
-    validation = _held_out(train.labels, rng, by_order=name.startswith("gtsrb"))
-    parts = (train.take(~validation), train.take(validation), test)
-    few = [part.take(rng.permutation(len(part.labels))[:m]) for part, m in zip(parts[1:], most, strict=True)]
-    return Task(name, parts[0], *few, classes=int(max(part.labels.max() for part in parts)) + 1)
+    return cut(name, *_labelled(data, name), by_order=name.startswith("gtsrb"))
 
 
 def mirrored(name: str) -> bool:
@@ -132,15 +126,3 @@ def _domains(data: Path) -> tuple[Part, Part]:
 def _turned(all_: Part, seed: int) -> Part:
     turns = np.random.default_rng(seed).integers(0, 4, len(all_.labels)).astype(np.int32)
     return Part(np.stack([np.rot90(image, n) for image, n in zip(all_.inputs, turns, strict=True)]), turns)
-
-
-def _held_out(labels: np.ndarray, rng: np.random.Generator, *, by_order: bool) -> np.ndarray:
-    """Marks a tenth of each class; with `by_order` its last fifth, since neighbours are frames of one film (GTSRB)."""
-    held = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        if by_order:
-            held[places[-max(1, len(places) // 5) :]] = True
-        else:
-            held[rng.choice(places, max(1, len(places) // 10), replace=False)] = True
-    return held
