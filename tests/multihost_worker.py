@@ -12,6 +12,7 @@ from tadrop_jax.checkpoints import orbax
 
 METHODS = {
     "ties": lambda: (tj.ties(0.3), None),
+    "ties_by_tensor": lambda: (tj.ties(0.3, flavour="mergekit"), None),
     "dare": lambda: (tj.average(), tj.dare(0.5)),
     "n_m": lambda: (tj.task_arithmetic(1.0), tj.n_m(2, 6)),
     "emr": lambda: (tj.emr(), tj.tadrop()),

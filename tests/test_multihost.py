@@ -83,7 +83,7 @@ def launch(processes: int, devices: int, folder, methods) -> list[dict]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts the bytes that a process reads")
 @pytest.mark.parametrize(
-    ("processes", "devices", "methods"), [(2, 2, ("ties", "dare", "n_m", "emr", "iso_c")), (4, 1, ("ties",))]
+    ("processes", "devices", "methods"), [(2, 2, ("ties", "dare", "n_m", "emr", "iso_c")), (4, 1, ("ties_by_tensor",))]
 )
 def test_processes_merge_as_one(processes, devices, methods, trees, folder):
     base, models = trees
