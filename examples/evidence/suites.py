@@ -118,9 +118,7 @@ def share_right(found: np.ndarray, head: Head, labels: np.ndarray) -> float:
     return float(np.mean((found @ head.kernel + head.bias).argmax(-1) == labels))
 
 
-def probe(
-    train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: np.ndarray, classes: int, *, bias: bool = True
-) -> Head:
+def probe(train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: np.ndarray, classes: int) -> Head:
     """A linear probe: logistic regression on the base's features, its penalty chosen on validation data.
 
     Args:
@@ -129,22 +127,20 @@ def probe(
         validation: features `(M, F)`.
         held: their labels `(M,)`.
         classes: the number of classes.
-        bias: whether the head has one; its bias is zero otherwise.
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     heads = []
-    mean, scale = bias * train.mean(0), train.std(0) + 1e-6
+    mean, scale = train.mean(0), train.std(0) + 1e-6
     with threadpool_limits(2):
         for penalty in (0.01, 0.1, 1.0):
-            found = LogisticRegression(C=penalty, max_iter=100, tol=1e-3, fit_intercept=bias)
-            found.fit((train - mean) / scale, labels)
-            kernel, shift = found.coef_.T, found.intercept_ * np.ones(len(found.coef_))
+            found = LogisticRegression(C=penalty, max_iter=100, tol=1e-3).fit((train - mean) / scale, labels)
+            kernel, bias = found.coef_.T, found.intercept_
             if classes == 2:  # one column, for the second class
-                kernel, shift = np.hstack([0 * kernel, kernel]), np.append(0, shift)
+                kernel, bias = np.hstack([0 * kernel, kernel]), np.append(0, bias)
             kernel = kernel / scale[:, None]
-            heads.append(Head(kernel.astype(np.float32), (shift - mean @ kernel).astype(np.float32)))
+            heads.append(Head(kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32)))
     return max(heads, key=lambda head: share_right(validation, head, held))
 
 

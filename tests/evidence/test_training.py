@@ -1,0 +1,48 @@
+"""The training loop: what was interrupted goes on as if it had not been."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples.evidence import training
+
+
+def run(out, stop=None):
+    """Fits a line; `stop` is the step after which it is interrupted."""
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    index = training.shuffled(len(x), 8, seed=3)
+
+    def loss(params, batch, key):
+        noise = 0.1 * jax.random.normal(key, batch.shape)
+        return jnp.mean(((batch + noise) @ params["w"] - batch.sum(1)) ** 2)
+
+    def progress(done, steps):
+        if done == stop:
+            raise KeyboardInterrupt
+
+    start, optimiser = {"w": np.zeros(3, np.float32)}, training.adamw(0.1, 12)
+    batch = lambda step: x[index(step)]  # noqa: E731
+    return training.fit(start, loss, batch, optimiser, 12, out=out, seed=1, every=4, progress=progress)["w"]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "twice", stop=7)
+    twice, once = run(tmp_path / "twice"), run(tmp_path / "once")
+    assert np.array_equal(twice, once)
+    assert np.all(once > 0.3)
+    lines = [
+        [line.split(",")[:2] for line in (tmp_path / name / "log.csv").read_text().split()]
+        for name in ("once", "twice")
+    ]
+    assert lines[0] == lines[1]
+    assert [int(step) for step, _ in lines[0]] == [4, 8, 12]
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    index = training.shuffled(10, 5, seed=0)
+    epochs = [np.concatenate([index(2 * n), index(2 * n + 1)]) for n in range(2)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert not np.array_equal(*epochs)
+    assert len(training.shuffled(3, 5, seed=0)(7)) == 3
