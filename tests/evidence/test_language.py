@@ -35,7 +35,7 @@ def test_fine_tunes_beat_the_probe_and_leave_unseen_tokens_alone(out):
     pad = words.number(words.read(out / "base"), words.PAD)
     for tuned in suite.tuned:
         line = models[tuned.task.name]
-        assert float(line["tuned"]) > max(0.9, float(line["probe"]) + 0.1)
+        assert float(line["tuned"]) > max(0.8, float(line["probe"]) + 0.1)
         assert suites.accuracy(tuned, tuned.params, tuned.task.test) == pytest.approx(float(line["tuned"]), abs=1e-4)
         moved = np.asarray(tuned.params["wte"]["embedding"][...] != suite.base["wte"]["embedding"][...]).any(1)
         seen = np.unique(tuned.task.train.inputs)
