@@ -262,6 +262,65 @@ def test_gradients_match_finite_differences(name, values):
     assert compared >= 2
 
 
+# Values that float32 holds, by range; and for parameters whose range hangs on others.
+VALUES = {(0, 1): (0.25, 0.625), (0, 0.5): (0.125, 0.25), (1, None): (2.0, 4.0), (None, None): (0.5, 2.0)}
+OWN_VALUES = {"q_high": (0.875, 1.0), "learning_rate": (2.0**-10, 2.0**-8), "time": (64.0, 128.0)}
+
+
+def swept(method: registry.Method) -> tuple[dict[str, tuple], list[str]]:
+    """Values of the parameters that may be arrays, three of each, and the names of those that may not."""
+    values, refused = {}, []
+    for p in method.parameters:
+        if p.kind not in ("number", "numbers"):
+            continue
+        low, high = OWN_VALUES.get(p.name, VALUES.get(p.range, (0.25, 0.5)))
+        edges = p.name == "density" and "density" in method.properties
+        try:
+            registry.build(method.name, {p.name: jnp.float32(low)})
+        except tj.ParameterError as refusal:
+            said = f"{method.name}: {p.name} decides on shapes and must be a Python number"
+            if not str(refusal).startswith(said):
+                raise
+            refused.append(p.name)
+        else:
+            values[p.name] = (0.0, high, 1.0) if edges else (low, high, low)
+    return values, refused
+
+
+SWEPT = [m for m in RUNNABLE if any(p.kind in ("number", "numbers") for p in m.parameters)]
+
+
+@pytest.mark.parametrize("name", [m.name for m in SWEPT])
+def test_a_vmap_over_parameters_equals_a_loop(name):
+    """Over all parameters of a method that may be arrays at once; the others are refused by name."""
+    method = registry.METHODS[name]
+    values, _ = swept(method)
+    if not values:
+        pytest.skip("each of its numbers decides on shapes")
+    stack = {NAMES[0]: normal(np.random.default_rng(0))}
+    arrays = {p: jnp.array(v, jnp.float32) for p, v in values.items()}
+    at_once = jax.jit(jax.vmap(lambda given: run(name, given, stack)))(arrays)
+    whole = solves(registry.build(name, {}), tasks_of(method))
+    for i, column in enumerate(zip(*values.values(), strict=True)):
+        if column in list(zip(*values.values(), strict=True))[:i]:
+            continue
+        alone = run(name, dict(zip(values, column, strict=True)), stack)
+        assert_close({n: x[i] for n, x in at_once.items()}, alone, share=1e-4 if whole else 1e-6)
+
+
+def test_shares_that_decide_on_shapes_are_no_arrays():
+    refused = {(m.name, p) for m in SWEPT for p in swept(m)[1]}
+    fixed = {
+        "iso_cts": "common",
+        "cart": "rank",
+        "dc_merge": "keep",
+        "wudi": "cutoff",
+        "swudi": "share",
+        "ace": "share",
+    }
+    assert refused == {*fixed.items(), ("tsv_c", "share")}
+
+
 @every_method
 @settings
 @hypothesis.given(stack=stacks(), order=st.permutations(NAMES))

@@ -67,38 +67,6 @@ def test_emr_inside_the_users_jit(base, models):
         assert_close(inside.task_params(t), outside.task_params(t), rtol=1e-5)
 
 
-# name -> (a merge with the parameter traced, the parameter's values; none lies where rounding decides a rank)
-SWEEPS = {
-    "coefficient": (lambda s, v: tj.merge_task_vectors(s, tj.task_arithmetic(v)), [0.3, 1.0]),
-    "ties_coefficient": (lambda s, v: tj.merge_task_vectors(s, tj.ties(0.3, v)), [0.3, 1.0]),
-    "ties_density": (lambda s, v: tj.merge_task_vectors(s, tj.ties(v)), [0.0, 0.57, 1.0]),
-    "ties_peft_density": (
-        lambda s, v: tj.merge_task_vectors(s, tj.ties(v, flavour="peft")),
-        [0.0, 0.57, 1.0],
-    ),
-    "magnitude": (lambda s, v: tj.sparsify(s, tj.magnitude(v)), [0.0, 0.52, 1.0]),
-    "magnitude_global": (
-        lambda s, v: tj.sparsify(s, tj.magnitude(v, granularity="global")),
-        [0.0, 0.52, 1.0],
-    ),
-    "uniform": (lambda s, v: tj.sparsify(s, tj.uniform(v)), [0.0, 0.52]),
-    "q_low": (lambda s, v: tj.sparsify(s, tj.tadrop(q_low=v)), [0.31, 0.72]),
-    "s_max": (lambda s, v: tj.sparsify(s, tj.tadrop(s_max=v)), [0.31, 0.72]),
-    "dare": (
-        lambda s, v: tj.sparsify(s, tj.dare(v), key=jax.random.key(0)),
-        [0.0, 0.5, 1.0],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SWEEPS)
-def test_vmap_is_a_loop(name, stack):
-    merge, values = SWEEPS[name]
-    swept = jax.jit(jax.vmap(lambda v: merge(stack, v)))(jnp.array(values, jnp.float32))
-    for i, value in enumerate(values):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], swept), merge(stack, value), rtol=1e-5)
-
-
 def test_vmap_over_both_quantiles(stack):
     low, high = [0.51, 0.76, 0.9], [0.91, 0.94, 0.99]
     swept = jax.jit(jax.vmap(lambda a, b: tj.sparsify(stack, tj.tadrop(q_low=a, q_high=b))))(

@@ -26,7 +26,8 @@ def breadcrumbs_merging(
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights.
       rescale: restore each tensor's L1 norm after dropping (mergekit's ``rescale``).
-      flavour: of the sparsifier: ``"authors"`` (the default) or ``"mergekit"``, with which this is its ``breadcrumbs``.
+      flavour: of the sparsifier: ``"authors"`` (the default) or ``"mergekit"``. With the latter, ``gamma=.01`` and
+        ``coefficient=1`` this is mergekit's ``breadcrumbs``.
 
     Returns:
       A merge rule.

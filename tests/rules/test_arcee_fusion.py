@@ -41,13 +41,6 @@ def test_streamed(make_stacks):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["exact", "normal"])
-def test_mergekit(kind, make_stacks):
-    base, models = family(make_stacks, kind, 1)
-    assert_close(ours(base, models, tj.arcee_fusion()), theirs("arcee_fusion", base, models))
-
-
-@pytest.mark.peers
 def test_a_model_that_equals_the_base(make_stacks):
     base, _ = family(make_stacks, "normal", 1)
     with pytest.warns(tj.MergeWarning):

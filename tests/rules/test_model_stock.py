@@ -56,23 +56,6 @@ def test_rows_streamed(make_stacks):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("tasks", [2, 5])
-def test_mergekit(tasks, make_stacks):
-    for kind in ("exact", "normal"):
-        base, models = family(make_stacks, kind, tasks, names=ALL if tasks == 5 else ONE)
-        assert_close(ours(base, models, tj.model_stock()), theirs("model_stock", base, models))
-
-
-@pytest.mark.peers
-def test_mergekit_by_rows(make_stacks):
-    base, models = family(make_stacks, "normal", 3)
-    del base["scale"]  # mergekit's rows want an axis
-    models = [{n: m[n] for n in base} for m in models]
-    merged = ours(base, models, tj.model_stock(filter_wise=True))
-    assert_close(merged, theirs("model_stock", base, models, filter_wise=True), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.peers
 def test_mergekit_at_the_pole():
     """Two opposite task vectors: the base."""
     v = np.float32([1, 2, 2])

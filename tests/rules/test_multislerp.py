@@ -41,17 +41,6 @@ def test_formula(kind, tasks, make_stacks):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("tasks", [1, 2, 5])
-def test_mergekit(tasks, make_stacks):
-    base, models = family(make_stacks, "normal", tasks, names=ALL if tasks == 5 else ONE)
-    weights = list(WEIGHTS[:tasks])
-    assert_close(ours(base, models, tj.multislerp(weights)), theirs("multislerp", base, models, weight=weights))
-    rule = tj.multislerp(weights, space="weights", normalize=False)
-    expected = theirs("multislerp", None, models, weight=weights, normalize_weights=False)
-    assert_close(ours(base, models, rule), expected)
-
-
-@pytest.mark.peers
 def test_mergekit_with_two_that_balance_out():
     v = np.float32([1, 2, 2])
     base, models = {"w": 0 * v}, [{"w": v}, {"w": -v}]

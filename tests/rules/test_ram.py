@@ -1,4 +1,4 @@
-"""RAM and RAM+ against transcriptions, and mergekit's own methods."""
+"""RAM and RAM+ against transcriptions."""
 
 import numpy as np
 import pytest
@@ -93,19 +93,3 @@ def test_streamed_equals_in_memory(small_blocks):
 def test_values_out_of_range_are_refused(make, said):
     with pytest.raises(tj.ParameterError, match=said):
         make()
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("method", ["ram", "ramplus_tl"])
-def test_it_is_mergekit(method, make_stacks):
-    pytest.importorskip("torch")
-    pytest.importorskip("mergekit")
-    from tests.peers.by_mergekit import merged
-
-    stacks = make_stacks("exact", TASKS)
-    base = {name: np.zeros(stack.shape[1:], np.float32) for name, stack in stacks.items()}
-    models = [{name: stack[t] for name, stack in stacks.items()} for t in range(TASKS)]
-    theirs = merged(method, base, models, epsilon=0.3)
-    ours = tj.merge(base, models, tj.ram(0.3) if method == "ram" else tj.ram_plus(threshold=0.3))
-    for name, expected in theirs.items():
-        np.testing.assert_allclose(ours[name], expected, rtol=1e-6, atol=1e-7, err_msg=name)

@@ -1,7 +1,5 @@
-"""SCE against a transcription, and mergekit's own method."""
+"""SCE against a transcription."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -66,14 +64,6 @@ def test_copies_of_one_model_do_not_vary():
     np.testing.assert_allclose(tj.merge_task_vectors(stack, tj.sce(None))["w"], stack["w"][0], rtol=1e-6)
 
 
-def test_a_vmap_over_densities_equals_a_loop(make_stacks):
-    stack = {"w": make_stacks("exact", TASKS)["block/kernel"]}
-    densities = [0.0, 0.25, 1.0]
-    at_once = jax.vmap(lambda d: tj.merge_task_vectors(stack, tj.sce(d))["w"])(jnp.array(densities))
-    for value, density in zip(at_once, densities, strict=True):
-        np.testing.assert_allclose(value, tj.merge_task_vectors(stack, tj.sce(density))["w"], rtol=1e-6)
-
-
 def test_streamed_equals_in_memory(small_blocks):
     base, models = family(TASKS)
     streamed, *_ = run_streamed(base, models, tj.sce(0.3))
@@ -86,19 +76,3 @@ def test_values_out_of_range_are_refused():
         tj.sce(10)
     with pytest.raises(tj.ParameterError, match="sce: density and coefficient are one number for all tasks"):
         tj.sce([0.1, 0.2])
-
-
-@pytest.mark.peers
-def test_it_is_mergekit(make_stacks):
-    pytest.importorskip("torch")
-    pytest.importorskip("mergekit")
-    from tests.peers.by_mergekit import merged
-
-    for factor in (1, 2.0**-12):
-        _, base, models = fine_tunes(make_stacks, "normal", factor)
-        for given in SETTINGS:
-            density = 1.0 if given["density"] is None else given["density"]
-            for name, value in merged("sce", base, models, select_topk=density).items():
-                expected = given.get("coefficient", 1) * value
-                ours = tj.merge(base, models, tj.sce(**given))[name]
-                np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7 * factor, err_msg=name)

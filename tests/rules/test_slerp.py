@@ -37,14 +37,6 @@ def test_formula(kind, t, names, make_stacks):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize(("t", "names"), [(0.3, ALL), (0.0, ONE), (1.0, ONE)])
-def test_mergekit(t, names, make_stacks):
-    for kind in ("exact", "normal"):
-        base, models = family(make_stacks, kind, 1, names=names)
-        assert_close(ours(base, models, tj.slerp(t)), theirs("slerp", base, models, t=t))
-
-
-@pytest.mark.peers
 @pytest.mark.parametrize(
     ("base", "model"),
     [

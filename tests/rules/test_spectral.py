@@ -129,32 +129,3 @@ def test_the_report_says_what_was_done_to_a_tensor(tmp_path):
     assert facts["w"] == {"treated": "matrix", "common rank": 1, "rank": 2, "calibrated": "yes"}
     left = {"treated": "mean", "common rank": None, "rank": None, "calibrated": "no"}
     assert facts["embedding"] == facts["bias"] == left
-
-
-@pytest.mark.peers
-@pytest.mark.filterwarnings("ignore")
-def test_equals_fusion_bench(stack):
-    """The functions that fusion-bench runs on state dicts; its embeddings are excluded by name."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("fusion_bench")
-    from fusion_bench.method.isotropic_merging import iso_utils
-    from fusion_bench.method.singular_value_calibration import utils as calibration
-    from fusion_bench.method.task_singular_vector.utils import TSVM_utils
-
-    vectors = [{n: torch.from_numpy(np.array(x[t])) for n, x in stack.items()} for t in range(3)]
-    on_cpu, only = {"accelerator": "cpu", "exclude_keys": ["embedding"]}, {"mean_only": "embedding"}
-    pairs = [
-        (iso_utils.iso_c(vectors, **on_cpu), tj.iso_c(**only)),
-        (iso_utils.iso_cts(vectors, 0.4, **on_cpu), tj.iso_cts(0.4, **only)),
-        (TSVM_utils.compute_and_sum_svd_mem_reduction(vectors, **on_cpu), tj.tsv_m(**only)),
-    ]
-    for theirs, rule in pairs:
-        ours = tj.merge_task_vectors(stack, rule)
-        for name, x in theirs.items():
-            np.testing.assert_allclose(ours[name], x.numpy(), rtol=1e-4, atol=2e-5, err_msg=name)
-    merged = sum(v["a/kernel"] for v in vectors) * 0.3
-    theirs = calibration.subspace_consistency_spectral_calibration_accelerated(
-        torch.zeros(7, 5), [v["a/kernel"] for v in vectors], merged, alpha=1 / 3, accelerator="cpu"
-    )
-    ours = tj.merge_task_vectors({"w": stack["a/kernel"]}, tj.svc(tj.task_arithmetic(0.3)))["w"]
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: exact counts by row and by tensor; against transcriptions, and mergekit's own function."""
+"""Model Breadcrumbs: exact counts by row and by tensor; against transcriptions."""
 
 import jax
 import jax.numpy as jnp
@@ -102,23 +102,6 @@ def test_a_vmap_over_shares_equals_a_loop(flavour, make_stacks):
 def test_values_out_of_range_are_refused(given, said):
     with pytest.raises(tj.ParameterError, match=said):
         tj.breadcrumbs(**{"density": 0.5, "gamma": 0.1} | given)
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("kind", ["exact", "normal"])
-def test_breadcrumbs_is_mergekit(kind, make_stacks, nest, flatten):
-    """Its own function; which of several equal magnitudes stays is up to its sort, so there the sizes are compared."""
-    torch = pytest.importorskip("torch")
-    outliers = pytest.importorskip("mergekit.sparsify").magnitude_outliers
-    stacks = make_stacks(kind, TASKS)
-    for density, gamma in [(0.5, 0.1), (0.9, 0.25), (0.5, 0.0)]:
-        out = flatten(tj.sparsify(nest(stacks), tj.breadcrumbs(density, gamma, flavour="mergekit")))
-        for name, stack in stacks.items():
-            theirs = [outliers(torch.from_numpy(np.array(x)), density, gamma=gamma).numpy() for x in stack]
-            for ours, expected in zip(out[name], theirs, strict=True):
-                if kind == "exact":
-                    ours, expected = (np.sort(np.abs(x), axis=None) for x in (ours, expected))
-                np.testing.assert_array_equal(ours, expected, err_msg=name)
 
 
 @pytest.mark.parametrize("flavour", ["authors", "mergekit"])
