@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks import measure, merges
 from tadrop_jax import registry, selection
-from tadrop_jax.steps import AnyStep, Ranks, Step, chain, expand
+from tadrop_jax.steps import AnyStep, Ranks, Step, chain, expand, is_aside
 
 # Rounds of counting of a selection in memory, each one read of the keys and one all-reduce.
 ROUNDS = -(-32 // selection.BITS_PER_ROUND)
@@ -130,24 +130,23 @@ def passes(step: AnyStep, tasks: int, path: str = "weight", shape: tuple[int, ..
         >>> passes(build("ties"), 8)[:3]
         (3, 3, 3)
         >>> passes(build("task_arithmetic+tadrop"), 8)[:3]
-        (4, 1, 4)
+        (3, 1, 3)
     """
     steps = [s.for_tensor(path, shape, tasks) for s in expand(step, tasks)]
-    stages = [stage for s in steps for stage in s.stages]
+    every = [stage for s in steps for stage in s.stages]
+    # What one read of the files serves together with the stage before, or with what the chain puts out.
+    stages = [stage for stage in every if not is_aside(stage) and not getattr(stage, "again", False)]
     of_tree = [at for at, stage in enumerate(stages) if stage.scope == "global"]
-    own = len(stages) - len(of_tree)
     whole = any(s.piece in ("row", "tensor") or any(stage.scope == "row" for stage in s.stages) for s in steps)
     ranks, tree_ranks = (
-        sum(isinstance(stage, Ranks) and (stage.scope == "global") == tree for stage in stages)
-        for tree in (False, True)
+        sum(isinstance(stage, Ranks) and (stage.scope == "global") == tree for stage in every) for tree in (False, True)
     )
-    # What a stage over the tree needs of single tensors is read before it, whatever their size.
-    before = sum(stage.scope != "global" for stage in stages[: of_tree[-1]]) if of_tree else 0
+    # What a sum over the tree needs of single tensors is found in the same read; what a selection needs is read before.
+    before = sum(isinstance(stages[at], Ranks) and at - 1 not in (-1, *of_tree) for at in of_tree)
     files = len(of_tree) + 1 if whole else len(stages) + 1
     kept = len(of_tree) + 1 + (0 if whole else before)
-    blocks = files if whole else len(of_tree) + own + 1
-    sums = len(stages) - ranks - tree_ranks
-    return Passes(files, kept, blocks, ranks, tree_ranks, sums, whole, _bundle_bytes(steps[-1], tasks, shape))
+    sums = len(every) - ranks - tree_ranks
+    return Passes(files, kept, files, ranks, tree_ranks, sums, whole, _bundle_bytes(steps[-1], tasks, shape))
 
 
 def _bundle_bytes(last: Step, tasks: int, shape: tuple[int, ...]) -> float:

@@ -383,7 +383,8 @@ def _start_jax() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "tadrop_jax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        # A merge takes dozens of functions, most of them small: compiled anew, they are half of the start-up.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _checked_out(out: Path, resume: bool, alone: bool = True) -> Path:

@@ -31,6 +31,17 @@ def from_the_top(named, n: int, tasks: int) -> tuple[list[str], Wide]:
     return list(named), Wide(*(jnp.stack(limbs) for limbs in zip(*ks, strict=True)))
 
 
+def from_the_bottom(named, tasks: int) -> tuple[list[str], np.ndarray]:
+    """Concrete ranks as they are named: names, and int64 ``(R, T)``."""
+
+    def whole(rank):
+        if isinstance(rank, Wide):
+            return (np.asarray(rank.high).astype(np.int64) << 16) + np.asarray(rank.low)
+        return np.stack([np.reshape(whole(r), ()) for r in rank]) if isinstance(rank, tuple) else np.int64(rank)
+
+    return list(named), np.stack([np.broadcast_to(whole(rank), (tasks,)) for rank in named.values()])
+
+
 def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True) -> dict[str, jax.Array]:
     """One stage over one tensor, or over what of it this device holds.
 

@@ -1,59 +1,73 @@
 """Exact order statistics of data that is read block by block: a sampled bracket, then counting.
 
 After Floyd and Rivest: a small sample brackets each wanted rank; one pass counts what lies below the bracket and
-collects what lies inside; the rank is then found among the few collected. If a bracket misses, or holds too much (many
-equal values), two passes of 2^16-bin histograms settle the upper and then the lower half of the key. Always exact.
+collects what lies inside; the rank is then found among the few collected. Ranks that depend on other order statistics
+of the same data are bracketed with them, from what the sample says of those, so that they share the pass. If a bracket
+misses, or holds too much, two passes of 2^16-bin histograms settle the upper and then the lower half of the key.
+Always exact. Everything here is NumPy, which leaves the interpreter's lock to other threads.
 """
 
+import os
 import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-# Up to this many entries a pass simply collects everything.
+# Up to this many entries a pass over files simply collects everything.
 _COLLECT = 1 << 20
+# Of data in memory, so many are simply sorted.
+_SORT = 1 << 14
 # What all brackets together may collect (in entries, of 4 bytes) before they are given up for histograms.
 _MOST = 1 << 24
-_SAMPLES = 32
-# A sample is about this part of the data, within that number of runs.
+_SAMPLES = 128
+# A sample is about this part of the data, within that number of runs; in memory, one of so many entries.
 _SHARE = 64
+_TOP = np.uint32(2**32 - 1)
+
+# From the keys that the rounds before found, one array (R, T) a round, to int64 ranks (R, T).
+Round = Callable[[list[np.ndarray]], np.ndarray]
 
 
 class Selection:
-    """The search for R ranks of T rows of uint32 keys, over blocks.
+    """The search for ranks of T rows of keys, uint32 or narrower, over blocks.
 
     Attributes:
-      keys: uint32 ``(R, T)``, the keys found, once ``settled``.
-      settled: whether they are.
+      found: for each round that is settled the keys, uint32 ``(R, T)``.
     """
 
-    def __init__(self, n: int, ranks: np.ndarray):
+    def __init__(self, n: int, rounds: Sequence[Round]):
         """Begins the search.
 
         Args:
           n: entries of each row.
-          ranks: int64 ``(R, T)``, ascending from 0; rank n stands for a key above all others.
+          rounds: each gives ranks, ascending from 0; rank n stands for a key above all others.
         """
-        self.n, self.ranks = n, ranks
-        self.keys = np.full(ranks.shape, 2**32 - 1, np.uint32)
-        self.open = ranks < n
-        self.low = np.zeros(ranks.shape, np.uint32)
-        self.high = np.full(ranks.shape, 2**32 - 1, np.uint32)
-        self.prefix: np.ndarray | None = None
-        self.below = np.zeros(ranks.shape, np.int64)
-        self.histogram = False
+        self.n, self.rounds = n, tuple(rounds)
+        self.found: list[np.ndarray] = []
         self.collected = 0
-        # One histogram for each open rank, added up as blocks come: a histogram a block would outgrow the data.
-        self.bins: dict[tuple[int, int], np.ndarray] = {}
         self.lock = threading.Lock()
+        # By round, rank and row: bracket (both ends belong to it); entries below it, and those inside.
+        self.brackets: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+        self.inside: dict[tuple[int, int, int], tuple[int, np.ndarray | int]] = {}
+        # What brackets missed, with the upper half of its key (None: not known yet), the entries below that, and one
+        # histogram, added up as blocks come: a histogram a block would outgrow the data.
+        self.missed: dict[tuple[int, int, int], tuple[int | None, int]] = {}
+        self.bins: dict[tuple[int, int, int], np.ndarray] = {}
+        ranks = self.rounds[0](self.found)
+        # Without a sample, everything is inside.
+        self.brackets |= {(0, r, t): (np.uint32(0), _TOP) for r, t in np.argwhere(ranks < n)}
+        if not self.brackets:
+            self._settle()
 
     @property
     def settled(self) -> bool:
         """Whether all ranks are found."""
-        return not self.open.any()
+        return len(self.found) == len(self.rounds)
 
     @property
     def wants_sample(self) -> bool:
-        """Whether a sample helps."""
+        """Whether a sample of data in files helps."""
         return self.n > _COLLECT and not self.settled
 
     def sample_starts(self, length: int) -> list[int]:
@@ -61,75 +75,139 @@ class Selection:
         count = min(max(self.n // (_SHARE * length), 4), _SAMPLES, self.n // length)
         return [int(i) for i in np.linspace(0, self.n - length, count)]
 
-    def bracket(self, samples: list[np.ndarray]) -> None:
-        """Brackets each rank by a sample: arrays ``(T, m_i)`` of keys."""
-        rows = np.sort(np.concatenate(samples, axis=1), axis=1)
-        m = rows.shape[1]
-        share = np.clip(self.ranks / max(self.n - 1, 1), 0, 1)
-        # Entries of a run are alike, so the bracket is wider than for independent samples.
-        slack = 8 * np.sqrt(share * (1 - share) / m) + 16 / m
-        first = np.floor((share - slack) * m).astype(np.int64)
-        last = np.ceil((share + slack) * m).astype(np.int64)
-        for r, t in np.argwhere(self.open):
-            if first[r, t] > 0:
-                self.low[r, t] = rows[t, first[r, t]]
-            if last[r, t] < m - 1:
-                self.high[r, t] = rows[t, last[r, t]]
+    def bracket_among(self, blocks: Sequence[np.ndarray]) -> None:
+        """Brackets each rank by a sample of all keys, which are in memory: arrays ``(T, m_i)``."""
+        if self.n <= _SORT:
+            self.bracket(blocks)
+        else:
+            self.bracket([np.concatenate([keys[:, ::_SHARE] for keys in blocks], axis=1)])
+
+    def bracket(self, samples: Sequence[np.ndarray]) -> None:
+        """Brackets each rank by a sample: runs ``(T, m_i)`` of keys; if they are all keys, the ranks are found."""
+        runs = samples[0] if len(samples) == 1 else np.concatenate(samples, axis=1)
+        rows, m = np.sort(runs, axis=1), runs.shape[1]
+        starts = np.cumsum([0, *(s.shape[1] for s in samples[:-1])])
+        lengths = np.array([s.shape[1] for s in samples])
+        none, top = rows.dtype.type(0), rows.dtype.type(np.iinfo(rows.dtype).max)
+        guesses: list[np.ndarray] = []
+        self.brackets = {}
+        for i, ranks_of in enumerate(self.rounds):
+            ranks = ranks_of(guesses)
+            if m == self.n:
+                guesses.append(_at(rows, ranks))
+                continue
+            share = np.clip(ranks / max(self.n - 1, 1), 0, 1)
+            guess = _at(rows, np.rint(share * (m - 1)).astype(np.int64))
+            for r, t in np.argwhere(ranks < self.n):
+                error = np.sqrt(share[r, t] * (1 - share[r, t]) / m)
+                if len(samples) > 1:  # entries of a run are alike: the runs say how far they are from each other
+                    below = np.add.reduceat(runs[t] <= guess[r, t], starts, dtype=np.int64) / lengths
+                    error = max(error, np.sqrt(np.mean(np.diff(below) ** 2) / 2 / len(samples)))
+                slack = (6 + 2 * i) * error + 16 / m
+                if any(abs(share[r, t] - share[q, t]) < slack / 8 for q in range(r) if (i, q, t) in self.brackets):
+                    continue  # the bracket of its neighbour will do
+                first, last = int((share[r, t] - slack) * m), int(np.ceil((share[r, t] + slack) * m))
+                self.brackets[i, r, t] = (
+                    rows[t, first] if first > 0 else none,
+                    rows[t, last] if last < m - 1 else top,
+                )
+            guesses.append(guess)
+        if m == self.n:
+            self.found = guesses
 
     def count(self, keys: np.ndarray) -> list:
         """Counts one block of keys ``(T, B)``; called from any thread."""
-        if self.histogram:
-            for r, t in np.argwhere(self.open):
-                self._add_bins(keys[t], r, t)
+        for at, (prefix, _) in self.missed.items():
+            self._add_bins(keys[at[2]], at, prefix)
+        if self.missed:
             return []
         found = []
-        for r, t in np.argwhere(self.open):
-            row, low, high = keys[t], self.low[r, t], self.high[r, t]
+        for (_, _, t), (low, high) in self.brackets.items():
+            row = keys[t]
+            below = int(np.count_nonzero(row < low)) if low else 0
             if low == high:  # one value that many entries have, zero most likely: counting them is enough
-                found.append((int(np.count_nonzero(row < low)), int(np.count_nonzero(row == low))))
-                continue
-            if self.collected > _MOST:
-                found.append((0, row[:0]))  # the bracket is given up: no need to collect more
-                continue
-            # Unsigned: what lies below the bracket wraps around, and is not inside either.
-            inside = row[np.flatnonzero((row - low) <= (high - low))]
-            self.collected += inside.size  # a rough count will do: threads may lose an update
-            found.append((int(np.count_nonzero(row < low)), inside))
+                found.append((below, int(np.count_nonzero(row == low))))
+            elif self.collected > _MOST:
+                found.append((0, row[:0]))  # the brackets are given up: no need to collect more
+            else:
+                # Unsigned: what lies below the bracket wraps around, and is not inside either.
+                inside = row[np.flatnonzero((row - low) <= (high - low))]
+                self.collected += inside.size  # a rough count will do: threads may lose an update
+                found.append((below, inside))
         return found
 
-    def _add_bins(self, row, r, t):
-        half = row >> 16 if self.prefix is None else row[(row >> 16) == self.prefix[r, t]] & 0xFFFF
+    def _add_bins(self, row, at, prefix):
+        half = row >> 16 if prefix is None else row[(row >> 16) == prefix] & 0xFFFF
         counts = np.bincount(half, minlength=1 << 16)
         with self.lock:
-            self.bins[r, t] = self.bins[r, t] + counts if (r, t) in self.bins else counts
+            self.bins[at] = self.bins[at] + counts if at in self.bins else counts
 
-    def update(self, parts: list[list]) -> None:
+    def update(self, parts: Sequence[list]) -> None:
         """Draws the conclusions of a pass: what :meth:`count` gave for each block."""
-        wanted = np.argwhere(self.open)
-        if self.histogram:
-            self._narrow(wanted)
-            return
-        self.histogram = True
-        for i, (r, t) in enumerate(wanted):
-            at = int(self.ranks[r, t]) - sum(part[i][0] for part in parts)
-            inside = [part[i][1] for part in parts]
-            if self.low[r, t] == self.high[r, t]:
-                if 0 <= at < sum(inside):
-                    self.keys[r, t], self.open[r, t] = self.low[r, t], False
-            elif self.collected <= _MOST and 0 <= at < sum(a.size for a in inside):
-                self.keys[r, t], self.open[r, t] = np.partition(np.concatenate(inside), at)[at], False
+        if self.missed:
+            self._narrow()
+        else:
+            for i, at in enumerate(self.brackets):
+                below, inside = sum(part[i][0] for part in parts), [part[i][1] for part in parts]
+                if isinstance(inside[0], int):
+                    self.inside[at] = below, sum(inside)
+                elif self.collected <= _MOST:
+                    self.inside[at] = below, np.concatenate(inside)
+        self._settle()
 
-    def _narrow(self, wanted):
-        first = self.prefix is None
-        prefix = np.zeros(self.ranks.shape, np.uint32) if self.prefix is None else self.prefix
-        for r, t in wanted:
-            ends = np.cumsum(self.bins[r, t])
-            at = self.ranks[r, t] - self.below[r, t]
-            found = int(np.searchsorted(ends, at, side="right"))
-            if first:
-                prefix[r, t] = found
-                self.below[r, t] = ends[found - 1] if found else 0
-            else:
-                self.keys[r, t] = (int(prefix[r, t]) << 16) | found
-                self.open[r, t] = False
-        self.prefix, self.bins = prefix, {}
+    def _settle(self) -> None:
+        """Goes through the rounds as far as what was collected answers them."""
+        while not self.settled:
+            i = len(self.found)
+            ranks = self.rounds[i](self.found)
+            keys = np.full(ranks.shape, _TOP)
+            for r, t in np.argwhere(ranks < self.n):
+                key = self._answer((i, r, t), int(ranks[r, t]))
+                if key is None:
+                    self.missed.setdefault((i, r, t), (None, 0))
+                else:
+                    keys[r, t] = key
+            if self.missed:
+                return
+            self.found.append(keys)
+
+    def _answer(self, at, rank: int) -> np.uint32 | None:
+        """The key at a rank of a row, if what was collected of the row, first of all for this rank, tells it."""
+        for other in (at, *(o for o in self.inside if o[2] == at[2])):
+            below, inside = self.inside.get(other, (0, 0))
+            place, size = rank - below, inside if isinstance(inside, int) else inside.size
+            if 0 <= place < size:
+                return self.brackets[other][0] if isinstance(inside, int) else np.partition(inside, place)[place]
+        return None
+
+    def _narrow(self):
+        i = len(self.found)
+        ranks = self.rounds[i](self.found)
+        for at, (prefix, below) in list(self.missed.items()):
+            ends = np.cumsum(self.bins[at])
+            bin_ = int(np.searchsorted(ends, ranks[at[1:]] - below, side="right"))
+            if prefix is None:
+                self.missed[at] = bin_, below + int(ends[bin_ - 1] if bin_ else 0)
+                continue
+            key = np.uint32((prefix << 16) | bin_)
+            del self.missed[at]
+            self.brackets[at], self.inside[at] = (key, key), (int(ranks[at[1:]]), 1)
+        self.bins = {}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def values(keys: np.ndarray, dtype) -> np.ndarray:
+    """:func:`tadrop_jax.selection.from_ordered_bits` on the host: float32, or the keys themselves."""
+    sign = np.uint32(1 << 31)
+    return keys if dtype == np.uint32 else np.where(keys >= sign, keys ^ sign, ~keys).view(np.float32)
+
+
+def _at(rows: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """The keys at ranks (R, T) of sorted rows, and the largest key at a rank that is none."""
+    n = rows.shape[1]
+    found = np.take_along_axis(rows, np.minimum(ranks, n - 1).T, axis=1).T
+    return np.where(ranks < n, found, _TOP)

@@ -53,10 +53,13 @@ class Sums:
         number of entries of the tensor. In the carry: float32 ``(T,)`` or ``(1,)``; booleans are counted exactly, in
         uint32 (of a tensor: counts over a tree may pass 2^32).
       scope: ``"row"`` (the last axis), ``"tensor"`` or ``"global"`` (the tree).
+      aside: of scope "global": neither later stages nor ``apply`` look at it, only the step's ``scalars``. Then it may
+        be found in the pass that applies the step.
     """
 
     of: Callable[[Piece, Carry, Any], Mapping[str, jax.Array]]
     scope: Scope = "tensor"
+    aside: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,12 +84,14 @@ class Ranks:
       scope: ``"row"``, ``"tensor"`` or ``"global"``.
       attached: of scope "global": whether what is computed from them has the gradient of the entries that they are
         (:func:`tadrop_jax.selection.attached`), since they enter values and not only selections.
+      again: whether ``of`` gives what it gave in the stage before: then one pass may serve both.
     """
 
     of: Callable[[Piece, Carry], jax.Array]
     at: Callable[[int, Carry], Mapping[str, "int | tuple | Wide"]]
     scope: Scope = "tensor"
     attached: bool = False
+    again: bool = False
 
 
 Stage = Sums | Ranks
@@ -306,9 +311,19 @@ def merge_stages(results) -> dict[str, jax.Array]:
     return {name: value for found in results if found is not None for name, value in found.items()}
 
 
-def global_stages(steps: Sequence[Step]) -> list[tuple[int, int]]:
-    """Where statistics of the whole tree are needed: (step, stage), in order."""
-    return [(i, j) for i, s in enumerate(steps) for j, stage in enumerate(s.stages) if stage.scope == "global"]
+def global_stages(steps: Sequence[Step], aside: bool = True) -> list[tuple[int, int]]:
+    """Where statistics of the whole tree are needed: (step, stage), in order; with or without those aside."""
+    return [
+        (i, j)
+        for i, s in enumerate(steps)
+        for j, stage in enumerate(s.stages)
+        if stage.scope == "global" and (aside or not is_aside(stage))
+    ]
+
+
+def is_aside(stage: Stage) -> bool:
+    """Whether no step looks at what the stage finds."""
+    return isinstance(stage, Sums) and stage.aside
 
 
 class Reached(NamedTuple):

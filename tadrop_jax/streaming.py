@@ -9,9 +9,8 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,49 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax import randomness, reductions, selection
+from tadrop_jax import randomness, reductions, sampling
 from tadrop_jax.blocks import Site, block_values, compiled
-from tadrop_jax.errors import ContentError, MergeError
-from tadrop_jax.sampling import Selection
-from tadrop_jax.steps import Ranks, Step, Sums, global_stages, merge_stages
+from tadrop_jax.reading import Block, NonFinite, Reader, Stream
+from tadrop_jax.steps import Step, Sums, global_stages, is_aside, merge_stages
 from tadrop_jax.trees import check_patterns
+
+__all__ = ["NonFinite", "Outcome", "Settings", "Stream", "measure", "run"]
 
 BLOCK = 1 << 18
 SMALL = 1 << 13
 # A tensor of all models that fits in here is read once, and kept while its stages run.
 KEEP_BYTES = 96 << 20
-_UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-
-
-class Stream(NamedTuple):
-    """One tensor in the files of base and models.
-
-    Attributes:
-      name: its name.
-      shape: its shape S.
-      dtype: its storage dtype, the same in all files.
-      read: ``(row, start, stop, out)`` reads entries of the flattened tensor; row 0 is the base, row t + 1 model t.
-      seed_name: the name that random numbers are drawn by; "" for the tensor's own.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[int, int, int, np.ndarray], Any]
-    seed_name: str = ""
-
-    @property
-    def size(self) -> int:
-        """Entries of S."""
-        return math.prod(self.shape)
-
-
-class Block(NamedTuple):
-    """Entries [start, stop) of stream number ``at``."""
-
-    at: int
-    start: int
-    stop: int
 
 
 class Settings(NamedTuple):
@@ -171,36 +139,50 @@ class _Run:
         ]
         self.keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.name) for t in streams]
         self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in chain) for chain in self.chains]
-        self.checked = [False] * len(streams)
-        self.differs = [False] * tasks
-        self.workers = settings.workers or _cores()
-        self.buffers = threading.local()
+        self.reader = Reader(streams, tasks, settings.check_finite, settings.progress)
+        self.workers = settings.workers or sampling.cores()
         self.decomposing = threading.Lock()
         group = math.lcm(*(s.group for s in steps if s.piece == "group"))
         self.block = max(BLOCK // group, 1) * group
         # Packed masks want starts at multiples of 8.
         self.block *= 8 // math.gcd(8, self.block)
         self.small = self.block if group > 1 else SMALL
+        # What stages aside found, by step and stage and by stream: a share for each block.
+        self.shares: dict[tuple[int, int], dict[int, list[dict]]] = {}
 
-    def go(self, write, done, skip):
-        for stop in global_stages(self.steps):
+    def go(self, write, done, skip) -> Outcome:
+        for stop in global_stages(self.steps, aside=False):
             self.global_stage(stop)
-        todo = sorted((k for k in range(len(self.streams)) if k not in skip), key=lambda k: -self.streams[k].size)
-        # Large tensors one at a time, their blocks in parallel; then many small ones at once.
-        large = [k for k in todo if self.streams[k].size >= 16 * self.block]
-        for k in large:
-            done(k, self.finish(k, write, self.parallel))
-        rest = [k for k in todo if k not in set(large)]
-        self.parallel(lambda k: done(k, self.finish(k, write, _serial)), rest)
-        lasts = (merge_stages(found[-1]) for found in self.carries if found and found[-1] and found[-1][0] is not None)
-        return Outcome(next(lasts, {}), tuple(self.differs))
+
+        def finish(k, parallel):
+            found = self.finish(k, None if k in skip else write, parallel)
+            if k not in skip:
+                done(k, found)
+
+        # What is there already still counts in statistics of the tree.
+        self.each(finish, [k for k in range(len(self.streams)) if k not in skip or self.asides(k)])
+        last = len(self.steps) - 1
+        at = (k for k, chain in enumerate(self.chains) if self.active[k][last] and chain[last] == self.steps[last])
+        carry = next((merge_stages(self.carries[k][last]) for k in at), {})
+        for (i, j), shares in self.shares.items():
+            if i == last:
+                ordered = [share for k in sorted(shares) for share in shares[k]]
+                carry |= reductions.combine(self.steps[i].stages[j], ordered)
+        return Outcome(carry, tuple(self.reader.differs))
 
     def measure(self) -> list[Carries]:
-        for stop in global_stages(self.steps):
+        for stop in global_stages(self.steps, aside=False):
             self.global_stage(stop)
-        for k in range(len(self.streams)):
-            self.tensor_stages(k, None, self.parallel, self.keep(k))
+        self.each(lambda k, parallel: self.tensor_stages(k, None, parallel, self.keep(k)), range(len(self.streams)))
         return [self.found(k) for k in range(len(self.streams))]
+
+    def each(self, fn, streams: Iterable[int]) -> dict[int, Any]:
+        """``fn(k, parallel)`` of each stream: those too large to be held one at a time, then the rest side by side."""
+        ordered = sorted(streams, key=lambda k: -self.streams[k].size)
+        large = [k for k in ordered if self.bytes_of(k) > KEEP_BYTES and not self.whole[k]]
+        rest = [k for k in ordered if k not in set(large)]
+        found = {k: fn(k, self.parallel) for k in large}
+        return found | dict(zip(rest, self.parallel(lambda k: fn(k, _serial), rest), strict=True))
 
     def parallel(self, fn, items) -> list:
         """Maps over items on all workers; the first error stops the rest."""
@@ -237,112 +219,82 @@ class _Run:
             return [Block(k, 0, n)]
         return [Block(k, start, min(start + self.block, n)) for start in range(0, n, self.block)]
 
-    def load(self, block: Block, kept=None) -> tuple[np.ndarray, int]:
-        """Raw bits of base and models, ``(T + 1, B)``, padded with zeros; and how many entries are real."""
-        valid = block.stop - block.start
-        if kept is not None and block.start in kept:
-            return kept[block.start], valid
-        stream = self.streams[block.at]
-        width = valid if self.whole[block.at] else self.small if valid <= self.small else self.block
-        uint = _UINT.get(stream.dtype.itemsize)
-        if uint is None:
-            raise MergeError(f"tensor {stream.name!r}: dtype {stream.dtype} cannot be merged from files")
-        rows = self.tasks + 1
-        if kept is None and not self.whole[block.at]:
-            # One buffer a thread and size: a block is done with before the next one is read.
-            held = self.buffers.__dict__.setdefault("held", {})
-            if (width, uint) not in held:
-                held[width, uint] = _aligned((rows, width), uint)
-            raw = held[width, uint]
-        else:
-            raw = _aligned((rows, width), uint)
-            if kept is not None:
-                kept[block.start] = raw
-        for row in range(rows):
-            stream.read(row, block.start, block.stop, raw[row, :valid].view(stream.dtype))
-        raw[:, valid:] = 0
-        self.settings.progress(rows * valid * stream.dtype.itemsize)
-        return raw, valid
+    def bytes_of(self, k: int) -> int:
+        return self.streams[k].size * (self.tasks + 1) * self.streams[k].dtype.itemsize
 
-    def call(self, kind: str, block: Block, stop=None, kept=None):
-        """Runs a compiled block function; also checks the contents when the stream is read for the first time."""
-        k = block.at
-        raw, valid = self.load(block, kept)
-        stream, check = self.streams[k], not self.checked[k]
-        site = self.site(k, kind, stop, check)
+    def load(self, block: Block, kept: dict | None = None, sample: bool = False) -> np.ndarray:
+        """Raw bits of base and models, ``(T + 1, B)``, padded with zeros."""
+        if kept is not None and block.start in kept:
+            return kept[block.start]
+        whole = self.whole[block.at]
+        width = block.size if whole else self.small if block.size <= self.small else self.block
+        # One thread goes through all blocks of a tensor that is held.
+        place = None if whole else 0 if kept is None else block.start // self.block + 1
+        raw = self.reader.read(block, width, place, sample)
+        if kept is not None:
+            kept[block.start] = raw
+        return raw
+
+    def call(self, kind: str, block: Block, stop=None, kept=None, sample: bool = False):
+        """Runs a compiled block function: the value, and what stages aside found."""
+        k, raw = block.at, self.load(block, kept, sample)
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
         # XLA on CPU hands a batch of decompositions to its own threads and waits on one of them: two such calls at once
         # have been seen to wait for each other forever.
         with self.decomposing if self.whole[k] else contextlib.nullcontext():
-            value, total, carries = compiled(site)(
+            value, aside, carries = compiled(self.site(k, kind, stop))(
                 jax.dlpack.from_dlpack(raw),
                 self.keys[k],
                 self.carries[k],
                 start,
-                np.int32(valid),
-                np.float32(stream.size),
+                np.int32(block.size),
+                np.float32(self.streams[k].size),
             )
             if carries is not None:
                 self.carries[k] = jax.tree.map(np.asarray, carries)
-            value = jax.tree.map(np.asarray, value)
-        if check:
-            self.check(block, raw, valid, np.asarray(total))
-        return value
+            return jax.tree.map(np.asarray, (value, aside))
 
-    def site(self, k: int, kind: str, stop=None, check: bool = False) -> Site:
+    def site(self, k: int, kind: str, stop=None) -> Site:
         stream = self.streams[k]
-        return Site(
-            self.chains[k],
-            self.active[k],
-            self.tasks,
-            kind,
-            stop,
-            stream.dtype.name,
-            check,
-            self.dtype_name(k),
-            stream.shape if self.whole[k] else None,
-        )
-
-    def check(self, block: Block, raw, valid, total):
-        """Refuses NaN and infinity, and notes which models differ from the base."""
-        for t in range(self.tasks):
-            if not self.differs[t] and not np.array_equal(raw[0, :valid], raw[t + 1, :valid]):
-                self.differs[t] = True
-        if np.isfinite(total) or not self.settings.check_finite:
-            return
-        stream = self.streams[block.at]
-        for row in range(self.tasks + 1):
-            values = raw[row, :valid].view(stream.dtype).astype(np.float32)
-            bad = np.flatnonzero(~np.isfinite(values))
-            if bad.size:
-                entry = np.unravel_index(block.start + int(bad[0]), stream.shape) if stream.shape else ()
-                raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[bad[0]]))
-
-    def dtype_name(self, k: int) -> str:
-        return (self.settings.dtype or self.streams[k].dtype).name
+        out = (self.settings.dtype or stream.dtype).name
+        shape = stream.shape if self.whole[k] else None
+        return Site(self.chains[k], self.active[k], self.tasks, kind, stop, stream.dtype.name, out, shape)
 
     def global_stage(self, stop):
         i, j = stop
         at = [k for k in range(len(self.streams)) if self.active[k][i] and self.chains[k][i] == self.steps[i]]
-        if not at:
+        if not at or self.carries[at[0]][i][j] is not None:
             return
-        for k in at:
-            # Statistics of single tensors that earlier steps need here.
-            self.tensor_stages(k, stop, self.parallel)
         stage = self.steps[i].stages[j]
-        blocks = [b for k in at for b in self.blocks(k)]
         if isinstance(stage, Sums):
-            found = reductions.combine(stage, self.parallel(lambda b: self.call("sums", b, stop), blocks))
-        else:
-            found = self.ranks(stage, stop, at, blocks, self.parallel)
-        for k in at:
-            self.checked[k] = True
-            self.fill(k, i, j, found)
 
-    def fill(self, k, i, j, found):
-        done = list(self.carries[k][i])
-        done[j] = found
-        self.carries[k] = (*self.carries[k][:i], tuple(done), *self.carries[k][i + 1 :])
+            def shares(k, parallel):
+                # With the statistics of the single tensor that earlier steps need here, while it is held.
+                kept = self.keep(k, stop)
+                self.tensor_stages(k, stop, parallel, kept)
+                return parallel(lambda b: self.call("sums", b, stop, kept)[0], self.blocks(k))
+
+            found = self.each(shares, at)
+            group = {j: reductions.combine(stage, [share for k in at for share in found[k]])}
+        else:
+            self.each(lambda k, parallel: self.tensor_stages(k, stop, parallel, self.keep(k, stop)), at)
+            group = self.ranks(stop, at, [b for k in at for b in self.blocks(k)], self.parallel)
+        for k in at:
+            self.reader.checked[k] = True
+            self.fill(k, i, group)
+
+    def fill(self, k: int, i: int, group: dict[int, dict]) -> None:
+        found = tuple(group.get(j, f) for j, f in enumerate(self.carries[k][i]))
+        self.carries[k] = (*self.carries[k][:i], found, *self.carries[k][i + 1 :])
+
+    def missing(self, k: int, stop=None) -> Iterator[tuple[int, int]]:
+        """The stages of one tensor that are not known yet, up to ``stop``."""
+        for i, step in enumerate(self.chains[k]):
+            for j, stage in enumerate(step.stages):
+                if (i, j) == stop:
+                    return
+                if self.active[k][i] and self.carries[k][i][j] is None and not is_aside(stage):
+                    yield i, j
 
     def tensor_stages(self, k: int, stop, parallel, kept=None):
         """Fills in the statistics of one tensor up to ``stop``."""
@@ -352,45 +304,48 @@ class _Run:
                 kind = "sums" if isinstance(self.steps[stop[0]].stages[stop[1]], Sums) else "keys"
                 self.call(kind, self.blocks(k)[0], stop)
             return
-        for i, step in enumerate(self.chains[k]):
-            if not self.active[k][i]:
-                continue
-            for j, stage in enumerate(step.stages):
-                if stop == (i, j):
-                    return
-                if self.carries[k][i][j] is not None:
-                    continue
-                blocks = self.blocks(k)
-                if isinstance(stage, Sums):
-                    parts = parallel(lambda b, at=(i, j): self.call("sums", b, at, kept), blocks)
-                    found = reductions.combine(stage, parts)
-                else:
-                    found = self.ranks(stage, (i, j), [k], blocks, parallel, kept)
-                self.checked[k] = True
-                self.fill(k, i, j, found)
+        blocks = self.blocks(k)
+        while at := next(self.missing(k, stop), None):
+            i, j = at
+            stage = self.chains[k][i].stages[j]
+            if isinstance(stage, Sums):
+                shares = parallel(lambda b, at=at: self.call("sums", b, at, kept)[0], blocks)
+                self.fill(k, i, {j: reductions.combine(stage, shares)})
+            else:
+                self.fill(k, i, self.ranks(at, [k], blocks, parallel, kept))
+            self.reader.checked[k] = True
 
-    def ranks(self, stage: Ranks, stop, at, blocks, parallel, kept=None):
-        """Exact order statistics over some streams: one sampled bracket, then one pass that counts and collects."""
+    def ranks(self, stop, at, blocks, parallel, kept=None) -> dict[int, dict]:
+        """Exact order statistics over some streams, of a stage and of those after it that select from the same."""
         i, j = stop
-        n = sum(self.streams[k].size for k in at)
-        carry = merge_stages(self.carries[at[0]][i][:j])
-        wanted = stage.at(n, carry)
-        dtype, lead = self.selected_like(at[0], stop)
-        names, top = reductions.from_the_top(wanted, n, lead)
-        # Ascending index of each rank, (R, T').
-        ranks = n - (np.asarray(top.high).astype(np.int64) * (1 << 16) + np.asarray(top.low))
-        search = Selection(n, ranks)
-        if search.wants_sample and not any(self.whole[k] for k in at):
-            pieces = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
-            search.bracket([self.call("keys", b, stop)[:, : b.stop - b.start] for b in pieces])
-        while not search.settled:
-            search.update(parallel(lambda b: self.counted(search, b, stop, kept), blocks))
-        found = selection.from_ordered_bits(jnp.asarray(search.keys), dtype)
-        return dict(zip(names, found, strict=True))
+        k, n = at[0], sum(self.streams[k].size for k in at)
+        stages = self.chains[k][i].stages[j:]
+        stages = [stages[0], *itertools.takewhile(lambda s: getattr(s, "again", False), stages[1:])]
+        dtype, lead = self.selected_like(k, stop)
+        names: dict[int, list[str]] = {}
 
-    def counted(self, search: Selection, block: Block, stop, kept):
-        keys = self.call("keys", block, stop, kept)
-        return search.count(keys[:, : block.stop - block.start])
+        def found(keys: list[np.ndarray]) -> list[dict]:
+            return [dict(zip(names[m], sampling.values(one, dtype), strict=True)) for m, one in enumerate(keys)]
+
+        def ranks_of(m: int, keys: list[np.ndarray]) -> np.ndarray:
+            carry = merge_stages([*self.carries[k][i][:j], *found(keys)])
+            named = stages[m].at(n, jax.tree.map(jnp.asarray, carry))
+            names[m], ranks = reductions.from_the_bottom(named, lead)
+            return ranks
+
+        search = sampling.Selection(n, [functools.partial(ranks_of, m) for m in range(len(stages))])
+        if kept is not None:
+            held = parallel(lambda b: self.call("keys", b, stop, kept)[0][:, : b.size], blocks)
+            search.bracket_among(held)
+            while not search.settled:
+                search.update(parallel(search.count, held))
+        else:
+            if search.wants_sample and not any(self.whole[k] for k in at):
+                runs = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
+                search.bracket(parallel(lambda b: self.call("keys", b, stop, sample=True)[0][:, : b.size], runs))
+            while not search.settled:
+                search.update(parallel(lambda b: search.count(self.call("keys", b, stop)[0][:, : b.size]), blocks))
+        return {j + m: one for m, one in enumerate(found(search.found))}
 
     def sample_block(self, at, where: int, n: int) -> Block:
         """The block of a sample that begins at entry ``where`` of the streams laid end to end."""
@@ -403,7 +358,7 @@ class _Run:
 
     def selected_like(self, k, stop):
         site, width = self.site(k, "keys", stop), self.streams[k].size if self.whole[k] else 8
-        raw = jax.ShapeDtypeStruct((self.tasks + 1, width), _UINT[self.streams[k].dtype.itemsize])
+        raw = jax.ShapeDtypeStruct((self.tasks + 1, width), self.streams[k].bits)
         shape = jax.eval_shape(
             functools.partial(block_values, site),
             raw,
@@ -415,31 +370,39 @@ class _Run:
         )
         return shape.dtype, shape.shape[0]
 
+    def asides(self, k: int) -> list[tuple[int, int]]:
+        """Where the chain of one tensor has stages aside."""
+        steps = enumerate(self.chains[k])
+        return [(i, j) for i, s in steps if self.active[k][i] for j, g in enumerate(s.stages) if is_aside(g)]
+
     def finish(self, k: int, write, parallel) -> Carries:
         kept = self.keep(k)
         self.tensor_stages(k, None, parallel, kept)
 
-        def last(block: Block) -> None:
-            value = self.call("finish", block, None, kept)
-            valid = block.stop - block.start
+        def last(block: Block) -> list[dict]:
+            value, aside = self.call("finish", block, None, kept)
             bundle = self.steps[-1].output == "bundle"
-            write(k, block.start, self.parts_of(block, value) if bundle else value[:valid])
+            if write is not None:
+                write(k, block.start, self.parts_of(block, value) if bundle else value[: block.size])
+            return aside
 
-        parallel(last, self.blocks(k))
+        found = parallel(last, self.blocks(k))
+        for m, at in enumerate(self.asides(k)):
+            self.shares.setdefault(at, {})[k] = [aside[m] for aside in found]
         return self.found(k)
 
     def parts_of(self, block: Block, value) -> dict[str, np.ndarray] | None:
         """What of a bundle's parts is written at this block, in the dtypes and the packing that are kept."""
         if value is None:
             return None
-        found, valid = {}, block.stop - block.start
+        found = {}
         described = self.steps[-1].kind.parts(self.streams[block.at].shape, self.tasks)  # type: ignore[union-attr]
         for name, part in described.items():
             if part.over == "tasks" and block.start:
                 continue
             array = value[name]
             if part.over != "tasks":
-                array = array.reshape((-1,) if part.over == "entries" else (self.tasks, -1))[..., :valid]
+                array = array.reshape((-1,) if part.over == "entries" else (self.tasks, -1))[..., : block.size]
             if part.dtype == "bits":
                 found[name] = np.packbits(array, axis=1)  # many times faster than XLA's
             else:
@@ -447,32 +410,13 @@ class _Run:
                 found[name] = array.astype(kept or np.float32, copy=False)
         return found
 
-    def keep(self, k: int) -> dict | None:
+    def keep(self, k: int, stop=None) -> dict | None:
         """Where to keep the blocks of a tensor that is small enough while its own stages run, or None."""
-        stream = self.streams[k]
-        if self.whole[k]:
-            return None
-        missing = any(f is None for i, c in enumerate(self.carries[k]) if self.active[k][i] for f in c)
-        small = stream.size * (self.tasks + 1) * stream.dtype.itemsize <= KEEP_BYTES
-        return {} if missing and small else None
+        several = next(self.missing(k, stop), None) is not None
+        return {} if several and not self.whole[k] and self.bytes_of(k) <= KEEP_BYTES else None
 
     def found(self, k: int) -> Carries:
         return tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])
-
-
-class NonFinite(ContentError):
-    """NaN or infinity: in which row (0 is the base), tensor and entry."""
-
-    def __init__(self, row: int, name: str, entry: list[int], value: float):
-        super().__init__(
-            f"tensor {name!r} holds {value} at {entry} in {'the base' if row == 0 else f'model {row - 1}'}"
-        )
-        self.row, self.name, self.entry, self.value = row, name, entry, value
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wants_whole(step: Step) -> bool:
@@ -481,11 +425,3 @@ def _wants_whole(step: Step) -> bool:
 
 def _serial(fn, items) -> list:
     return [fn(item) for item in items]
-
-
-def _aligned(shape, dtype) -> np.ndarray:
-    """An uninitialised array aligned to 64 bytes, which JAX on CPU takes without a copy."""
-    count = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(count + 64, np.uint8)
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + count].view(dtype).reshape(shape)

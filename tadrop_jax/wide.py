@@ -6,7 +6,7 @@ entries). A :class:`Wide` holds a count in two limbs of base 2^16; the high limb
 
 import fractions
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,24 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from tadrop_jax.trees import is_traced
+
 _BASE = 16
 _MASK = (1 << _BASE) - 1
 MAX = (1 << 48) - 1
 
 
 class Wide(NamedTuple):
-    """``high * 2^16 + low`` with ``low < 2^16``; both uint32 arrays of one shape."""
+    """``high * 2^16 + low`` with ``low < 2^16``; both uint32 arrays of one shape, of NumPy if they are concrete."""
 
-    high: jax.Array
-    low: jax.Array
+    high: Any
+    low: Any
 
 
 def wide(value) -> Wide:
-    """Turns a Python int, a uint32 array or a :class:`Wide` into a :class:`Wide`.
+    """Turns a Python int, a uint32 array or a :class:`Wide` into a :class:`Wide`; what is concrete, into one of NumPy.
+
+    The arithmetic below then stays with NumPy, which is many times faster than dispatching it.
 
     Raises:
       OverflowError: if a Python int is negative or above 2^48 - 1.
@@ -37,8 +41,8 @@ def wide(value) -> Wide:
     if isinstance(value, (int, np.integer)):
         if not 0 <= int(value) <= MAX:
             raise OverflowError(f"{value} is outside [0, 2^48)")
-        return Wide(jnp.uint32(int(value) >> _BASE), jnp.uint32(int(value) & _MASK))
-    value = jnp.asarray(value).astype(jnp.uint32)
+        return Wide(np.uint32(int(value) >> _BASE), np.uint32(int(value) & _MASK))
+    value = (jnp if is_traced(value) else np).asarray(value).astype(np.uint32)
     return Wide(value >> _BASE, value & _MASK)
 
 
@@ -50,7 +54,7 @@ def add(a: Wide, b: Wide) -> Wide:
 
 def subtract(a: Wide, b: Wide) -> Wide:
     """``a - b``, elementwise, for ``a >= b``."""
-    low = a.low + jnp.uint32(1 << _BASE) - b.low
+    low = a.low + np.uint32(1 << _BASE) - b.low
     return Wide(a.high - b.high - (1 - (low >> _BASE)), low & _MASK)
 
 
@@ -61,7 +65,8 @@ def at_least(a: Wide, b: Wide) -> jax.Array:
 
 def where(condition, a: Wide, b: Wide) -> Wide:
     """``a`` where the condition holds, else ``b``."""
-    return Wide(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
+    xp = jnp if is_traced((condition, a, b)) else np
+    return Wide(xp.where(condition, a.high, b.high), xp.where(condition, a.low, b.low))
 
 
 def minimum(a: Wide, b: Wide) -> Wide:
@@ -165,4 +170,4 @@ def _floor_times_on_host(q: np.ndarray, n: int) -> Wide:
     exponents, mantissas = bits >> 23, (bits & 0x7FFFFF) | (1 << 23)
     found = [0 if e == 0 else (m * n) >> (150 - e) for e, m in zip(exponents, mantissas, strict=True)]
     limbs = ([f >> _BASE for f in found], [f & _MASK for f in found])
-    return Wide(*(jnp.asarray(np.array(limb, np.uint32).reshape(q.shape)) for limb in limbs))
+    return Wide(*(np.array(limb, np.uint32).reshape(q.shape) for limb in limbs))

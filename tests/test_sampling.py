@@ -19,16 +19,24 @@ def small(monkeypatch):
 
 def select(rows: np.ndarray, ranks, block: int = 128, length: int = 16) -> tuple[np.ndarray, int]:
     """As the streamed executor drives the search: the keys, and how many passes it took."""
-    n = rows.shape[1]
-    search = Selection(n, np.asarray(ranks, np.int64))
+    search = at_ranks(rows.shape[1], ranks)
     if search.wants_sample:
         search.bracket([rows[:, s : s + length] for s in search.sample_starts(length)])
+    passes = run_passes(search, rows, block)
+    assert passes <= 3
+    return search.found[0], passes
+
+
+def at_ranks(n: int, ranks) -> Selection:
+    return Selection(n, [lambda found: np.asarray(ranks, np.int64)])
+
+
+def run_passes(search: Selection, rows: np.ndarray, block: int) -> int:
     passes = 0
     while not search.settled:
-        search.update([search.count(rows[:, s : s + block]) for s in range(0, n, block)])
+        search.update([search.count(rows[:, s : s + block]) for s in range(0, rows.shape[1], block)])
         passes += 1
-        assert passes <= 3
-    return search.keys, passes
+    return passes
 
 
 def check(rows: np.ndarray, ranks, **how) -> int:
@@ -83,7 +91,7 @@ def test_a_good_bracket_takes_one_pass(monkeypatch):
 def test_a_sample_that_lies(sign):
     """What the sample sees is far below (above) everything else: the bracket misses, and histograms find the rank."""
     rows = RNG.integers(2**30, 2**31, size=(1, N)).astype(np.uint32)
-    for start in Selection(N, np.array([[0]])).sample_starts(16):
+    for start in at_ranks(N, [[0]]).sample_starts(16):
         rows[0, start : start + 16] = 5 if sign == 1 else 2**32 - 6
     assert check(rows, [[N // 2]]) == 3
 
@@ -95,7 +103,7 @@ def test_a_bracket_that_holds_too_much():
 
 def test_little_data_is_collected_in_one_pass():
     rows = RNG.integers(0, 2**32, size=(3, 150), dtype=np.uint32)
-    assert not Selection(150, np.array([[0]])).wants_sample
+    assert not at_ranks(150, [[0, 0, 0]]).wants_sample
     assert check(rows, [[0, 75, 149], [150, 3, 3]]) == 1
 
 
@@ -129,18 +137,64 @@ def test_any_data(data):
 def test_a_value_that_many_entries_have_is_only_counted():
     """Nothing is collected, and no histogram is needed, where a bracket holds one value."""
     rows = keys_of(NORMAL * (RNG.random((2, N)) < 0.05))
-    search = Selection(N, np.array([[N // 2, N // 2]]))
+    search = at_ranks(N, [[N // 2, N // 2]])
     search.bracket([rows[:, s : s + 256] for s in search.sample_starts(256)])
-    assert (search.low == search.high).all()
-    search.update([search.count(rows[:, s : s + 128]) for s in range(0, N, 128)])
-    assert search.settled
+    assert all(low == high for low, high in search.brackets.values())
+    assert run_passes(search, rows, 128) == 1
     assert search.collected == 0
 
 
 def test_histograms_are_added_up_as_blocks_come():
     """However many blocks there are, one histogram a rank is held."""
-    search = Selection(N, np.array([[N // 3, N // 2]]))
-    search.histogram = True
+    search = at_ranks(N, [[N // 3, N // 2]])
+    search.missed = {(0, 0, t): (None, 0) for t in range(2)}
     rows = DATA["all 32 bits"]
     assert [search.count(rows[:, s : s + 16]) for s in range(0, N, 16)][-1] == []
-    assert {at: (b.size, b.sum()) for at, b in search.bins.items()} == {(0, t): (1 << 16, N) for t in range(2)}
+    assert {at: (b.size, b.sum()) for at, b in search.bins.items()} == {(0, 0, t): (1 << 16, N) for t in range(2)}
+
+
+def dependent(n: int, tasks: int) -> list:
+    """As TADrop's: two quantiles, then a rank that hangs on them."""
+
+    def first(found):
+        return np.repeat(np.array([int(0.75 * n), int(0.95 * n)])[:, None], tasks, axis=1)
+
+    def second(found):
+        low, high = found[0].view(np.float32)
+        with np.errstate(all="ignore"):
+            share = np.nan_to_num(low / high, nan=0.0, posinf=0.0, neginf=0.0)
+        return np.floor(np.clip(share, 0, 1) * n).astype(np.int64)[None]
+
+    return [first, second]
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("sampled", ["in memory", "runs", "not at all"])
+def test_ranks_that_hang_on_others(name, sampled, monkeypatch):
+    monkeypatch.setattr(sampling, "_SORT", 300)
+    monkeypatch.setattr(sampling, "_SHARE", 8)
+    rows = DATA[name]
+    search = Selection(N, dependent(N, 2))
+    if sampled == "in memory":
+        search.bracket_among([rows[:, s : s + 999] for s in range(0, N, 999)])
+    elif sampled == "runs":
+        search.bracket([rows[:, s : s + 128] for s in search.sample_starts(128)])
+    assert run_passes(search, rows, 512) <= 5
+    ordered = np.concatenate([np.sort(rows, axis=1), np.full((2, 1), 2**32 - 1, np.uint32)], axis=1)
+    for round_, found in zip(dependent(N, 2), search.found, strict=True):
+        np.testing.assert_array_equal(found, ordered[np.arange(2), round_(search.found)])
+
+
+def test_one_pass_finds_dependent_ranks_too(monkeypatch):
+    monkeypatch.setattr(sampling, "_MOST", 1 << 24)
+    monkeypatch.setattr(sampling, "_SHARE", 4)
+    monkeypatch.setattr(sampling, "_SORT", 300)
+    search = Selection(N, dependent(N, 2))
+    search.bracket_among([DATA["normal"]])
+    assert run_passes(search, DATA["normal"], 512) == 1
+
+
+def test_few_entries_in_memory_are_sorted_without_a_pass():
+    search = Selection(N, dependent(N, 2))
+    search.bracket_among([DATA["normal"][:, :3000], DATA["normal"][:, 3000:]])
+    assert search.settled

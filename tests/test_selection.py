@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tadrop_jax as tj
+from tadrop_jax import selection
 
 pytestmark = pytest.mark.optimised
 
+RNG = np.random.default_rng(8)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 TINY = {jnp.float32: 1e-45, jnp.bfloat16: 9.2e-41, jnp.float16: 6e-8}  # the smallest subnormal, or near it
 
@@ -85,6 +87,24 @@ def test_a_larger_matrix(dtype):
     for k in (1, 2, 614, 1536, 3071, 3072):
         expected = np.partition(np.abs(x.astype(np.float64)), x.size - k, axis=None)[x.size - k]
         assert same_bits(tj.kth_largest_magnitude(x, k), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("data", ["everything", "normal", "mostly zero"])
+def test_the_host_samples_and_counts(dtype, data, monkeypatch):
+    """What runs outside jit on a CPU, beyond the sizes that are partitioned as they are; the bits of the other way."""
+    for name, value in {"_PARTITION": 100, "_STRIDE": 4, "_BLOCK": 256}.items():
+        monkeypatch.setattr(selection, name, value)
+    x = {
+        "everything": lambda: np.tile(values_with_everything(dtype), 93).reshape(93, 33),
+        "normal": lambda: RNG.normal(size=(93, 33)).astype(dtype),
+        "mostly zero": lambda: (RNG.normal(size=3069) * (RNG.random(3069) < 0.1)).astype(dtype),
+    }[data]()
+    expected = magnitudes(x)
+    for k in (1, 7, 300, 1535, 3000, 3069):
+        assert same_bits(tj.kth_largest_magnitude(x, k), expected[-k], dtype)
+    for q in (0.0, 0.3, 0.75, 1.0):
+        assert same_bits(tj.magnitude_quantile(x, q, method="lower"), expected[int(q * 3068)], dtype)
 
 
 @given(hnp.arrays(np.float32, (33,), elements=st.floats(width=32, allow_nan=False)), st.integers(1, 33))

@@ -59,7 +59,7 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
         return {"unified": unified, "masks": masks}
 
     return Step(
-        stages=(Sums(sums, scope="global"),),
+        stages=(Sums(sums, scope="global", aside=True),),
         apply=apply,
         output="bundle",
         kind=KIND,

@@ -70,6 +70,7 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
             lambda x, carry: stage.of(view(x), carry),
             lambda n, carry: own_ranks(stage, n, carry),
             stage.scope,
+            again=stage.again,
         )
 
     def own_ranks(stage, n, carry):

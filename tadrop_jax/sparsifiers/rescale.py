@@ -102,6 +102,7 @@ def _joined(steps: tuple[Step, ...]) -> Step:
             lambda x, c: stage.of(before(i, x, c), own(i, c)),
             lambda n, c: marked(stage.at(n, own(i, c))),
             stage.scope,
+            again=stage.again,
         )
 
     pieces = ("any", "group", "row", "tensor")

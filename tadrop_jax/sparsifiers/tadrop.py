@@ -77,7 +77,7 @@ def tadrop(
     return Step(
         stages=(
             Ranks(_magnitudes, at=quantile_ranks),
-            Ranks(_magnitudes, at=cut_rank),
+            Ranks(_magnitudes, at=cut_rank, again=True),
             *norm_stages(norm),
         ),
         apply=functools.partial(prune, norm=norm),

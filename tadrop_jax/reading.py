@@ -1,0 +1,147 @@
+"""Blocks of tensors in files, of the base and all models at once: what the streamed executor computes on."""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from tadrop_jax.errors import ContentError, MergeError
+
+_UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+class Stream(NamedTuple):
+    """One tensor in the files of base and models.
+
+    Attributes:
+      name: its name.
+      shape: its shape S.
+      dtype: its storage dtype, the same in all files.
+      read: ``(row, start, stop, out)`` reads entries of the flattened tensor; row 0 is the base, row t + 1 model t.
+      seed_name: the name that random numbers are drawn by; "" for the tensor's own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int, int, np.ndarray], Any]
+    seed_name: str = ""
+
+    @property
+    def size(self) -> int:
+        """Entries of S."""
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> type[np.unsignedinteger]:
+        """The unsigned integer of the dtype's width.
+
+        Raises:
+          MergeError: if there is none that merges.
+        """
+        uint = _UINT.get(self.dtype.itemsize)
+        if uint is None:
+            raise MergeError(f"tensor {self.name!r}: dtype {self.dtype} cannot be merged from files")
+        return uint
+
+
+class Block(NamedTuple):
+    """Entries [start, stop) of stream number ``at``."""
+
+    at: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.stop - self.start
+
+
+class NonFinite(ContentError):
+    """NaN or infinity: in which row (0 is the base), tensor and entry."""
+
+    def __init__(self, row: int, name: str, entry: list[int], value: float):
+        super().__init__(
+            f"tensor {name!r} holds {value} at {entry} in {'the base' if row == 0 else f'model {row - 1}'}"
+        )
+        self.row, self.name, self.entry, self.value = row, name, entry, value
+
+
+class Reader:
+    """Reads blocks, and looks at the contents when a tensor is read for the first time.
+
+    Attributes:
+      checked: for each stream, whether it has been read as a whole.
+      differs: for each model, whether it differs from the base in what was read so far.
+    """
+
+    def __init__(self, streams: Sequence[Stream], tasks: int, check_finite: bool, progress: Callable[[int], None]):
+        self.streams, self.tasks, self.check_finite, self.progress = streams, tasks, check_finite, progress
+        self.checked = [False] * len(streams)
+        self.differs = [False] * tasks
+        self.buffers = threading.local()
+
+    def read(self, block: Block, width: int, place: int | None = 0, sample: bool = False) -> np.ndarray:
+        """Raw bits of base and models.
+
+        Args:
+          block: which entries.
+          width: of the result; zeros fill it up.
+          place: which of the thread's buffers of this width to overwrite; None for an array of its own.
+          sample: whether this is no more than a sample, whose contents are looked at later.
+
+        Returns:
+          ``(T + 1, width)``, aligned so that JAX on CPU takes it without a copy.
+
+        Raises:
+          NonFinite: for NaN or infinity, unless they may pass.
+        """
+        stream, rows, uint = self.streams[block.at], self.tasks + 1, self.streams[block.at].bits
+        held = self.buffers.__dict__.setdefault("held", {})
+        raw = held.get((width, uint, place))
+        if raw is None:
+            raw = _aligned((rows, width), uint)
+            if place is not None:
+                held[width, uint, place] = raw
+        for row in range(rows):
+            stream.read(row, block.start, block.stop, raw[row, : block.size].view(stream.dtype))
+        raw[:, block.size :] = 0
+        if not sample and not self.checked[block.at]:
+            self._check(block, raw[:, : block.size])
+        self.progress(rows * block.size * stream.dtype.itemsize)
+        return raw
+
+    def _check(self, block: Block, raw: np.ndarray) -> None:
+        for t in range(self.tasks):
+            if not self.differs[t] and not np.array_equal(raw[0], raw[t + 1]):
+                self.differs[t] = True
+        stream = self.streams[block.at]
+        if not self.check_finite or _all_finite(raw, stream.dtype):
+            return
+        for row in range(self.tasks + 1):
+            values = raw[row].view(stream.dtype).astype(np.float32)
+            bad = np.flatnonzero(~np.isfinite(values))
+            if bad.size:
+                entry = np.unravel_index(block.start + int(bad[0]), stream.shape) if stream.shape else ()
+                raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[bad[0]]))
+
+
+def _all_finite(raw: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether bits are those of finite numbers: of either sign, infinity and NaN have the largest patterns."""
+    if raw.dtype.itemsize == 1:  # 8-bit floats differ in what they have of these
+        return bool(np.isfinite(raw.view(dtype).astype(np.float32)).all())
+    infinite = int(np.array(ml_dtypes.finfo(dtype).max, dtype).view(raw.dtype)) + 1
+    sign = 1 << (8 * raw.dtype.itemsize - 1)
+    return not raw.size or bool(raw.view(f"i{raw.dtype.itemsize}").max() < infinite and raw.max() < infinite | sign)
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+    """An uninitialised array aligned to 64 bytes."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(count + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + count].view(dtype).reshape(shape)
