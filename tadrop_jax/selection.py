@@ -343,7 +343,7 @@ def _on_host(x: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
         return search.count((bits[start : start + _BLOCK] & mask)[None])
 
     starts = range(0, bits.size, _BLOCK)
-    threads = min(cores(), len(starts))
+    threads = min(cores(), len(starts) // 8)
     with ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext() as pool:
         while not search.settled:
             search.update(list(pool.map(count, starts) if pool else map(count, starts)))
