@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-SUITES = ("vision", "language")
+SUITES = ("vision", "language", "multimodal")
 
 
 def main(arguments: list[str] | None = None) -> Path:

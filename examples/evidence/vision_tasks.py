@@ -59,6 +59,13 @@ def pretraining(data: Path | None) -> tuple[Part, Part]:
     return _only(train, chosen), _only(test, chosen)
 
 
+def pretraining_names(data: Path) -> tuple[str, ...]:
+    """What these classes are called: the first name that each has."""
+    with np.load(data / "tiny_imagenet32" / "tiny_imagenet32.npz") as file:
+        names = file["class_names"][_tiny_order()[:PRETRAINING_CLASSES]]
+    return tuple(str(name).partition(" ")[2].partition(",")[0].lower() for name in names)
+
+
 def _labelled(data: Path | None, name: str) -> tuple[Part, Part]:
     if name in _QUESTIONS:
         train, test = _digits()
