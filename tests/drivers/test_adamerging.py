@@ -1,6 +1,7 @@
-"""AdaMerging against the authors' step, written out in NumPy and in PyTorch; its options, files and pictures."""
+"""AdaMerging against the authors' step, written out in NumPy, and fusion-bench; its options, files and pictures."""
 
 import itertools
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -17,7 +18,12 @@ from tadrop_jax.drivers.adamerging import compiled_step
 
 from .conftest import TASKS, WIDTH, mlp
 
-FLOATS = ("one/bias", "one/kernel", "two/bias", "two/kernel")
+
+def as_pytorch(tree):
+    """The tree of an ``mlp``, or of its coefficients, under the names and in the layout of PyTorch's Sequential."""
+    layers = {"0": tree["one"], "2": tree["two"]}
+    parts = {"weight": "kernel", "bias": "bias"}
+    return {f"{i}.{ours}": np.array(layer[part]).T for i, layer in layers.items() for ours, part in parts.items()}
 
 
 def entropy_and_gradient(z):
@@ -109,33 +115,73 @@ def test_the_authors_loop(linear, granularity, bounds, start, remat):
 
 
 @pytest.mark.peers
-def test_pytorch_autograd_and_adam(trees, inputs):
+@pytest.mark.filterwarnings("ignore")  # of what fusion_bench imports
+@pytest.mark.parametrize(("granularity", "clip"), [("tensor", True), ("task", True), ("task", False)])
+def test_fusion_bench(granularity, clip, trees, inputs):
+    """Its wrappers of PyTorch modules in its own loop, at a rate that drives coefficients out of the interval."""
     torch = pytest.importorskip("torch")
+    peer = pytest.importorskip("fusion_bench.method.adamerging.layer_wise_adamerging", exc_type=ImportError)
+    from fusion_bench import BaseModelPool
+    from fusion_bench.method.adamerging.task_wise_adamerging import TaskWiseAdaMergingAlgorithm
+    from omegaconf import DictConfig
+
+    steps, start, rate = 5, [0.3, 0.98], 0.05
+    whole = granularity == "task"
+    feeds = {str(t): itertools.cycle([torch.tensor(x) for x in batches]) for t, batches in enumerate(inputs)}
+
+    class Algorithm(TaskWiseAdaMergingAlgorithm if whole else peer.LayerWiseAdaMergingAlgorithm):
+        # What it takes of lightning, on one device; the task-wise class and the other call it by two names.
+        fabric = _fabric = SimpleNamespace(
+            setup=lambda module, optimizer: (module, optimizer),
+            backward=lambda loss, **how: loss.backward(**how),
+            log_dict=lambda *_, **__: None,
+        )
+
+        def get_shuffled_test_loader_iter(self, task):
+            return feeds[task] if whole else ((x,) for x in feeds[task])
+
+        def compute_logits(self, module, batch, task):
+            return module(batch)
+
+    def module(tree):
+        made = torch.nn.Sequential(torch.nn.Linear(WIDTH, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        made.load_state_dict({n: torch.tensor(x) for n, x in as_pytorch(tree).items()})
+        return made
+
     base, models = trees
-    found = tj.adamerging(mlp, inputs, base, models, steps=4, learning_rate=1e-3)
+    config = {"optimizer": "adam", "lr": rate, "max_steps": steps, "weights": None, "init_values": start[0]}
+    algorithm = Algorithm(DictConfig(config | {"clamp_weights": clip, "tie_weights": False, "strict": True}))
+    algorithm.modelpool = BaseModelPool(
+        {"_pretrained_": module(base)} | {str(t): module(model) for t, model in enumerate(models)}
+    )
+    build = "construct_task_wise_merged_model" if whole else "construct_layer_wise_merged_model"
+    wrapper = getattr(algorithm, build)(algorithm.modelpool)
+    wrapper.merge_weight.data[1] = start[1]  # its configuration has one number for all
+    raw = algorithm.test_time_adaptation(wrapper).merge_weight.detach().numpy()  # (T,) or (T, tensors)
+    assert raw[1].max() > 1 + rate / 2
+    assert raw[0].max() < 1
 
-    def flat(tree):
-        names = [n.split("/") for n in FLOATS]
-        return [torch.tensor(np.array(tree[a][b])) for a, b in names]
-
-    theta0 = flat(base)
-    taus = [[m - b for m, b in zip(flat(model), theta0, strict=True)] for model in models]
-    raw = torch.nn.Parameter(torch.full((len(FLOATS), TASKS), 0.3))
-    optimizer = torch.optim.Adam([raw], lr=1e-3)
-    for step in range(4):
-        used = raw.clamp(0, 1)
-        b1, k1, b2, k2 = (b + sum(used[i, t] * taus[t][i] for t in range(TASKS)) for i, b in enumerate(theta0))
-        loss = 0
-        for batches in inputs:
-            z = torch.tanh(torch.tensor(batches[step % 2]) @ k1 + b1) @ k2 + b2
-            loss = loss - (z.softmax(1) * z.log_softmax(1)).sum(1).mean()
-        np.testing.assert_allclose(found.losses[step].sum(), loss.item(), rtol=1e-5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    table = found.table()
-    for i, name in enumerate(FLOATS):
-        np.testing.assert_allclose(table[name], raw[i].detach(), atol=2e-6)
+    found = tj.adamerging(
+        mlp,
+        inputs,
+        base,
+        models,
+        granularity=granularity,
+        init=start,
+        steps=steps,
+        learning_rate=rate,
+        bounds="clip" if clip else None,
+    )
+    used = np.clip(raw, 0, 1) if clip else raw
+    if whole:
+        np.testing.assert_allclose(found.coefficients, used, atol=2e-6)
+    else:
+        coefficients = as_pytorch(found.coefficients)
+        for i, (name, _) in enumerate(wrapper.task_vectors[0].named_parameters()):
+            np.testing.assert_allclose(coefficients[name], used[:, i], atol=2e-6, err_msg=name)
+    ours = as_pytorch(found.params)
+    for name, expected in wrapper.merge_and_unload().state_dict().items():
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
 def test_one_function_a_task_is_the_shared_function(trees, inputs):
