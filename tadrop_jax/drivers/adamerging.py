@@ -80,9 +80,11 @@ def adamerging(
       \min_\lambda \sum_t mean_{x \in B_t} H(softmax(f_t(x; \theta(\lambda))))
 
     with one :math:`\lambda_t` for each task, or one for each task and tensor. A step draws one batch of each task and
-    is one jitted optax update. The defaults are the authors' layer-wise code; ``granularity="task"`` is their task-wise
-    code, and ``sparsifier=tj.magnitude(0.2, granularity="global")`` makes it AdaMerging++ (the trim of TIES; any
-    sparsifier will do).
+    is one jitted optax update. The defaults are the authors' layer-wise code (``EnnengYang/AdaMerging``,
+    ``main_layer_wise_adamerging.py``); ``granularity="task"`` is their task-wise code, and
+    ``sparsifier=tj.magnitude(0.2, granularity="global")`` makes it AdaMerging++ (the trim of TIES; any sparsifier will
+    do). fusion-bench (``LayerWiseAdaMergingAlgorithm``, ``TaskWiseAdaMergingAlgorithm``) does the same with
+    ``clamp_weights=True``; its configuration for CLIP has False and 1000 steps: ``bounds=None, steps=1000``.
 
     Memory: base and task vectors (float32), and beside them about one model and what one task's backward pass keeps;
     ``benchmarks/adamerging_memory.py`` measures it. If all tasks share one function and the shape of their batches, the
@@ -95,7 +97,7 @@ def adamerging(
       base: the pretrained parameters.
       models: T fine-tuned parameters.
       granularity: ``"tensor"`` (a coefficient for each task and tensor; the paper says layer-wise) or ``"task"``.
-      init: what coefficients start at; one number, or one per task.
+      init: what coefficients start at, a number or one per task.
       steps: updates at most.
       learning_rate: of Adam.
       bounds: ``"clip"``: coefficients are clipped to [0, 1] where they are used, as the authors do; one that has left

@@ -54,10 +54,10 @@ def fisher(
       F_t = mean_x \, E_{y} (\partial_\theta \log p(y | x; \theta_t))^2, \quad
       \theta = \sum_t w_t \hat F_t \theta_t / \sum_t w_t \hat F_t, \quad \hat F_t = \max(F_t, floor) / \|F_t\|
 
-    The defaults are the authors': the exact expectation over the model's own labels, each Fisher divided by its
-    Euclidean norm over the model, and the floor on the first model alone, which therefore fills in where no model's
-    Fisher says anything. With ``floor_on="all"`` the order of the models does not matter. An entry whose weights are
-    all 0 gets the weighted mean; a Fisher that is 0 everywhere is not divided.
+    The defaults are the authors' (``mmatena/model_merging``): the exact expectation over the model's own labels, each
+    Fisher divided by its Euclidean norm over the model, and the floor on the first model alone, which therefore fills
+    in where no model's Fisher says anything. With ``floor_on="all"`` the order of the models does not matter. An entry
+    whose weights are all 0 gets the weighted mean; a Fisher that is 0 everywhere is not divided.
 
     dataless-model-merging squares the gradient of a batch's mean loss, which is no Fisher but for batches of one
     example; ``labels="argmax"`` with such batches is its ``hard`` variant.
@@ -71,11 +71,11 @@ def fisher(
       labels: ``"exact"``: the expectation over all classes (a backward pass for each example, class and position);
         ``"sampled"``: one label drawn from the model for each position; ``"argmax"``: the most likely one;
         ``"given"``: the empirical Fisher, batches are ``(inputs, labels)`` with integer labels ``(batch, ...)``.
-      weights: weight of each model.
+      weights: w_t, a number or one per task: none negative, and not all 0.
       normalize: divide each Fisher by its norm over the ``"model"``, by its norm over each ``"tensor"``, or None.
       floor: least value of a Fisher, before it is divided.
       floor_on: ``"first"`` model, or ``"all"``. ``"added"``: the floor is added to all Fishers, and to the norms that
-        divide them, as fusion_bench and dataless-model-merging do.
+        divide them, as fusion-bench (``merging_with_fisher_weights``) and dataless-model-merging do.
       chunk: how many examples to differentiate at a time; each takes the memory of a gradient.
       fishers: T Fishers from an earlier run (or from :func:`fisher_diagonal`), in place of functions and batches, which
         are then None.
@@ -139,6 +139,7 @@ def fisher_diagonal(apply_fn: Callable, params, batches, *, labels: str = "exact
 
     Raises:
       MergeError: as :func:`fisher`.
+      ParameterError: as :func:`fisher`.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj

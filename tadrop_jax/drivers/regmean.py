@@ -54,7 +54,9 @@ def regmean(
     the identity is added, so that a direction which no input excites gets the weighted mean: in total ``ridge`` times
     the mean of the diagonal of the sum. The authors' code adds nothing (``ridge=0``).
 
-    The authors scale by .9 in most experiments, .1 for DeBERTa on emotions; other reports use .6 for GPT-2.
+    The authors (``bloomberg/dataless-model-merging``, ``regmean_mean_params``) scale by .9 in most experiments, .1 for
+    DeBERTa on emotions; other reports use .6 for GPT-2. With ``ridge=0`` this is also fusion-bench's
+    ``merging_with_regmean_weights``, whose scale is 1 by default.
 
     Args:
       capture_fns: ``(params, batch) -> {name of a kernel: inputs (..., in)}``, or a list of inputs for a layer that
@@ -65,7 +67,7 @@ def regmean(
       base: the pretrained parameters: they give type, dtypes, and what is not merged.
       models: T fine-tuned parameters.
       scale: of the off-diagonal of the Gram matrices, in [0, 1].
-      weights: weight of each model.
+      weights: w_t, a number or one per task: none negative, and not all 0.
       ridge: what is added to the diagonal, as a share of its mean.
       out_in: regular expression(s) of the kernels that lie (out, in), as PyTorch's Linear does. All others lie (in,
         out), as Flax kernels and GPT-2's Conv1D do; kernels of several axes are flattened.

@@ -34,7 +34,7 @@ def knots(
     The SVD is taken of the factors, :math:`\sum r_t` wide, which is the same and does not need the dense matrices. The
     rule sees the merged coordinates of all weights as one tree, as in the authors' code (gstoica27/KnOTS): their
     "KnOTS-TIES" of ``vitB_r16_knots_ties.py`` is ``tj.ties(0.2, 0.6)``, and "KnOTS-DARE-TIES" the same with
-    ``sparsifier=tj.dare(...)`` before.
+    ``sparsifier=tj.dare(...)`` before. fusion-bench's ``subspace_alignment`` gives the same basis.
 
     Args:
       adapters: T trees of the same weights, whose leaves are pairs: ``lora_A`` (r, in) and ``lora_B`` (out, r) as PEFT

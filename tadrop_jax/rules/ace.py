@@ -47,8 +47,8 @@ def ace(
       share: of the smaller side of the matrix: k is ``int(share * min(out, in))``.
       input_axis: the axis of the inputs, in PyTorch order: -1 for ``torch.nn.Linear``. The authors' code takes the last
         axis of every matrix, also of GPT-2's ``Conv1D`` (in, out), whose inputs are at 0.
-      mean_only: regular expressions of matrices that get the mean; the authors': ``"text_projection"``. So do tensors
-        that are no matrix.
+      mean_only: regular expression(s) of matrices that get the mean, such as embeddings; the authors':
+        ``"text_projection"``. So do tensors that are no matrices.
 
     Returns:
       A merge rule.

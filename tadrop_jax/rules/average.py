@@ -7,11 +7,17 @@ from tadrop_jax.steps import Step
 def average(weights=1.0) -> Step:
     """``mean_t theta_t``, as ``theta_0 + sum_t w_t tau_t / sum_t w_t``, so that sparsifiers can go before it.
 
+    Gives what mergekit's ``linear`` and fusion-bench's ``WeightedAverageAlgorithm`` give with ``normalize``, and its
+    ``SimpleAverageAlgorithm`` where the weights are equal.
+
     Args:
       weights: w_t, a number or one per task.
 
     Returns:
       A merge rule.
+
+    Raises:
+      ParameterError: for values that are no numbers.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj

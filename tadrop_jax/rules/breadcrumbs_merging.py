@@ -19,8 +19,9 @@ def breadcrumbs_merging(
     """``theta_0 + coefficient * sum_t w_t breadcrumbs(tau_t)``.
 
     Args:
-      density: share to keep, see :func:`tadrop_jax.breadcrumbs`; the authors' search found .15. None switches it off.
-      gamma: share of outliers to drop; the authors' search found .006, mergekit has .01.
+      density: share to keep in [0, 1], a number or one per task, see :func:`tadrop_jax.breadcrumbs`; the authors'
+        search found .15. None switches it off.
+      gamma: share of outliers in [0, 1], a number or one per task; the authors' search found .006, mergekit has .01.
       coefficient: multiplies the merged vector: the authors' alpha, for which their search found .2; mergekit's
         ``lambda``, 1.
       weights: w_t, a number or one per task.
@@ -59,12 +60,13 @@ def breadcrumbs_ties(
     Signs are elected by the weighted sum, +1 where it is 0, and the entries that agree are added up.
 
     Args:
-      density: share to keep of each tensor, a number or one per task; None keeps all.
-      gamma: share of outliers to drop, a number or one per task.
-      coefficient: multiplies the merged vector (``lambda``).
+      density: share to keep in [0, 1], a number or one per task, see :func:`tadrop_jax.breadcrumbs`. None switches it
+        off.
+      gamma: share of outliers in [0, 1], a number or one per task.
+      coefficient: multiplies the merged vector (mergekit's ``lambda``).
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights that agree.
-      rescale: restore each tensor's L1 norm after dropping.
+      rescale: restore each tensor's L1 norm after dropping (mergekit's ``rescale``).
 
     Returns:
       A merge rule.

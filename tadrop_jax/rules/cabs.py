@@ -20,13 +20,14 @@ def cabs(
     """n:m masks, one task after another, then ``theta_0 + sum_t coefficient_t * tau_t``; any number of tasks.
 
     Masks are disjoint, so that a group of m serves ``m / n`` tasks in full: later ones get what is left of it, or
-    nothing. With ``overlap``, they take entries of earlier tasks instead.
+    nothing. With ``overlap``, they take entries of earlier tasks instead. The authors' code
+    (``zongzhenyang/CABS``, ``block_random_pruning``) has two tasks and ``tail="drop"``.
 
     Args:
-      n: kept in each group of m; 3:32 is the authors' choice for small models, 64:256 for 7B.
+      n: kept in each group of m, from 0 to m; 3:32 is the authors' choice for small models, 64:256 for 7B.
       m: length of a group.
-      coefficient: a number or one per task; the authors search .4 to 1.0.
-      order: the order of the tasks, a permutation of 0 to T - 1; it matters.
+      coefficient: multiplies the merged vector; a number or one per task. The authors search .4 to 1.0.
+      order: the order of the tasks, a permutation of 0 to T - 1; None means as given. It matters.
       tail: of the last group, see :func:`tadrop_jax.n_m`.
       overlap: None; ``"exact"``: each task keeps n of m, free entries first, then its largest taken ones (with two
         tasks and n >= m/2, 2n - m of them); ``"authors"``

@@ -34,7 +34,7 @@ def cart(rank=0.12, strength=2.0, coefficient=1.0, *, mean_only=()) -> Step:
       A merge rule.
 
     Raises:
-      ParameterError: for numbers out of range.
+      ParameterError: for values out of range.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj

@@ -16,7 +16,8 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0, *, multi_task: A
       \theta = \theta_0 + coefficient \cdot \tau \cdot [\textstyle\sum_t m_t \ge agree]
 
     Entries that no task needs are catastrophic, those that one needs selfish (``nik-dim/tall_masks``,
-    ``construct_consensus_mask`` with ``prun_thre_k = agree``). See :func:`tadrop_jax.tall` for the masks.
+    ``construct_consensus_mask`` with ``prun_thre_k = agree``; fusion-bench has the same function). See
+    :func:`tadrop_jax.tall` for the masks.
 
     Args:
       agree: how many masks have to hold an entry: 0 keeps all (Task Arithmetic), 1 removes what no task needs, 2 also

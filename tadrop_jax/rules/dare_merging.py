@@ -13,11 +13,13 @@ def dare_linear(
     normalize: bool = False,
     rescale: str | None = "l1",
 ) -> Chain:
-    """DARE, then the weighted sum, as mergekit's ``dare_linear``.
+    """DARE, then the sum, as mergekit's ``dare_linear``: ``theta_0 + coefficient * sum_t w_t dare(tau_t)``.
+
+    PEFT's ``dare_linear`` and fusion-bench's ``DareTaskArithmetic`` are this with ``rescale="inverse"``.
 
     Args:
-      density: probability to keep an entry, see :func:`tadrop_jax.dare`; None switches DARE off.
-      coefficient: multiplies the merged vector (``lambda``).
+      density: share to keep in [0, 1], a number or one per task, see :func:`tadrop_jax.dare`. None switches it off.
+      coefficient: multiplies the merged vector (mergekit's ``lambda``).
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights.
       rescale: ``"l1"`` (mergekit), ``"inverse"`` (DARE's authors) or None.
@@ -49,11 +51,12 @@ def dare_ties(
 ) -> Chain:
     """DARE, then the election of TIES, as mergekit's ``dare_ties``.
 
-    Signs are elected by the weighted sum, +1 where it is 0, and the entries that agree are added up.
+    Signs are elected by the weighted sum, +1 where it is 0, and the entries that agree are added up. PEFT's
+    ``dare_ties`` is ``tj.ties(None, flavour="peft")`` after :func:`tadrop_jax.dare`.
 
     Args:
-      density: probability to keep an entry, see :func:`tadrop_jax.dare`; None switches DARE off.
-      coefficient: multiplies the merged vector (``lambda``).
+      density: share to keep in [0, 1], a number or one per task, see :func:`tadrop_jax.dare`. None switches it off.
+      coefficient: multiplies the merged vector (mergekit's ``lambda``).
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights that agree.
       rescale: ``"l1"`` (mergekit), ``"inverse"`` (DARE's authors) or None.

@@ -20,13 +20,15 @@ def della_merging(
     Signs are elected by the weighted sum, +1 where it is 0.
 
     Args:
-      density: mean probability to keep an entry, see :func:`tadrop_jax.della`; None switches it off.
-      epsilon: half the width of the probabilities (the authors' ``window_size`` / 2); .15 in mergekit.
-      coefficient: multiplies the merged vector (``lambda``).
+      density: mean probability to keep an entry, a number or one per task, see :func:`tadrop_jax.della`. None switches
+        it off.
+      epsilon: half the width of the probabilities, a number or one per task (the authors' ``window_size`` / 2).
+      coefficient: multiplies the merged vector (mergekit's ``lambda``).
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights that agree.
       rescale: ``"entry"``, ``"l1"``, None, or as the flavour has it.
-      flavour: of the sparsifier: ``"authors"`` (the default) or ``"mergekit"``.
+      flavour: of the sparsifier: ``"authors"`` (the default) or ``"mergekit"``. With the latter and ``epsilon=.15``
+        this is mergekit's ``della``.
 
     Returns:
       A merge rule that needs a random key.
@@ -54,12 +56,13 @@ def della_linear(
     normalize: bool = False,
     rescale: str | None = "l1",
 ) -> Chain:
-    """MAGPRUNE, then the weighted sum, as mergekit's ``della_linear``.
+    """MAGPRUNE, then the sum, as mergekit's ``della_linear``: ``theta_0 + coefficient * sum_t w_t della(tau_t)``.
 
     Args:
-      density: mean probability to keep an entry, see :func:`tadrop_jax.della`; None switches it off.
-      epsilon: half the width of the probabilities.
-      coefficient: multiplies the merged vector (``lambda``).
+      density: mean probability to keep an entry, a number or one per task, see :func:`tadrop_jax.della`. None switches
+        it off.
+      epsilon: half the width of the probabilities, a number or one per task.
+      coefficient: multiplies the merged vector (mergekit's ``lambda``).
       weights: w_t, a number or one per task.
       normalize: divide by the sum of the weights.
       rescale: ``"l1"``, ``"entry"`` or None.

@@ -20,13 +20,14 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
       \theta_t = \theta_0 + \lambda_t M_t \tau_{uni}
 
     Unified vector, masks and rescalers are all taken from the vectors as a sparsifier before this rule left them. A
-    zero task vector gets the rescaler 0.
+    zero task vector gets the rescaler 0. The default is the authors' code (``harveyhuang18/EMR_Merging``,
+    ``emr_merge``) and fusion-bench's function of that name.
 
     Args:
       rescaler: :math:`\lambda_t = \sum |\tau_t| / \sum |M_t \tau_{uni}|` with ``"global"`` sums over all entries (the
         paper), or with ``"tensor_mean"``: the sum over tensors of their means, so that a bias weighs like a matrix (the
-        authors' code, ``emr_merge``; the default).
-      per_task: regular expressions of tensors that stay each task's own, heads for instance.
+        authors' code; the default).
+      per_task: regular expression(s) of tensors that stay each task's own, heads for instance.
 
     Returns:
       A per-task rule: :func:`tadrop_jax.merge` gives an :class:`~tadrop_jax.bundles.Bundle`.

@@ -25,7 +25,7 @@ def model_stock(average: str = "cosine", *, filter_wise: bool = False) -> Step:
 
     Args:
       average: of the pairs: ``"cosine"`` (mergekit; the default) or ``"angle"``, the cosine of their mean angle
-        (fusion_bench). The paper has two models, where both are the same.
+        (fusion-bench, ``ModelStock``). The paper has two models, where both are the same.
       filter_wise: one ratio for each row (the last axis, in PyTorch order) in place of one for the tensor; mergekit's
         ``filter_wise``.
 

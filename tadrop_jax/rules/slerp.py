@@ -18,8 +18,8 @@ def slerp(t=0.5, *, threshold=0.9995) -> Step:
     Where :math:`|\cos\Omega|` is above the threshold it is the chord, :math:`(1 - t) \theta_0 + t \theta_1`; a
     fine-tune of the base nearly always lies there. Use :func:`tadrop_jax.nuslerp` for the arc between two fine-tunes.
 
-    The defaults give what mergekit's ``slerp`` gives. As there, a zero tensor has no direction and counts as
-    orthogonal.
+    The defaults give what mergekit's and fusion-bench's ``slerp`` give. As in mergekit, a zero tensor has no
+    direction and counts as orthogonal.
 
     Args:
       t: in [0, 1]; 0 is the base, 1 is the model.

@@ -52,8 +52,8 @@ def swudi(
         13.5.)
       start: :math:`m_0`: the ``"sum"`` or the ``"mean"`` of the task vectors, or ``"zero"``.
       input_axis: the axis of the inputs, in PyTorch order: -1 for ``torch.nn.Linear``, 0 for GPT-2's ``Conv1D``.
-      mean_only: regular expressions of matrices that get the mean; the authors': ``"lm_head"``. So do tensors that
-        are no matrix.
+      mean_only: regular expression(s) of matrices that get the mean, such as embeddings; the authors': ``"lm_head"``.
+        So do tensors that are no matrices.
 
     Returns:
       A merge rule.
@@ -109,8 +109,8 @@ def aswudi(
         models).
       start: :math:`m_0`: the ``"sum"`` or the ``"mean"`` of the task vectors, or ``"zero"``.
       input_axis: the axis of the inputs, in PyTorch order: -1 for ``torch.nn.Linear``, 0 for GPT-2's ``Conv1D``.
-      mean_only: regular expressions of matrices that get the mean; the authors': ``"lm_head"``. So do tensors that
-        are no matrix.
+      mean_only: regular expression(s) of matrices that get the mean, such as embeddings; the authors': ``"lm_head"``.
+        So do tensors that are no matrices.
 
     Returns:
       A merge rule.

@@ -45,7 +45,7 @@ def t_switch(density=0.4, *, empty_side: str = "keep", per_task=()) -> Chain:
         or None for no drop.
       empty_side: what becomes of a side of which the density keeps no entry: ``"keep"`` (all of it, the authors) or
         ``"drop"``. Density 0 gives zeros either way.
-      per_task: regular expressions of tensors that stay each task's own, heads for instance.
+      per_task: regular expression(s) of tensors that stay each task's own, heads for instance.
 
     Returns:
       A per-task rule: :func:`tadrop_jax.merge` gives a :class:`~tadrop_jax.bundles.Bundle`.

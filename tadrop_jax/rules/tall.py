@@ -21,14 +21,15 @@ def tall(tall_lambda=0.4, *, multi_task: AnyStep | None = None, per_task=()) -> 
 
     The authors' code (``nik-dim/tall_masks``, ``generate_task_masks``) takes the differences between full weights, not
     between task vectors, so that a mask may differ where the two sides are within rounding of each other; and it picks
-    :math:`\lambda_t` from .2, .3, .4, .5 and .6 for each task by validation.
+    :math:`\lambda_t` from .2, .3, .4, .5 and .6 for each task by validation. fusion-bench has the same function in
+    ``tall_mask/utils.py``.
 
     Args:
       tall_lambda: :math:`\lambda_t`, at least 0; a number or one per task.
       multi_task: a merge rule whose vector takes the place of the sum. The authors' ``use_ties`` is
         ``ties(0.2, combine="sum")``. The :math:`\tau_t` of the masks are then the task vectors as they came, also
         where a sparsifier stands before.
-      per_task: regular expressions of tensors that stay each task's own, heads for instance.
+      per_task: regular expression(s) of tensors that stay each task's own, heads for instance.
 
     Returns:
       A per-task rule: :func:`tadrop_jax.merge` gives a :class:`~tadrop_jax.bundles.Bundle` whose rescalers are 1.

@@ -9,10 +9,13 @@ from tadrop_jax.steps import Step, over_tasks, spec
 def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) -> Step:
     """``theta_0 + coefficient * sum_t w_t tau_t``.
 
+    The authors (``mlfoundations/task_vectors``), mergekit (``task_arithmetic``, whose ``lambda`` is 1), PEFT
+    (``task_arithmetic``, with ``coefficient=1``) and fusion-bench (``TaskArithmeticAlgorithm``) agree.
+
     Args:
-      coefficient: multiplies the sum; a number, or one per task. 0.3 is the authors' choice for 8 ViT tasks.
+      coefficient: multiplies the merged vector; a number or one per task. .3 is the authors' choice for 8 ViT tasks.
       weights: w_t, a number or one per task.
-      normalize: divide by the sum of the weights, where its size is at least 1e-8 (mergekit ``task_arithmetic``).
+      normalize: divide by the sum of the weights, where its size is at least 1e-8 (mergekit's ``normalize``).
 
     Returns:
       A merge rule.

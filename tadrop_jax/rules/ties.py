@@ -62,7 +62,9 @@ def ties(
     Three parties implement this differently. ``flavour`` is a preset of the parameters below, any of which overrides
     it: ``"authors"`` (ties-merging, ``src/utils/merge_utils.py``; the default), ``"mergekit"``
     (``GTATask`` with ``ties``; through :func:`tadrop_jax.merge` equal to its output) and ``"peft"``
-    (``peft.utils.merge_utils.ties``; through :func:`tadrop_jax.merge_task_vectors` equal to it).
+    (``peft.utils.merge_utils.ties``; through :func:`tadrop_jax.merge_task_vectors` equal to it). fusion-bench
+    (``TiesMergingAlgorithm``) has the authors' functions: its ``threshold`` is the density in percent, its
+    ``scaling_factor`` the coefficient, its ``merge_func`` our ``combine``.
 
     Args:
       density: share that the trim keeps, in [0, 1], a number or one per task (the authors' K = 20 is 0.2). None

@@ -20,7 +20,7 @@ def tsv_c(*, share=None, per_task=()) -> Step:
 
     Args:
       share: share of the rank to keep, in [0, 1]; None means 1/T.
-      per_task: regular expressions of tensors that stay each task's own, heads for instance.
+      per_task: regular expression(s) of tensors that stay each task's own, heads for instance.
 
     Returns:
       A per-task rule: :func:`tadrop_jax.merge` gives a :class:`~tadrop_jax.bundles.Bundle`.

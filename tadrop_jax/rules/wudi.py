@@ -32,10 +32,11 @@ def wudi(
       \quad \theta = \theta_0 + coefficient \cdot \tau
 
     The authors stop Adam early, and that is part of the method: they report that the exact minimiser scores two points
-    less (ViT-B/32, 8 tasks). Tensors that are no matrix get the mean of the task vectors, as in the port
-    ``yongxianwei_merging`` of MLLMerging; the authors' vision code leaves them, and all but the attention and MLP
-    weights, at the base: ``tadrop_jax.merge(..., include=...)``. Early-stopped Adam depends on the size of the task
-    vectors, and on how different they are in size: the report has their norms.
+    less (ViT-B/32, 8 tasks). Tensors that are no matrices get the mean of the task vectors, as in the port
+    ``yongxianwei_merging`` of MLLMerging and in fusion-bench (``wudi_merging``), which the defaults reproduce; the
+    authors' vision code (``nathanielyvo/WUDI-Merging``, ``get_redundant_task_vector``) leaves them, and all but the
+    attention and MLP weights, at the base: ``tadrop_jax.merge(..., include=...)``. Early-stopped Adam depends on the
+    size of the task vectors, and on how different they are in size: the report has their norms.
 
     Args:
       coefficient: multiplies the merged vector.
@@ -47,7 +48,8 @@ def wudi(
         the largest count as zero; at least 1e-3, below which float32 does not tell them from rounding.
       input_axis: the axis of the inputs, in PyTorch order: -1 for ``torch.nn.Linear`` (out, in), 0 for GPT-2's
         ``Conv1D`` (in, out).
-      mean_only: regular expressions of matrices that get the mean: embeddings, ``text_projection``, ``lm_head``.
+      mean_only: regular expression(s) of matrices that get the mean, such as embeddings, ``text_projection``,
+        ``lm_head``.
 
     Returns:
       A merge rule for two models or more.

@@ -9,10 +9,13 @@ from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Step, Sums, expand, outpu
 
 
 def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
-    """Sparsifies one task after another, each on the entries that the tasks before it left free.
+    r"""Sparsifies one task after another, each on the entries that the tasks before it left free.
 
-    ``tau_1`` is sparsified; then ``tau_2 * (1 - mask_1)``; then ``tau_3 * (1 - mask_1 | mask_2)``, and so on. An entry
-    is taken where the output of an earlier task is not zero. The inner sparsifier counts its n over all entries.
+    .. math:: \tau'_t = f\Big(\tau_t \cdot \prod_{s < t} [\tau'_s = 0]\Big)
+
+    An entry is taken where the output of an earlier task is not zero. The inner sparsifier counts its n over all
+    entries. ``conflict_aware(n_m(n, m, "drop"))`` is what the authors do with two tasks (``zongzhenyang/CABS``,
+    ``block_random_pruning``).
 
     Args:
       sparsifier: any sparsifier.

@@ -8,14 +8,18 @@ from tadrop_jax.steps import Step, Sums, safe_ratio, spec
 
 
 def dare(density, rescale: str | None = "inverse") -> Step:
-    """Keeps each entry with probability ``density``, and rescales what is left.
+    r"""Keeps each entry with probability ``density``, and rescales what is left.
 
-    A seed gives the same mask in memory, sharded and streamed.
+    .. math:: m \sim Bernoulli(density), \quad \tau' = m \tau / density
+
+    The default is the authors' (``yule-BUAA/MergeLM``, ``mask_input_with_mask_rate``), PEFT's (``random_pruning`` with
+    ``rescale``) and fusion-bench's (``param_random_drop_`` with ``rescale``); the authors and fusion-bench give the
+    share that is dropped. A seed gives the same mask in memory, sharded and streamed.
 
     Args:
       density: share to keep in [0, 1], a number or one per task.
-      rescale: ``"inverse"``: by 1/density (MergeLM); ``"l1"``: to the L1 norm before (mergekit ``sparsify.bernoulli``
-        with rescale); None: not at all. Where nothing is left the result is zero.
+      rescale: ``"inverse"``: by 1/density (the authors); ``"l1"``: to the L1 norm before (mergekit,
+        ``sparsify.bernoulli`` with rescale); None: not at all. Where nothing is left the result is zero.
 
     Returns:
       A sparsifier that needs a random key.

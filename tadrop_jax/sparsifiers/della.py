@@ -40,8 +40,8 @@ def della(
 
     Args:
       density: mean probability to keep an entry, a number or one per task.
-      epsilon: half the width of the probabilities, a number or one per task. They must lie inside (0, 1):
-        ``0 < density - epsilon`` and ``density + epsilon < 1``. The authors' code has 0.05, mergekit 0.15.
+      epsilon: half the width of the probabilities, a number or one per task: .05 in the authors' code, .15 in mergekit.
+        They must lie inside (0, 1): ``0 < density - epsilon`` and ``density + epsilon < 1``.
       granularity: what is ranked together: ``"row"``: the last axis; ``"tensor"``: all of a tensor (the authors'
         ``rank_magnitude_layer``; it sorts whole tensors); ``"second_axis"``: axis 1 of a tensor of two or more axes,
         which for matrices is the row (mergekit).

@@ -12,12 +12,15 @@ KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one"
 
 
 def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_one") -> Step:
-    """Keeps the k largest magnitudes of each tensor, or of each task's whole vector.
+    r"""Keeps the k largest magnitudes of each tensor, or of each task's whole vector.
 
-    Density 0 gives zeros and 1 the identity, whatever ``keep`` says.
+    .. math:: \tau' = \tau \cdot [|\tau| \ge Q_k(|\tau|)]
+
+    with :math:`Q_k` the k-th largest. Density 0 gives zeros and 1 the identity, whatever ``keep`` says. The trim of
+    TIES-Merging's authors is ``granularity="global", keep="floor_plus_one"``.
 
     Args:
-      density: share to keep in [0, 1], a number or one per task (not in percent).
+      density: share to keep in [0, 1], a number or one per task; the authors write it in percent.
       granularity: ``"tensor"`` or ``"global"``.
       keep: how many: ``"at_least_one"`` is ``max(1, floor(density * n))`` (ours); ``"floor"``; ``"floor_plus_one"``
         (ties-merging, ``merge_utils.topk_values_mask``). All three also keep the entries equal to the threshold.

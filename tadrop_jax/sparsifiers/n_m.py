@@ -12,10 +12,12 @@ def n_m(n: int, m: int, tail: str = "ceil") -> Step:
     """Keeps the n largest magnitudes of every m consecutive weights.
 
     Groups run over the row-major tensor in PyTorch layout; where a ``layout`` is given, Flax kernels are grouped as
-    the PyTorch tensors that they come from. Ties go to the lowest index.
+    the PyTorch tensors that they come from. Ties go to the lowest index. With whole groups this is the authors'
+    (``zongzhenyang/CABS``, ``n_m_block_pruning``) and, where rows are whole groups, fusion-bench's
+    ``semistructured_magnitude_prune_(..., m - n, m)``, which counts what goes.
 
     Args:
-      n: kept in each group, from 0 to m.
+      n: kept in each group of m, from 0 to m.
       m: length of a group.
       tail: the last group, if it is shorter: ``"ceil"`` keeps the n/m share of it, rounded up (ours); ``"drop"`` zeroes
         it (CABS, ``roberta_glue_experiments/prune_task_vector.py``).

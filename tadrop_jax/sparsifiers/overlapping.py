@@ -14,9 +14,10 @@ def overlapping(n: int, m: int, overlap: str = "exact", order=None, tail: str = 
     """n:m masks, one task after another, on free entries first and then on entries that earlier tasks have taken.
 
     A group of m has room for ``m / n`` disjoint masks. Beyond that, masks have to overlap, or later tasks go short.
+    :func:`tadrop_jax.cabs` runs it where its ``overlap`` is given.
 
     Args:
-      n: kept in each group of m.
+      n: kept in each group of m, from 0 to m.
       m: length of a group.
       overlap: ``"exact"``: each task takes its largest free entries up to n, and where fewer are free, its largest
         taken ones up to n (with two tasks and n >= m/2: 2n - m of them); ``"authors"``
@@ -30,6 +31,13 @@ def overlapping(n: int, m: int, overlap: str = "exact", order=None, tail: str = 
 
     Raises:
       ParameterError: for values out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, tadrop_jax as tj
+      >>> from tadrop_jax.sparsifiers.overlapping import overlapping
+      >>> stack = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0], [8.0, 7.0, 6.0, 5.0]])}
+      >>> tj.sparsify(stack, overlapping(3, 4))["w"].tolist()
+      [[4.0, 3.0, 2.0, 0.0], [8.0, 7.0, 0.0, 5.0]]
     """
     m = whole("cabs", "m", m, 1)
     n = whole("cabs", "n", n, 0, m)

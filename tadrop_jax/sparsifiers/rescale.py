@@ -18,6 +18,7 @@ def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -
     One factor for each task, of each tensor or of the whole vector. Where the sparsifier leaves nothing, the result is
     zero. ``rescale(magnitude(1 - s), norm)`` does what the ``norm`` of :func:`~tadrop_jax.uniform` and
     :func:`~tadrop_jax.tadrop` does, for any sparsifier, and for a chain of them once, at its end.
+    ``norm=1`` is mergekit's ``rescale`` (``RescaleNorm.l1``).
 
     Args:
       sparsifier: any sparsifier, or a chain of them.

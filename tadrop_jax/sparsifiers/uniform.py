@@ -10,8 +10,11 @@ from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, spec
 def uniform(sparsity, norm: int | None = 2) -> Step:
     r"""Prunes every tensor to one sparsity s, then scales it back to its p-norm.
 
-    Keeps the ``n - floor(s n)`` largest magnitudes of each tensor, and entries equal to the threshold. This is
-    :func:`~tadrop_jax.tadrop` with the adaptivity taken out: the control that a gain of TADrop has to beat.
+    .. math:: \tau' = keep \cdot \tau \cdot \|\tau\|_p / \|keep \cdot \tau\|_p
+
+    keeps the ``n - floor(s n)`` largest magnitudes of each tensor, and entries equal to the threshold. This is
+    :func:`~tadrop_jax.tadrop` with the adaptivity taken out: the control that a gain of TADrop has to beat. Without
+    ties, ``norm=None`` is fusion-bench's ``unstructured_magnitude_prune_``.
 
     Args:
       sparsity: s in [0, 1], a number or one per task.
