@@ -43,7 +43,7 @@ class Settings:
     width: int = 128
     layers: int = 4
     heads: int = 4
-    steps: int = 4000
+    steps: int = 2400
     photos: int = 192
     composed: int = 64
     captioned: int = 96  # the composed ones, and so many more: seen together with their captions
