@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types docs bench clean
+.PHONY: setup demo test lint types docs bench evidence clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,12 @@ docs: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks --quick
+
+# All of docs/results.md, from nothing but the data sets: make evidence DATA=directory OUT=directory. Takes hours.
+evidence: setup
+	for suite in vision language multimodal; do \
+	  $(BIN)/python -m examples.evidence $$suite --data $(DATA) --out $(OUT)/$$suite || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
