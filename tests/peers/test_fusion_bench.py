@@ -1,6 +1,6 @@
 """The methods that fusion-bench has, as it runs them on modules, or its own functions on their tensors.
 
-Fisher, RegMean and AdaMerging, which take data, are compared in ``tests/drivers``.
+What Fisher, RegMean and AdaMerging find in data is compared in ``tests/drivers``.
 """
 
 from types import SimpleNamespace
@@ -211,3 +211,37 @@ def test_its_masks_of_state_dicts_compare_weights_with_a_task_vector():
         theirs = generate_task_masks(total, vector, {"w": tensor(base["w"])}, tall_mask_lambda=0.4)["w"]
         np.testing.assert_array_equal(ours.mask(t)["w"], models[t]["w"] == 2)
         np.testing.assert_array_equal(theirs.numpy() > 0, models[t]["w"] == 1)
+
+
+@pytest.mark.parametrize("normalize", ["model", None])
+@pytest.mark.parametrize("kind", ["exact", "normal"])
+def test_fisher(kind, normalize, make_stacks):
+    """Its norms of a model cannot take a scalar."""
+    from fusion_bench.method.fisher_merging.fisher_merging import merging_with_fisher_weights
+
+    base, models = family(make_stacks, kind, TASKS, without=("scale",) if normalize else ())
+    rng = np.random.default_rng(0)
+    squares = [{n: np.asarray(rng.integers(0, 9, x.shape) / 4, np.float32) for n, x in base.items()} for _ in models]
+    floors = {"floor": 0.05, "floor_on": "added"}
+    ours = tj.fisher(None, None, base, models, fishers=squares, weights=WEIGHTS, normalize=normalize, **floors)
+    values = {n: [tensor(m[n], np.float32) for m in models] for n in base}
+    weights = [{n: tensor(x) for n, x in own.items()} for own in squares]
+    theirs = merging_with_fisher_weights(values, weights, torch.tensor(WEIGHTS), normalize is not None, 0.05)
+    assert_same(ours.params, in_numpy(theirs))
+
+
+@pytest.mark.parametrize("kind", ["exact", "normal"])
+def test_regmean(kind, make_stacks):
+    """Its least squares of the matrix, and the mean of all others."""
+    from fusion_bench.method.regmean.regmean import merging_with_regmean_weights
+
+    base, models = family(make_stacks, kind, TASKS)
+    name, rng = "block/kernel", np.random.default_rng(0)
+    inputs = [rng.normal(size=(64, len(base[name]))).astype(np.float32) for _ in models]
+    grams = [x.T @ x for x in inputs]
+    ours = tj.regmean(None, None, base, models, scale=0.6, ridge=0.0, grams=[{name: g} for g in grams])
+    values = {n: [tensor(m[n], np.float32) for m in models] for n in base if n != name}
+    values["block.weight"] = [tensor(m[name], np.float32).T for m in models]
+    theirs = merging_with_regmean_weights(values, [{"block": tensor(g)} for g in grams], 0.6)
+    found = in_numpy(theirs)
+    assert_same(ours.params, {name: found.pop("block.weight").T} | found, rtol=1e-4, atol=1e-5)
