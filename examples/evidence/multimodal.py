@@ -83,25 +83,15 @@ def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *,
         inputs = prepared(batch.inputs, lambda images: augmented(images, key, flip=flip, move=how.move))
         return loss(kind, nnx.merge(graph, params, rest), inputs, batch.labels)
 
-    index = training.shuffled(len(task.train.labels), how.batch, seed=seed)
-    params = training.fit(
-        params,
-        measured,
-        lambda step: task.train.take(index(step)),
-        how.schedule(),
-        how.steps,
-        out=directory.with_suffix(".training"),
-        seed=seed,
-        every=how.steps,
-        progress=progress,
-    )
+    steps = directory.with_suffix(".training")
+    params = training.finetune(params, measured, task.train, how, out=steps, seed=seed, progress=progress)
     module = nnx.merge(graph, params, rest)
     own = tensors(module)
     tuned = Tuned(task, own, head_of(kind, own), encode(kind, module.config, own))
     report = {"probe": probe(base, task, kind), "tuned": suites.accuracy(tuned, {}, task.test)}
     files = [out / "base" / name for name in words.FILES]
     suites.save(directory, module, module.config, report, files=files)
-    shutil.rmtree(directory.with_suffix(".training"))
+    shutil.rmtree(steps)
 
 
 def load(data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str, ...]) -> Suite:

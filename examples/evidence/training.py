@@ -93,6 +93,31 @@ def fit(
     return params
 
 
+def finetune(
+    params: Params,
+    loss: Callable[[Params, Batch, jax.Array], jax.Array],
+    data: Any,
+    recipe: Recipe,
+    *,
+    out: Path,
+    seed: int,
+    progress: Progress,
+) -> Params:
+    """Trains by a recipe on `data`, a `suites.Part`; the seed is that of the order and of the loss's keys."""
+    index = shuffled(len(data.labels), recipe.batch, seed=seed)
+    return fit(
+        params,
+        loss,
+        lambda step: data.take(index(step)),
+        recipe.schedule(),
+        recipe.steps,
+        out=out,
+        seed=seed,
+        every=recipe.steps,
+        progress=progress,
+    )
+
+
 def shuffled(count: int, size: int, seed: int) -> Callable[[int], np.ndarray]:
     """Gives the indices of each step's batch: a new order of all `count` entries every epoch."""
     size = min(size, count)

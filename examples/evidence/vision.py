@@ -111,25 +111,15 @@ def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *,
         logits = nnx.merge(graph, params)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
-    index = training.shuffled(len(task.train.labels), how.batch, seed=seed)
-    params = training.fit(
-        params,
-        loss,
-        lambda step: task.train.take(index(step)),
-        how.schedule(),
-        how.steps,
-        out=directory.with_suffix(".training"),
-        seed=seed,
-        every=how.steps,
-        progress=progress,
-    )
+    steps = directory.with_suffix(".training")
+    params = training.finetune(params, loss, task.train, how, out=steps, seed=seed, progress=progress)
     tuned = suites.features(apply, params["vit"], task.test.inputs)
     report = {
         "probe": suites.share_right(seen[2], head, task.test.labels),
         "tuned": suites.share_right(tuned, _head(params), task.test.labels),
     }
     suites.save(directory, params, dataclasses.replace(module.config, labels=class_names(task.classes)), report)
-    shutil.rmtree(directory.with_suffix(".training"))
+    shutil.rmtree(steps)
 
 
 def load(data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str, ...]) -> Suite:
