@@ -1,8 +1,8 @@
 """Every rule after every sparsifier: merged through the public API, tuned on validation data, reported on test data.
 
 The coefficient is tuned the same way for every arm, and does not see how large an arm's task vectors are: the merged
-vector is tried at seven lengths, from .35 to 2.1 of the mean length of the task vectors, and the one that is best on
-validation data is tested. Per-task rules (EMR, T-Switch, TALL) have no coefficient.
+vector is tried at lengths from .35 to 2.1 of the mean length of the task vectors, from the middle on as long as
+validation accuracy rises, and the best is tested. Per-task rules (EMR, T-Switch, TALL) have no coefficient.
 """
 
 import csv
@@ -163,13 +163,27 @@ def judge(suite: Suite, stack: Stack, rule: Any) -> Result:
         models = [_added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
         return _judged(suite, models)
     unit = _mean_length(stack) / max(_lengths(jax.tree.map(lambda leaf: leaf[None], merged))[0], 1e-30)
-    tried = []
-    for length in LENGTHS:
-        model = _added(suite.base, merged, length * unit)
-        tried.append(float(np.mean(_accuracies(suite, [model] * len(suite.tuned), "validation"))))
-    best = int(np.argmax(tried))
-    model = _added(suite.base, merged, LENGTHS[best] * unit)
-    return _judged(suite, [model] * len(suite.tuned), LENGTHS[best])
+
+    def model(length):
+        return [_added(suite.base, merged, length * unit)] * len(suite.tuned)
+
+    length = climb(lambda length: float(np.mean(_accuracies(suite, model(length), "validation"))))
+    return _judged(suite, model(length), length)
+
+
+def climb(value: Callable[[float], float]) -> float:
+    """The best of `LENGTHS`: from the middle one to the better neighbour, until neither neighbour is better.
+
+    Args:
+        value: of a length; it is computed once for each.
+    """
+    at, value = len(LENGTHS) // 2, functools.cache(value)
+    while True:
+        near = range(max(at - 1, 0), min(at + 2, len(LENGTHS)))
+        best = max(near, key=lambda i: (value(LENGTHS[i]), i == at))
+        if best == at:
+            return LENGTHS[at]
+        at = best
 
 
 def read(path: Path) -> Iterator[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class Task(NamedTuple):
     classes: int
 
 
-def cut(name: str, train: Part, test: Part, *, most: tuple[int, int] = (400, 1000), by_order: bool = False) -> Task:
+def cut(name: str, train: Part, test: Part, *, most: tuple[int, int] = (200, 1000), by_order: bool = False) -> Task:
     """Cuts validation data from the training data; draws what is validated and tested on once and for all.
 
     Args:
@@ -128,12 +129,14 @@ def probe(train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: n
         held: their labels `(M,)`.
         classes: the number of classes.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     heads = []
     mean, scale = train.mean(0), train.std(0) + 1e-6
-    with threadpool_limits(2):
+    with threadpool_limits(2), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a hundred iterations are near enough
         for penalty in (0.01, 0.1, 1.0):
             found = LogisticRegression(C=penalty, max_iter=100, tol=1e-3).fit((train - mean) / scale, labels)
             kernel, bias = found.coef_.T, found.intercept_
@@ -142,6 +145,16 @@ def probe(train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: n
             kernel = kernel / scale[:, None]
             heads.append(Head(kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32)))
     return max(heads, key=lambda head: share_right(validation, head, held))
+
+
+def calmed(head: Head, seen: np.ndarray) -> Head:
+    """The head with logits of standard deviation one on features `(N, F)`; its answers are the same.
+
+    A probe's own logits are so large that the first steps of a fine-tuning have gradients of norm 50, which undo the
+    base before the task is learned.
+    """
+    scale = float((seen @ head.kernel + head.bias).std())
+    return Head(head.kernel / scale, head.bias / scale)
 
 
 def read_head(tensors: dict[str, np.ndarray], name: str) -> Head:

@@ -104,7 +104,8 @@ def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *,
     graph, apply = nnx.graphdef(module), encode(module)
     seen = [suites.features(apply, params["vit"], part.inputs) for part in task[1:4]]
     head = suites.probe(seen[0], task.train.labels, seen[1], task.validation.labels, task.classes)
-    params["classifier"]["kernel"], params["classifier"]["bias"] = (nnx.Param(jax.numpy.asarray(part)) for part in head)
+    calm = suites.calmed(head, seen[0])
+    params["classifier"]["kernel"], params["classifier"]["bias"] = (nnx.Param(jax.numpy.asarray(part)) for part in calm)
 
     def loss(params, batch, key):
         images = augmented(normalised(batch.inputs), key, flip=vision_tasks.mirrored(name), move=how.move)

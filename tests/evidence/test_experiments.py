@@ -1,0 +1,21 @@
+"""How a coefficient is tuned."""
+
+import pytest
+
+from examples.evidence import experiments
+
+
+@pytest.mark.parametrize("at", range(len(experiments.LENGTHS)))
+def test_a_climb_finds_the_only_peak_and_measures_no_length_twice(at):
+    seen = []
+
+    def value(length):
+        seen.append(length)
+        return -abs(experiments.LENGTHS.index(length) - at)
+
+    assert experiments.climb(value) == experiments.LENGTHS[at]
+    assert len(seen) == len(set(seen)) <= abs(at - 3) + 3
+
+
+def test_a_plateau_is_not_left():
+    assert experiments.climb(lambda length: 0.5) == experiments.LENGTHS[3]
