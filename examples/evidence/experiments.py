@@ -22,6 +22,14 @@ from examples.evidence.training import shuffled
 
 LENGTHS = tuple(round(0.35 * 1.35**i, 3) for i in range(7))
 QUANTILES = ((0.25, 0.75), (0.5, 0.9), (0.75, 0.95), (0.9, 0.99), (0.95, 0.99), (0.98, 0.998))
+# TADrop's other choices that are ours, one at a time.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "norm 1": {"norm": 1},
+    "no norm": {"norm": None},
+    "power 0.5": {"mapping": "power:0.5"},
+    "power 2": {"mapping": "power:2"},
+    "steep": {"mapping": "affine:3,-1.2"},
+}
 FIELDS = ("tasks", "seed", "rule", "sparsifier", "sparsity", "length", "validation", "test", "by_task")
 
 
@@ -107,6 +115,7 @@ def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> 
     found |= {f"DARE {density}": library(tj.dare(density)) for density in (0.5, 0.8)}
     found |= {"n:m 16:32": library(tj.rescale(tj.n_m(16, 32)))}
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
+    found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
     found |= {"scaling alone": lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares())), 0.0)}
     return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
 

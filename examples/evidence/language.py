@@ -92,7 +92,8 @@ def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *,
 
     config = dataclasses.replace(base.config, labels=class_names(task.classes))
     module = gpt2.MODELS["GPT2ForSequenceClassification"](config, rngs=nnx.Rngs(0))
-    module.transformer, module.score.kernel[...] = base.transformer, jnp.array(_without_bias(suites.calmed(head, seen[0]), seen[0]))
+    module.transformer = base.transformer
+    module.score.kernel[...] = jnp.array(_without_bias(suites.calmed(head, seen[0]), seen[0]))
     graph, params = nnx.split(module)
 
     def loss(params, batch, key):
