@@ -105,6 +105,21 @@ CANDIDATES: dict[str, Callable[[Stack, Shares], Shares]] = {
 }
 
 
+def dominated(stack: Stack, shares: Shares) -> Stack:
+    """Prunes where other tasks are larger: entries whose share of the largest magnitude of all tasks is smallest.
+
+    Entries compete with the same entry of the other tasks and not with their own tensor, so it is no spread of shares.
+    What a per-task mask cannot reproduce goes: it switches on the largest task's entry, whatever the own one was.
+    """
+    leaves = _leaves(stack)
+    ratios = [np.abs(leaf) / np.maximum(np.abs(leaf).max(0), 1e-30) for leaf in leaves]
+    flat = np.concatenate([ratio.reshape(len(ratio), -1) for ratio in ratios], 1)
+    ranks = np.floor(budget(stack, shares) * flat.shape[1]).astype(int)
+    levels = np.array([np.partition(row, rank)[rank] for row, rank in zip(flat, ranks, strict=True)])
+    kept = [_as_long(leaf, ratio >= _across(levels, leaf)) for leaf, ratio in zip(leaves, ratios, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(stack), kept)
+
+
 def prune(stack: Stack, shares: Shares) -> Stack:
     """Zeros the smallest entries of each tensor and task, then restores its 2-norm, as TADrop does.
 
@@ -123,12 +138,10 @@ def scaled_only(stack: Stack, pruned: Stack) -> Stack:
     """Nothing is pruned, but each tensor grows as it would have: the scaling alone."""
 
     def grow(leaf, after):
-        norms = [
-            np.linalg.norm(np.where(after != 0, leaf, 0).reshape(len(leaf), -1), axis=1),
-            np.linalg.norm(leaf.reshape(len(leaf), -1), axis=1),
-        ]
+        parts = (np.where(after != 0, leaf, 0), leaf)
+        norms = [np.linalg.norm(part.reshape(len(leaf), -1), axis=1) for part in parts]
         factor = np.where(norms[0] > 0, norms[1] / np.maximum(norms[0], 1e-30), 1)
-        return (leaf * factor.reshape(-1, *[1] * (leaf.ndim - 1))).astype(np.float32)
+        return (leaf * _across(factor, leaf)).astype(np.float32)
 
     leaves = [grow(leaf, after) for leaf, after in zip(_leaves(stack), _leaves(pruned), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(stack), leaves)
@@ -175,14 +188,22 @@ def _solve(rising: Callable[[np.ndarray], np.ndarray], low, high, wanted: np.nda
 
 
 def _prune(leaf: np.ndarray, share: np.ndarray) -> np.ndarray:
-    flat = leaf.reshape(len(leaf), -1)
-    kept = np.empty_like(flat)
-    for row, out, rank in zip(flat, kept, np.floor(share * flat.shape[1]).astype(int), strict=True):
-        sizes = np.abs(row)
-        out[:] = np.where(sizes >= np.partition(sizes, rank)[rank], row, 0)
-        norm = np.linalg.norm(out)
-        out *= np.linalg.norm(row) / norm if norm else 0
-    return kept.reshape(leaf.shape)
+    sizes = np.abs(leaf.reshape(len(leaf), -1))
+    ranks = np.floor(share * sizes.shape[1]).astype(int)
+    levels = np.array([np.partition(row, rank)[rank] for row, rank in zip(sizes, ranks, strict=True)])
+    return _as_long(leaf, np.abs(leaf) >= _across(levels, leaf))
+
+
+def _as_long(leaf: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """What is kept of each task, grown to the 2-norm that it had."""
+    out = np.where(kept, leaf, 0)
+    norms = [np.linalg.norm(part.reshape(len(leaf), -1), axis=1) for part in (leaf, out)]
+    return out * _across(np.where(norms[1] > 0, norms[0] / np.maximum(norms[1], 1e-30), 0), leaf).astype(np.float32)
+
+
+def _across(values: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+    """One value a task (T,), to go with a leaf (T, ...)."""
+    return values.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def _leaves(stack: Stack) -> list[np.ndarray]:

@@ -117,6 +117,7 @@ def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> 
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
     found |= {"scaling alone": lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares())), 0.0)}
+    found |= {"dominated": lambda: _counted(stack, arms.dominated(stack, shares()))}
     return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
 
 

@@ -58,3 +58,16 @@ def test_spreads_spread_as_they_say(stack):
     grown = arms.scaled_only(stack, arms.prune(stack, shares))
     assert all(np.all(np.abs(grown[n]) >= np.abs(stack[n])) for n in names)
     assert jax.tree.structure(grown) == jax.tree.structure(stack)
+
+
+def test_dominated_entries_are_those_where_another_task_is_larger(stack):
+    shares = arms.tadrop_shares(stack)
+    pruned = arms.dominated(stack, shares)
+    kept = [np.concatenate([(pruned[n][t] != 0).ravel() for n in stack]) for t in range(2)]
+    most = np.minimum(arms.budget(stack, shares), 0.5)  # of two tasks, one is the larger
+    np.testing.assert_allclose([1 - k.mean() for k in kept], most, atol=0.01)
+    for name, leaf in stack.items():
+        largest = np.abs(leaf) == np.abs(leaf).max(0)
+        assert np.all(pruned[name][largest & (leaf != 0)] != 0), name
+        norms = [np.linalg.norm(tree[name].reshape(2, -1), axis=1) for tree in (pruned, stack)]
+        np.testing.assert_allclose(*norms, rtol=1e-5)
