@@ -47,7 +47,7 @@ def by_sparsity(file: str, tasks: str, rules: Sequence[str], out: Path) -> None:
         for kind, style in (("uniform", "o-"), ("TADrop", "s--"), ("magnitude", "^:"), ("DARE", "v:")):
             points = defaultdict(list)
             for line in lines:
-                if line["rule"] == rule and line["sparsifier"].startswith((kind, "none")):
+                if line["rule"] == rule and re.match(rf"none|{kind} \d", line["sparsifier"]):
                     points[line["sparsifier"]].append((float(line["sparsity"]), 100 * float(line["test"])))
             means = np.array(sorted(np.mean(found, 0).tolist() for found in points.values()))
             place.plot(*means.T, style, label=kind, markersize=4)
