@@ -105,19 +105,36 @@ CANDIDATES: dict[str, Callable[[Stack, Shares], Shares]] = {
 }
 
 
-def dominated(stack: Stack, shares: Shares) -> Stack:
-    """Prunes where other tasks are larger: entries whose share of the largest magnitude of all tasks is smallest.
+def dominated(stack: Stack, share: float | np.ndarray) -> Stack:
+    """Prunes where other tasks are larger: entries below a share of the largest magnitude that any task has there.
 
     Entries compete with the same entry of the other tasks and not with their own tensor, so it is no spread of shares.
-    What a per-task mask cannot reproduce goes: it switches on the largest task's entry, whatever the own one was.
+    What a per-task mask cannot reproduce goes: it switches on the largest task's entry, whatever the own one was. A
+    mask that is right to half of that entry, in least squares, leaves out all below half of it.
+
+    Args:
+        stack: the task vectors.
+        share: in [0, 1], one number or one a task; 1 keeps the largest alone, as MagMax does.
     """
-    leaves = _leaves(stack)
-    ratios = [np.abs(leaf) / np.maximum(np.abs(leaf).max(0), 1e-30) for leaf in leaves]
-    flat = np.concatenate([ratio.reshape(len(ratio), -1) for ratio in ratios], 1)
-    ranks = np.floor(budget(stack, shares) * flat.shape[1]).astype(int)
-    levels = np.array([np.partition(row, rank)[rank] for row, rank in zip(flat, ranks, strict=True)])
-    kept = [_as_long(leaf, ratio >= _across(levels, leaf)) for leaf, ratio in zip(leaves, ratios, strict=True)]
+    levels = np.broadcast_to(share, len(_leaves(stack)[0])).astype(np.float32)
+    kept = [
+        _as_long(leaf, rank >= _across(levels, leaf))
+        for leaf, rank in zip(_leaves(stack), _standing(stack), strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(stack), kept)
+
+
+def dominated_at_budget(stack: Stack, shares: Shares) -> Stack:
+    """The same, the share being what prunes as many entries of each task as TADrop does."""
+    flat = np.concatenate([rank.reshape(len(rank), -1) for rank in _standing(stack)], 1)
+    counts = np.floor(budget(stack, shares) * flat.shape[1]).astype(int)
+    return dominated(stack, np.array([np.partition(row, k)[k] for row, k in zip(flat, counts, strict=True)]))
+
+
+def _standing(stack: Stack) -> list[np.ndarray]:
+    """Each magnitude over the largest of all tasks in that place."""
+    sizes = [np.abs(leaf) for leaf in _leaves(stack)]
+    return [size / np.maximum(size.max(0), 1e-30) for size in sizes]
 
 
 def prune(stack: Stack, shares: Shares) -> Stack:

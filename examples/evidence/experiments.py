@@ -1,7 +1,7 @@
 """Every rule after every sparsifier: merged through the public API, tuned on validation data, reported on test data.
 
 The coefficient is tuned the same way for every arm, and does not see how large an arm's task vectors are: the merged
-vector is tried at lengths from .35 to 2.1 of the mean length of the task vectors, from the middle on as long as
+vector is tried at lengths from .1 to 2.1 of the mean length of the task vectors, from the middle on as long as
 validation accuracy rises, and the best is tested. Per-task rules (EMR, T-Switch, TALL) have no coefficient.
 """
 
@@ -20,7 +20,7 @@ from examples.evidence.arms import Stack
 from examples.evidence.suites import Suite, accuracy
 from examples.evidence.training import shuffled
 
-LENGTHS = tuple(round(0.35 * 1.35**i, 3) for i in range(7))
+LENGTHS = tuple(round(0.35 * 1.35**i, 3) for i in range(-4, 7))
 QUANTILES = ((0.25, 0.75), (0.5, 0.9), (0.75, 0.95), (0.9, 0.99), (0.95, 0.99), (0.98, 0.998))
 # TADrop's other choices that are ours, one at a time.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -109,6 +109,9 @@ def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> 
     def spread(how):
         return lambda: _counted(stack, arms.prune(stack, how(stack, shares())))
 
+    def dominated(share):
+        return _counted(stack, arms.dominated(stack, share))
+
     found = {"none": lambda: Arm(stack, 0.0)}
     found |= {f"magnitude {density}": library(tj.magnitude(density)) for density in (0.1, 0.2, 0.5)}
     found |= {f"uniform {sparsity}": library(tj.uniform(sparsity)) for sparsity in (0.3, 0.5, 0.7, 0.9)}
@@ -117,7 +120,8 @@ def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> 
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
     found |= {"scaling alone": lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares())), 0.0)}
-    found |= {"dominated": lambda: _counted(stack, arms.dominated(stack, shares()))}
+    found |= {"dominated": lambda: _counted(stack, arms.dominated_at_budget(stack, shares()))}
+    found |= {f"dominated {share}": functools.partial(dominated, share) for share in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)}
     return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
 
 
