@@ -71,6 +71,7 @@ from tadrop_jax.sparsifiers.breadcrumbs import breadcrumbs as breadcrumbs
 from tadrop_jax.sparsifiers.conflict_aware import conflict_aware as conflict_aware
 from tadrop_jax.sparsifiers.dare import dare as dare
 from tadrop_jax.sparsifiers.della import della as della
+from tadrop_jax.sparsifiers.dominance import dominance as dominance
 from tadrop_jax.sparsifiers.magnitude import magnitude as magnitude
 from tadrop_jax.sparsifiers.n_m import n_m as n_m
 from tadrop_jax.sparsifiers.rescale import rescale as rescale

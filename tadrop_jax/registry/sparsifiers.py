@@ -35,6 +35,17 @@ ENTRIES = (
         properties=SMOOTH | {"local"},
     ),
     Method(
+        "dominance",
+        "sparsifier",
+        "tadrop_jax.sparsifiers.dominance:dominance",
+        "prunes entries that are small beside the same entry of another task, and restores the norm",
+        "ours; half of the largest is EMR's best mask in least squares",
+        "entry",
+        "task vectors",
+        (Parameter("share", "numbers", 0.5, "of the largest magnitude of all tasks, to be kept", range=(0, 1)), NORM),
+        properties=SMOOTH | {"local"},
+    ),
+    Method(
         "magnitude",
         "sparsifier",
         "tadrop_jax.sparsifiers.magnitude:magnitude",

@@ -1,4 +1,4 @@
-"""Norms restored after pruning: what TADrop, its uniform control, DARE, DELLA and rescale share."""
+"""Norms restored after pruning: what TADrop, its uniform control, dominance, DARE, DELLA and rescale share."""
 
 import jax.numpy as jnp
 
@@ -17,14 +17,18 @@ def check_norm(method: str, norm):
     return norm
 
 
-def norm_stages(norm) -> tuple[Sums, ...]:
-    """How many entries stay when pruned at ``carry["cut"]``, and the sums of ``|x|^p`` before and after."""
+def reaches_cut(x, carry):
+    """Which entries are at least ``carry["cut"]`` in magnitude."""
+    return at_least(magnitude(x.stack), x.column(carry["cut"]))
+
+
+def norm_stages(norm, kept=reaches_cut) -> tuple[Sums, ...]:
+    """How many entries stay, and the sums of ``|x|^p`` before and after; ``kept(x, carry)`` says which."""
 
     def of(x, carry, n):
-        size = magnitude(x.stack)
-        kept = at_least(size, x.column(carry["cut"]))
-        count = {"count": jnp.where(kept & (size != 0), 1.0 / n, 0)}
-        return count if norm is None else count | powers(x.stack, jnp.where(kept, x.stack, 0), norm)
+        stay = kept(x, carry)
+        count = {"count": jnp.where(stay & (x.stack != 0), 1.0 / n, 0)}
+        return count if norm is None else count | powers(x.stack, jnp.where(stay, x.stack, 0), norm)
 
     return (Sums(of),)
 
@@ -40,10 +44,10 @@ def describe(carry, norm) -> dict:
     return said if norm is None else said | {"norm": carry["all"] ** (1 / norm)}
 
 
-def prune(x, carry, norm):
-    """Zeros what lies below ``carry["cut"]``, then scales the rest so that the p-norm is what it was."""
-    kept = jnp.where(at_least(magnitude(x.stack), x.column(carry["cut"])), x.stack, 0)
-    return kept if norm is None else kept * x.column(scale(carry, norm))
+def prune(x, carry, norm, kept=reaches_cut):
+    """Zeros all but what is kept, then scales that so that the p-norm is what it was."""
+    stay = jnp.where(kept(x, carry), x.stack, 0)
+    return stay if norm is None else stay * x.column(scale(carry, norm))
 
 
 def scale(carry, norm):
