@@ -105,36 +105,16 @@ CANDIDATES: dict[str, Callable[[Stack, Shares], Shares]] = {
 }
 
 
-def dominated(stack: Stack, share: float | np.ndarray) -> Stack:
-    """Prunes where other tasks are larger: entries below a share of the largest magnitude that any task has there.
+def dominance_shares(stack: Stack, shares: Shares) -> tuple[float, ...]:
+    """For `tj.dominance`: the share for each task that prunes as many of its entries as TADrop does.
 
-    Entries compete with the same entry of the other tasks and not with their own tensor, so it is no spread of shares.
-    What a per-task mask cannot reproduce goes: it switches on the largest task's entry, whatever the own one was. A
-    mask that is right to half of that entry, in least squares, leaves out all below half of it.
-
-    Args:
-        stack: the task vectors.
-        share: in [0, 1], one number or one a task; 1 keeps the largest alone, as MagMax does.
+    Dominance is no spread of a budget over tensors: entries compete with the same entry of the other tasks.
     """
-    levels = np.broadcast_to(share, len(_leaves(stack)[0])).astype(np.float32)
-    kept = [
-        _as_long(leaf, rank >= _across(levels, leaf))
-        for leaf, rank in zip(_leaves(stack), _standing(stack), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(stack), kept)
-
-
-def dominated_at_budget(stack: Stack, shares: Shares) -> Stack:
-    """The same, the share being what prunes as many entries of each task as TADrop does."""
-    flat = np.concatenate([rank.reshape(len(rank), -1) for rank in _standing(stack)], 1)
-    counts = np.floor(budget(stack, shares) * flat.shape[1]).astype(int)
-    return dominated(stack, np.array([np.partition(row, k)[k] for row, k in zip(flat, counts, strict=True)]))
-
-
-def _standing(stack: Stack) -> list[np.ndarray]:
-    """Each magnitude over the largest of all tasks in that place."""
     sizes = [np.abs(leaf) for leaf in _leaves(stack)]
-    return [size / np.maximum(size.max(0), 1e-30) for size in sizes]
+    standing = [(size / np.maximum(size.max(0), 1e-30)).reshape(len(size), -1) for size in sizes]
+    flat = np.concatenate(standing, 1)
+    counts = np.floor(budget(stack, shares) * flat.shape[1]).astype(int)
+    return tuple(float(np.partition(row, k)[k]) for row, k in zip(flat, counts, strict=True))
 
 
 def prune(stack: Stack, shares: Shares) -> Stack:

