@@ -13,6 +13,7 @@ import numpy as np
 
 from examples.evidence.tables import DOCS, read
 
+STYLES = {"uniform": "o-", "TADrop": "s--", "dominance": "d-", "magnitude": "^:", "DARE": "v:"}
 _LAYER = re.compile(r"(?:layers?|h)/(\d+)/")
 
 
@@ -44,10 +45,10 @@ def by_sparsity(file: str, tasks: str, rules: Sequence[str], out: Path) -> None:
     lines = [line for line in read(file) if line["tasks"] == tasks]
     figure, axes = plt.subplots(1, len(rules), figsize=(4 * len(rules), 3.4), layout="constrained", squeeze=False)
     for place, rule in zip(axes[0], rules, strict=True):
-        for kind, style in (("uniform", "o-"), ("TADrop", "s--"), ("magnitude", "^:"), ("DARE", "v:")):
+        for kind, style in STYLES.items():
             points = defaultdict(list)
             for line in lines:
-                if line["rule"] == rule and re.match(rf"none|{kind} \d", line["sparsifier"]):
+                if line["rule"] == rule and re.fullmatch(rf"none|{kind} [\d./]+", line["sparsifier"]):
                     points[line["sparsifier"]].append((float(line["sparsity"]), 100 * float(line["test"])))
             means = np.array(sorted(np.mean(found, 0).tolist() for found in points.values()))
             place.plot(*means.T, style, label=kind, markersize=4)
