@@ -11,7 +11,10 @@ from pathlib import Path
 
 from benchmarks import merges
 
-NAMES = ("start_up", "selection", "in_memory", "merge_gpt2", "scaling", "converting", "linear_algebra", "cost")
+NAMES = (
+    *("start_up", "selection", "in_memory", "merge_gpt2", "scaling", "larger_than_memory"),
+    *("sharded_memory", "converting", "linear_algebra", "cost"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -70,10 +70,15 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, limit
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        stop.set()
-        watcher.join()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # stopped from outside: not to go on alone
+            process.kill()
+            raise
+        finally:
+            wall = time.perf_counter() - start
+            stop.set()
+            watcher.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         end = log.read_text(errors="replace")[-2000:]
@@ -189,8 +194,8 @@ def chosen(options: argparse.Namespace, **choices: tuple[Any, Any]) -> argparse.
 
 
 def numbers(text: str) -> list[int]:
-    """A comma-separated list, ``1e4,1e5`` as well."""
-    return [int(float(part)) for part in text.split(",")]
+    """A comma-separated list, ``1e4,1e5`` as well; it may be empty."""
+    return [int(float(part)) for part in text.split(",") if part]
 
 
 def table(columns: Columns, rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:

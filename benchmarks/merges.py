@@ -65,7 +65,9 @@ def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> meas
     """
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     sources = [open_source(path) for path in inputs]
-    tensors = sources[0].tensors.values()
+    tensors, places, end = sources[0].tensors.values(), {}, 0
+    for info in tensors:
+        places[info.name], end = end, end + info.nbytes
     blocks = [(info, at) for info in tensors for at in range(0, info.size, BLOCK)]
     fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
@@ -74,7 +76,7 @@ def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> meas
         for info, at in blocks[thread::threads]:
             for source in sources:
                 block = source.read(info.name, at, min(at + BLOCK, info.size), buffers[info.dtype])
-            os.pwrite(fd, block.view(np.uint8).data, info.offset + at * info.dtype.itemsize)
+            os.pwrite(fd, block.view(np.uint8).data, places[info.name] + at * info.dtype.itemsize)
 
     def everything() -> None:
         with ThreadPoolExecutor(threads) as pool:
@@ -88,8 +90,10 @@ def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> meas
     return taken
 
 
-def ours(method: str, inputs: Sequence[Path], scratch: Path, limit_s: float | None = None) -> measure.Measurement:
-    """One run of `tadrop merge`; ``METHOD+SPARSIFIER`` puts a sparsifier before a rule."""
+def ours(
+    method: str, inputs: Sequence[Path], scratch: Path, limit_s: float | None = None, more: Sequence[str] = ()
+) -> measure.Measurement:
+    """One run of `tadrop merge`; ``METHOD+SPARSIFIER`` puts a sparsifier before a rule; ``more``: further options."""
     rule, _, sparsifier = method.partition("+")
     known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
     given = [word for name, value in VALUES.items() if name in known for word in ("--set", f"{name}={value}")]
@@ -97,7 +101,7 @@ def ours(method: str, inputs: Sequence[Path], scratch: Path, limit_s: float | No
     options = ["--sparsify", sparsifier] if sparsifier else given
     base, *models = map(str, inputs)
     command = [sys.executable, "-m", "tadrop_jax.cli", "merge", "--base", base, "--models", *models]
-    command += ["--method", rule, *options, "--out", str(scratch / "ours")]
+    command += ["--method", rule, *options, *more, "--out", str(scratch / "ours")]
     try:
         return measure.run(command, {}, scratch / "ours.log", limit_s)
     finally:

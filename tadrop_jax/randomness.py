@@ -52,7 +52,7 @@ def tensor_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def uniform(key: jax.Array, task: int, high: jax.Array, low: jax.Array) -> jax.Array:
+def uniform(key: jax.Array, task: int | jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
     """Uniform float32 in [0, 1) with 24 random bits for each position.
 
     Args:

@@ -128,7 +128,8 @@ class Selection:
             if low == high:  # one value that many entries have, zero most likely: counting them is enough
                 found.append((below, int(np.count_nonzero(row == low))))
             elif self.collected > _MOST:
-                found.append((0, row[:0]))  # the brackets are given up: no need to collect more
+                # The brackets are given up: no need to collect more. Not a view, which would keep the block.
+                found.append((0, np.empty(0, row.dtype)))
             else:
                 # Unsigned: what lies below the bracket wraps around, and is not inside either.
                 inside = row[np.flatnonzero((row - low) <= (high - low))]

@@ -2,24 +2,28 @@
 
 import importlib
 import json
+import math
 import runpy
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as everything
-from benchmarks import cost, measure, merges
+from benchmarks import cost, larger_than_memory, measure, merges
 from tadrop_jax import mergekit_recipe, registry, streaming
+from tadrop_jax.cli import main
 from tests.helpers import family, run_streamed
 
 ROOT = Path(__file__).parents[1]
 TINY = {
     "converting": ["--size", "0.1M", "--formats", "safetensors,npz"],
     "in_memory": ["--size", "0.1M", "--tasks", "2", "--rules", "task_arithmetic"],
+    "larger_than_memory": ["--parameters", "1e4", "--entries", "1e5", "--tasks", "", "--methods", "emr+tadrop"],
     "linear_algebra": ["--size", "8", "--tasks", "2"],
     "merge_gpt2": ["--size", "0.1M", "--methods", "task_arithmetic,slerp"],
     "cost": ["--methods", "ties,emr+tadrop,iso_c"],
     "scaling": ["--sizes", "0.1M", "--task-size", "0.1M", "--tasks", "2"],
+    "sharded_memory": ["--side", "32", "--tasks", "2"],
     "selection": ["--sizes", "1e3", "--dtypes", "bfloat16"],
     "start_up": ["--only", "import tadrop"],
 }
@@ -41,6 +45,26 @@ def test_quick_version(name, tmp_path, capsys):
         merged, refused = kept["rows"]
         assert merged["ours / floor"] > 1
         assert "slerp: merges exactly 1 fine-tuned model" in refused["note"]
+
+
+def test_a_disk_without_room_is_said_before_anything_is_made(tmp_path, capsys):
+    given = ["--quick", "--parameters", "7e9", "--entries", "1e9", "--tasks", "", "--leave", "1e18"]
+    larger_than_memory.main([*given, "--dir", str(tmp_path)])
+    assert capsys.readouterr().out.count("needs 54 GB of disk, 0 GB are free") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_merge_writes_is_what_the_disk_is_asked_for(tmp_path):
+    shapes = larger_than_memory.llama(1e4)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    inputs = larger_than_memory.make(tmp_path, 2, shapes)
+    for method in ("ties", "emr"):
+        request = ["--method", method, "--out", str(tmp_path / method), "--dtype", "bfloat16", "--quiet"]
+        assert main(["merge", "--base", str(inputs[0]), "--models", *map(str, inputs[1:]), *request]) == 0
+        there = [file for folder in (*inputs, tmp_path / method) for file in folder.rglob("*.safetensors")]
+        heads = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in there)
+        written = sum(file.stat().st_size for file in there) - heads
+        assert written == pytest.approx(larger_than_memory.needed(method, 2, parameters), rel=0.01)
 
 
 _PEERS = importlib.import_module("benchmarks.selection").PEERS

@@ -342,7 +342,7 @@ def test_names_of_containers(name, stack):
     assert_close(back, run(name, {}, stack))
 
 
-def pairs(every: int = 6) -> list[tuple[str, str]]:
+def pairs(every: int = 9) -> list[tuple[str, str]]:
     """TADrop before every rule, and a part of the other pairs that takes in every sparsifier: each pair compiles."""
     rules = [m.name for m in RUNNABLE if m.role == "rule"]
     sparsifiers = [m.name for m in RUNNABLE if m.role == "sparsifier"]

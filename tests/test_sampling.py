@@ -101,6 +101,13 @@ def test_a_bracket_that_holds_too_much():
     assert check(DATA["all the same"], [[N // 2, N // 2]]) == 3
 
 
+def test_what_is_given_up_keeps_no_block_in_memory():
+    search = at_ranks(N, [[N // 2, N // 2]])
+    parts = [search.count(DATA["normal"][:, s : s + 128]) for s in range(0, N, 128)]
+    assert search.collected > sampling._MOST
+    assert all(inside.base is None for part in parts for _, inside in part)
+
+
 def test_little_data_is_collected_in_one_pass():
     rows = RNG.integers(0, 2**32, size=(3, 150), dtype=np.uint32)
     assert not at_ranks(150, [[0, 0, 0]]).wants_sample

@@ -35,7 +35,9 @@ def norm_stages(norm, kept=reaches_cut) -> tuple[Sums, ...]:
 
 def powers(before, after, norm: int) -> dict:
     """``|x|^p`` before and after, whose sums :func:`scale` wants."""
-    return {"all": magnitude(before) ** norm, "kept": magnitude(after) ** norm}
+    # Squares of magnitudes, but XLA keeps an array of the magnitudes for them.
+    power = jnp.square if norm == 2 else magnitude
+    return {"all": power(before), "kept": power(after)}
 
 
 def describe(carry, norm) -> dict:
