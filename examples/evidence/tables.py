@@ -25,7 +25,10 @@ def read(name: str) -> Lines:
 
 
 def accuracies(file: str, tasks: str) -> str:
-    """Test accuracies: a row for each sparsifier, a column for each rule, the mean over seeds."""
+    """Test accuracies: a row for each sparsifier, a column for each rule, the mean over seeds.
+
+    The number of seeds stands in brackets where it is smaller than the table's.
+    """
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rules = _ordered(line["rule"] for line in lines)
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -39,8 +42,11 @@ def accuracies(file: str, tasks: str) -> str:
         row = [name, "" if name == "own" else f"{np.mean(sparsity[name]):.2f}"]
         rows.append(row + [f"{np.mean(cells[name, r]):.1f}" if cells[name, r] else "" for r in rules])
     best = [max((row[i] for row in rows if row[i]), key=float) for i in range(2, len(rules) + 2)]
+    seeds = len({line["seed"] for line in lines})
     for row in rows:
         row[2:] = [f"**{v}**" if v and v == b else v for v, b in zip(row[2:], best, strict=True)]
+        fewer = [0 < len(cells[row[0], r]) < seeds for r in rules]
+        row[2:] = [f"{v} ({len(cells[row[0], r])})" if f else v for v, r, f in zip(row[2:], rules, fewer, strict=True)]
     return markdown(["sparsifier", "pruned", *rules], rows) + "\n\n" + _seeds(lines)
 
 
