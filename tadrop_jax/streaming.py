@@ -26,6 +26,7 @@ from tadrop_jax.trees import check_patterns
 
 __all__ = ["NonFinite", "Outcome", "Settings", "Stream", "measure", "run"]
 
+# Of up to 8 tasks; more have blocks of a half, a quarter, ..., so that memory does not go with their number.
 BLOCK = 1 << 18
 SMALL = 1 << 13
 # A tensor of all models that fits in here is read once, and kept while its stages run.
@@ -143,7 +144,8 @@ class _Run:
         self.workers = settings.workers or sampling.cores()
         self.decomposing = threading.Lock()
         group = math.lcm(*(s.group for s in steps if s.piece == "group"))
-        self.block = max(BLOCK // group, 1) * group
+        entries = BLOCK >> max(math.ceil(math.log2((tasks + 1) / 9)), 0)
+        self.block = max(entries // group, 1) * group
         # Packed masks want starts at multiples of 8.
         self.block *= 8 // math.gcd(8, self.block)
         self.small = self.block if group > 1 else SMALL
