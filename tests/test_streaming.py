@@ -350,3 +350,12 @@ def test_refusals():
         run_streamed(base, models, tj.task_arithmetic((1.0, 2.0, 3.0)))
     with pytest.raises(ParameterError, match="1 values"):
         run_streamed(base, models, tj.task_arithmetic((1.0,)))
+
+
+def test_blocks_of_many_models_are_smaller():
+    """Thirty models take a quarter of the entries at once, and merge alike."""
+    base, models = family(30, {"w": (40, 50)})
+    read = []
+    merged, *_ = run_streamed(base, models, tj.task_arithmetic(0.1), progress=read.append, workers=1)
+    assert max(read) == 31 * 32 * 4
+    assert_same(merged, tj.merge(base, models, tj.task_arithmetic(0.1)), base)
