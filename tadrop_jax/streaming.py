@@ -254,7 +254,8 @@ class _Run:
             )
             if carries is not None:
                 self.carries[k] = jax.tree.map(np.asarray, carries)
-            return jax.tree.map(np.asarray, (value, aside))
+            # What is kept of every block is copied: a view would keep the device's buffer, kilobytes for a number.
+            return jax.tree.map(np.array if kind == "sums" else np.asarray, value), jax.tree.map(np.array, aside)
 
     def site(self, k: int, kind: str, stop=None) -> Site:
         stream = self.streams[k]
