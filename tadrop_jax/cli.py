@@ -383,6 +383,7 @@ def _start_jax() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "tadrop_jax" / "compiled"))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         # A merge takes dozens of functions, most of them small: compiled anew, they are half of the start-up.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
