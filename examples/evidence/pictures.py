@@ -65,9 +65,9 @@ def main() -> None:
         ratios(table.name, table.with_suffix(".svg"))
         runs = table.name.replace("-ratios", "")
         counts = sorted({line["tasks"] for line in read(runs)}, key=int)
-        rules = [
-            rule for rule in ("task arithmetic", "TIES", "EMR") if any(line["rule"] == rule for line in read(runs))
-        ]
+        lines = [line for line in read(runs) if line["tasks"] == counts[0]]
+        tried = {rule: {line["sparsifier"] for line in lines if line["rule"] == rule} for rule in ("EMR", "TIES")}
+        rules = [rule for rule, arms in tried.items() if len(arms) > 6]  # fewer make no curve
         by_sparsity(runs, counts[0], rules, table.with_name(runs).with_suffix(".svg"))
 
 
