@@ -135,10 +135,7 @@ def scaled_only(stack: Stack, pruned: Stack) -> Stack:
     """Nothing is pruned, but each tensor grows as it would have: the scaling alone."""
 
     def grow(leaf, after):
-        parts = (np.where(after != 0, leaf, 0), leaf)
-        norms = [np.linalg.norm(part.reshape(len(leaf), -1), axis=1) for part in parts]
-        factor = np.where(norms[0] > 0, norms[1] / np.maximum(norms[0], 1e-30), 1)
-        return (leaf * _across(factor, leaf)).astype(np.float32)
+        return (leaf * _growth(leaf, np.where(after != 0, leaf, 0))).astype(np.float32)
 
     leaves = [grow(leaf, after) for leaf, after in zip(_leaves(stack), _leaves(pruned), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(stack), leaves)
@@ -188,14 +185,14 @@ def _prune(leaf: np.ndarray, share: np.ndarray) -> np.ndarray:
     sizes = np.abs(leaf.reshape(len(leaf), -1))
     ranks = np.floor(share * sizes.shape[1]).astype(int)
     levels = np.array([np.partition(row, rank)[rank] for row, rank in zip(sizes, ranks, strict=True)])
-    return _as_long(leaf, np.abs(leaf) >= _across(levels, leaf))
+    kept = np.where(np.abs(leaf) >= _across(levels, leaf), leaf, 0)
+    return (kept * _growth(leaf, kept)).astype(np.float32)
 
 
-def _as_long(leaf: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """What is kept of each task, grown to the 2-norm that it had."""
-    out = np.where(kept, leaf, 0)
-    norms = [np.linalg.norm(part.reshape(len(leaf), -1), axis=1) for part in (leaf, out)]
-    return out * _across(np.where(norms[1] > 0, norms[0] / np.maximum(norms[1], 1e-30), 0), leaf).astype(np.float32)
+def _growth(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """What gives each task's entries (T, ...) the 2-norm from before; 1 where nothing is left."""
+    norms = [np.linalg.norm(leaf.reshape(len(leaf), -1), axis=1) for leaf in (before, after)]
+    return _across(np.where(norms[1] > 0, norms[0] / np.maximum(norms[1], 1e-30), 1), before)
 
 
 def _across(values: np.ndarray, leaf: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ def by_sparsity(file: str, tasks: str, rules: Sequence[str], out: Path) -> None:
 
 
 def main() -> None:
-    """Draws a pair of pictures for each table that is there."""
+    """Draws the ratios of each table that is there, and accuracies against sparsity where enough arms were tried."""
     for table in sorted((DOCS / "results").glob("*-ratios.csv")):
         ratios(table.name, table.with_suffix(".svg"))
         runs = table.name.replace("-ratios", "")
@@ -68,7 +68,8 @@ def main() -> None:
         lines = [line for line in read(runs) if line["tasks"] == counts[0]]
         tried = {rule: {line["sparsifier"] for line in lines if line["rule"] == rule} for rule in ("EMR", "TIES")}
         rules = [rule for rule, arms in tried.items() if len(arms) > 6]  # fewer make no curve
-        by_sparsity(runs, counts[0], rules, table.with_name(runs).with_suffix(".svg"))
+        if rules:
+            by_sparsity(runs, counts[0], rules, table.with_name(runs).with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -37,16 +37,21 @@ def accuracies(file: str, tasks: str) -> str:
     sparsity = defaultdict(list)
     for line in lines:
         sparsity[line["sparsifier"]].append(float(line["sparsity"]))
+    seeds = len({line["seed"] for line in lines})
+    means = {key: f"{np.mean(values):.1f}" for key, values in cells.items()}
+    best = {rule: max((mean for (_, r), mean in means.items() if r == rule), key=float) for rule in rules}
+
+    def cell(name: str, rule: str) -> str:
+        if (name, rule) not in means:
+            return ""
+        mean, count = means[name, rule], len(cells[name, rule])
+        text = f"**{mean}**" if mean == best[rule] else mean
+        return text if count == seeds else f"{text} ({count})"
+
     rows = []
     for name in _ordered(line["sparsifier"] for line in lines):
-        row = [name, "" if name == "own" else f"{np.mean(sparsity[name]):.2f}"]
-        rows.append(row + [f"{np.mean(cells[name, r]):.1f}" if cells[name, r] else "" for r in rules])
-    best = [max((row[i] for row in rows if row[i]), key=float) for i in range(2, len(rules) + 2)]
-    seeds = len({line["seed"] for line in lines})
-    for row in rows:
-        row[2:] = [f"**{v}**" if v and v == b else v for v, b in zip(row[2:], best, strict=True)]
-        fewer = [0 < len(cells[row[0], r]) < seeds for r in rules]
-        row[2:] = [f"{v} ({len(cells[row[0], r])})" if f else v for v, r, f in zip(row[2:], rules, fewer, strict=True)]
+        pruned = "" if name == "own" else f"{np.mean(sparsity[name]):.2f}"
+        rows.append([name, pruned, *(cell(name, rule) for rule in rules)])
     return markdown(["sparsifier", "pruned", *rules], rows) + "\n\n" + _seeds(lines)
 
 
