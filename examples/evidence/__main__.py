@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--count", type=int, metavar="N", help="tasks (default: the suite's main table)")
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all that do not learn)")
     parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
+    parser.add_argument("--bfloat16", action="store_true", help="train in mixed precision: fast on processors with AMX")
     parser.add_argument("--fast", action="store_true", help="a small model, small tasks that need no --data")
     chosen = parser.parse_args(arguments)
     if chosen.data is None and not chosen.fast:
@@ -50,11 +51,13 @@ def main(arguments: list[str] | None = None) -> Path:
     table = chosen.out / f"{recipe}.csv"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        base = functools.partial(suite.pretrain, chosen.data, chosen.out, settings=settings)
+        base = functools.partial(suite.pretrain, chosen.data, chosen.out, settings=settings, bfloat16=chosen.bfloat16)
         train(bar, "pretraining", chosen.out / "base", base)
         for seed in chosen.seeds:
             for name in names:
-                tune = functools.partial(suite.finetune, chosen.data, chosen.out, name, recipe, seed)
+                tune = functools.partial(
+                    suite.finetune, chosen.data, chosen.out, name, recipe, seed, bfloat16=chosen.bfloat16
+                )
                 train(bar, f"{name}, seed {seed}", suite.place(chosen.out, recipe, seed, name), tune)
             models = suite.load(chosen.data, chosen.out, recipe, seed, names)
             experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))

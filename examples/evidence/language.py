@@ -17,6 +17,7 @@ from flax import nnx
 import converters
 from converters import gpt2
 from examples.evidence import language_tasks, suites, training, words
+from examples.evidence.mixed import mixed
 from examples.evidence.suites import Head, Suite, Tuned, class_names, place
 from examples.evidence.training import Progress, Recipe
 
@@ -34,7 +35,7 @@ RECIPES = {
 class Settings:
     """The sizes of everything; the defaults are those of the results."""
 
-    vocabulary: int = 8192
+    vocabulary: int = 4096
     context: int = 128
     width: int = 192
     layers: int = 4
@@ -49,14 +50,17 @@ class Settings:
         return cls(vocabulary=360, context=48, width=32, layers=1, heads=2, batch=25, epochs=4, rate=1e-2)
 
 
-def pretrain(data: Path | None, out: Path, *, progress: Progress, settings: Settings = Settings()) -> None:
+def pretrain(
+    data: Path | None, out: Path, *, progress: Progress, settings: Settings = Settings(), bfloat16: bool = False
+) -> None:
     """Trains the base to predict the next token and saves it as a Hugging Face directory `out`/base."""
     texts = language_tasks.corpus(data)
     if not _files(out)[-1].exists():
         words.write(_files(out)[0].parent, words.learn(texts, settings.vocabulary))
     tokenizer = words.read(_files(out)[0].parent)
     train, held = _windows(words.stream(tokenizer, texts), settings.context + 1)
-    graph, params = nnx.split(gpt2.MODELS["GPT2LMHeadModel"](_config(settings, tokenizer), rngs=nnx.Rngs(0)))
+    module = gpt2.MODELS["GPT2LMHeadModel"](_config(settings, tokenizer), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(mixed(module) if bfloat16 else module)
     steps = int(settings.epochs * len(train) / settings.batch)
 
     def loss(params, windows, key):
@@ -81,7 +85,9 @@ def pretrain(data: Path | None, out: Path, *, progress: Progress, settings: Sett
     suites.save(out / "base", module, module.config, report, files=_files(out))
 
 
-def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *, progress: Progress) -> None:
+def finetune(
+    data: Path | None, out: Path, name: str, recipe: str, seed: int, *, progress: Progress, bfloat16: bool = False
+) -> None:
     """Fine-tunes the base on a task, from a linear probe's head on; saves `out`/RECIPE/seedSEED/NAME."""
     directory, how = place(out, recipe, seed, name), RECIPES[recipe]
     base, params = converters.load(out / "base")
@@ -94,7 +100,7 @@ def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *,
     module = gpt2.MODELS["GPT2ForSequenceClassification"](config, rngs=nnx.Rngs(0))
     module.transformer = base.transformer
     module.score.kernel[...] = jnp.array(_without_bias(suites.calmed(head, seen[0]), seen[0]))
-    graph, params = nnx.split(module)
+    graph, params = nnx.split(mixed(module) if bfloat16 else module)
 
     def loss(params, batch, key):
         logits = nnx.merge(graph, params)(batch.inputs)

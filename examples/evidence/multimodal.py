@@ -24,6 +24,7 @@ from converters import beit3
 from converters.mapping import flatten, nest
 from examples.evidence import multimodal_tasks, suites, training, vision_tasks, words
 from examples.evidence.images import augmented, normalised
+from examples.evidence.mixed import mixed
 from examples.evidence.multimodal_pretraining import Settings, pretrain
 from examples.evidence.suites import Head, Suite, Task, Tuned, place
 from examples.evidence.training import Progress
@@ -69,14 +70,18 @@ FORMS = {
 }
 
 
-def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *, progress: Progress) -> None:
+def finetune(
+    data: Path | None, out: Path, name: str, recipe: str, seed: int, *, progress: Progress, bfloat16: bool = False
+) -> None:
     """Fine-tunes the base on a task; saves `out`/RECIPE/seedSEED/NAME."""
     directory, how = place(out, recipe, seed, name), RECIPES[recipe]
     base, _ = converters.load(out / "base")
     task = multimodal_tasks.task(data, name, words.read(out / "base"))
     kind = multimodal_tasks.form(name)
     module = started(base, kind, task.classes, seed)
-    graph, params, rest = nnx.split(module, lambda path, _: not set(FORMS[kind].unused) & set(path), ...)
+    graph, params, rest = nnx.split(
+        mixed(module) if bfloat16 else module, lambda path, _: not set(FORMS[kind].unused) & set(path), ...
+    )
     flip = name == "pacs_questions" or (kind == "image" and data is not None and vision_tasks.mirrored(name))
 
     def measured(params, batch, key):

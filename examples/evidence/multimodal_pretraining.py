@@ -24,6 +24,7 @@ from examples.evidence import language_tasks, suites, training, words
 from examples.evidence import multimodal_pictures as pictures
 from examples.evidence import multimodal_tasks as tasks
 from examples.evidence.images import augmented, normalised
+from examples.evidence.mixed import mixed
 from examples.evidence.suites import Part
 from examples.evidence.training import Progress
 
@@ -73,7 +74,9 @@ class Settings:
         )
 
 
-def pretrain(data: Path | None, out: Path, *, progress: Progress, settings: Settings = Settings()) -> None:
+def pretrain(
+    data: Path | None, out: Path, *, progress: Progress, settings: Settings = Settings(), bfloat16: bool = False
+) -> None:
     """Trains the base and saves it with its tokenizer as a directory `out`/base.
 
     Args:
@@ -81,13 +84,15 @@ def pretrain(data: Path | None, out: Path, *, progress: Progress, settings: Sett
         out: where to.
         progress: as in `training.fit`.
         settings: the sizes of everything.
+        bfloat16: train in mixed precision.
     """
     files = [out / "tokenizer" / name for name in words.FILES]
     if not files[-1].exists():
         words.write(files[0].parent, _learn(data, settings))
     tokenizer = words.read(files[0].parent)
     config = settings.config(words.number(tokenizer, words.PAD))
-    graph, params = nnx.split(beit3.MODELS[CAPTIONING](config, rngs=nnx.Rngs(0)))
+    module = beit3.MODELS[CAPTIONING](config, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(mixed(module) if bfloat16 else module)
     params = jax.tree.map(lambda leaf: leaf * settings.initial / 0.02 if leaf.ndim > 1 else leaf, params)
     batch, report = _data(data, settings, tokenizer)
 

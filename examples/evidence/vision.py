@@ -13,6 +13,7 @@ import converters
 from converters.vit import Config, ViTForImageClassification
 from examples.evidence import suites, training, vision_tasks
 from examples.evidence.images import augmented, normalised
+from examples.evidence.mixed import mixed
 from examples.evidence.suites import Head, Suite, Tuned, class_names, place
 from examples.evidence.training import Progress
 
@@ -66,12 +67,15 @@ class Settings:
         )
 
 
-def pretrain(data: Path | None, out: Path, *, progress: Progress, settings: Settings = Settings()) -> None:
+def pretrain(
+    data: Path | None, out: Path, *, progress: Progress, settings: Settings = Settings(), bfloat16: bool = False
+) -> None:
     """Trains the base on 140 classes of Tiny ImageNet and saves it as a Hugging Face directory `out`/base."""
     train, test = vision_tasks.pretraining(data)
     config = settings.config(int(train.labels.max()) + 1)
     module = ViTForImageClassification(config, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(module)
+    apply = encode(module)
+    graph, params = nnx.split(mixed(module) if bfloat16 else module)
     steps = settings.epochs * (len(train.labels) // settings.batch)
 
     def loss(params, batch, key):
@@ -92,20 +96,23 @@ def pretrain(data: Path | None, out: Path, *, progress: Progress, settings: Sett
         progress=progress,
     )
     head = _head(params)
-    found = suites.features(encode(module), params["vit"], test.inputs)
+    found = suites.features(apply, params["vit"], test.inputs)
     suites.save(out / "base", params, config, {"accuracy": suites.share_right(found, head, test.labels)})
 
 
-def finetune(data: Path | None, out: Path, name: str, recipe: str, seed: int, *, progress: Progress) -> None:
+def finetune(
+    data: Path | None, out: Path, name: str, recipe: str, seed: int, *, progress: Progress, bfloat16: bool = False
+) -> None:
     """Fine-tunes the base on a task, from a linear probe's head on; saves `out`/RECIPE/seedSEED/NAME."""
     directory = place(out, recipe, seed, name)
     task, how = vision_tasks.task(data, name), RECIPES[recipe]
     module, params = converters.load(out / "base")
-    graph, apply = nnx.graphdef(module), encode(module)
+    apply = encode(module)
     seen = [suites.features(apply, params["vit"], part.inputs) for part in task[1:4]]
     head = suites.probe(seen[0], task.train.labels, seen[1], task.validation.labels, task.classes)
     calm = suites.calmed(head, seen[0])
     params["classifier"]["kernel"], params["classifier"]["bias"] = (nnx.Param(jax.numpy.asarray(part)) for part in calm)
+    graph = nnx.graphdef(mixed(module) if bfloat16 else module)
 
     def loss(params, batch, key):
         images = augmented(normalised(batch.inputs), key, flip=vision_tasks.mirrored(name), move=how.move)
