@@ -360,18 +360,11 @@ class _Run:
         raise AssertionError("a sample lies inside the tree")
 
     def selected_like(self, k, stop):
-        site, width = self.site(k, "keys", stop), self.streams[k].size if self.whole[k] else 8
-        raw = jax.ShapeDtypeStruct((self.tasks + 1, width), self.streams[k].bits)
-        shape = jax.eval_shape(
-            functools.partial(block_values, site),
-            raw,
-            self.keys[k],
-            self.carries[k],
-            np.zeros(2, np.uint32),
-            np.int32(width),
-            np.float32(width),
-        )
-        return shape.dtype, shape.shape[0]
+        width = self.streams[k].size if self.whole[k] else 8
+        described = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.carries[k])
+        leaves, tree = jax.tree.flatten(described)
+        key = None if self.keys[k] is None else jax.ShapeDtypeStruct(self.keys[k].shape, self.keys[k].dtype)
+        return _selected_like(self.site(k, "keys", stop), width, key, tuple(leaves), tree)
 
     def asides(self, k: int) -> list[tuple[int, int]]:
         """Where the chain of one tensor has stages aside."""
@@ -428,3 +421,18 @@ def _wants_whole(step: Step) -> bool:
 
 def _serial(fn, items) -> list:
     return [fn(item) for item in items]
+
+
+@functools.lru_cache(maxsize=1024)
+def _selected_like(site: Site, width: int, key, carries: tuple, tree):
+    """Dtype and leading length of what a stage of ranks selects from; cached, since tracing takes milliseconds."""
+    found = jax.eval_shape(
+        functools.partial(block_values, site),
+        jax.ShapeDtypeStruct((site.tasks + 1, width), f"u{np.dtype(site.dtype).itemsize}"),
+        key,
+        jax.tree.unflatten(tree, carries),
+        np.zeros(2, np.uint32),
+        np.int32(width),
+        np.float32(width),
+    )
+    return found.dtype, found.shape[0]
