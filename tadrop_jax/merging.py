@@ -129,13 +129,21 @@ def merge(
     return jax.tree_util.tree_unflatten(treedef, out)
 
 
-def merge_task_vectors(stack, rule: AnyStep, *, sparsifier: AnyStep | None = None, key=None):
+def merge_task_vectors(
+    stack,
+    rule: AnyStep,
+    *,
+    sparsifier: AnyStep | None = None,
+    layout: Mapping | Callable | None = None,
+    key=None,
+):
     """Merges task vectors; the base is not added.
 
     Args:
       stack: tree of ``(T, *shape)`` float arrays, as :func:`task_vectors` gives it; None leaves stay None.
       rule: a merge rule on task vectors.
       sparsifier: goes before the rule.
+      layout: as for :func:`merge`; it is about ``shape``, without T.
       key: random key, for methods that are random.
 
     Returns:
@@ -154,15 +162,16 @@ def merge_task_vectors(stack, rule: AnyStep, *, sparsifier: AnyStep | None = Non
     whole = with_sparsifier(sparsifier, rule)
     if output_of(whole) == "parameters":
         raise TypeError("this rule works on weights, not on task vectors: call tj.merge(base, models, rule)")
-    return _run_stack(stack, whole, key)
+    return _run_stack(stack, whole, key, layout)
 
 
-def sparsify(stack, sparsifier: AnyStep, *, key=None):
+def sparsify(stack, sparsifier: AnyStep, *, layout: Mapping | Callable | None = None, key=None):
     """Sparsifies task vectors.
 
     Args:
       stack: tree of ``(T, *shape)`` float arrays, as :func:`task_vectors` gives it; None leaves stay None.
       sparsifier: any sparsifier, or a chain of them.
+      layout: as for :func:`merge`, about ``shape`` without T: for n:m, DARE and what else goes by a tensor's order.
       key: random key, for methods that are random.
 
     Returns:
@@ -178,7 +187,7 @@ def sparsify(stack, sparsifier: AnyStep, *, key=None):
     """
     if output_of(sparsifier) != "stack":
         raise MergeError("sparsify takes a sparsifier, not a merge rule: call tj.merge or tj.merge_task_vectors")
-    return _run_stack(stack, sparsifier, key)
+    return _run_stack(stack, sparsifier, key, layout)
 
 
 def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> dict[str, dict[str, np.ndarray]]:
@@ -268,7 +277,7 @@ def with_sparsifier(sparsifier: AnyStep | None, rule: AnyStep) -> Chain:
     return chain(sparsifier, rule)
 
 
-def _run_tensors(stack, steps_of, key):
+def _run_tensors(stack, steps_of, key, layout=None):
     """Runs steps over a tree of stacks: tree definition, float positions, leaves, results and T."""
     names, leaves, treedef = named_leaves(stack)
     at = [i for i, leaf in enumerate(leaves) if leaf is not None]
@@ -284,13 +293,16 @@ def _run_tensors(stack, steps_of, key):
     if tasks == 0:
         raise MergeError("the stack holds no task")
     check_contents([(names[i], None, (leaves[i],)) for i in at])
-    tensors = [memory.Tensor(names[i], (jnp.asarray(leaves[i]),)) for i in at]
+    tensors = []
+    for i in at:
+        order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]) - 1)
+        tensors.append(memory.Tensor(names[i], (jnp.asarray(leaves[i]),), order=order, seed_name=seed_name))
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
     return treedef, at, leaves, memory.run(steps, tensors, tasks, key), tasks
 
 
-def _run_stack(stack, whole: AnyStep, key):
-    treedef, at, leaves, results, tasks = _run_tensors(stack, whole, key)
+def _run_stack(stack, whole: AnyStep, key, layout):
+    treedef, at, leaves, results, tasks = _run_tensors(stack, whole, key, layout)
     values: list[Any] = [None] * len(leaves)
     for i, result in zip(at, results, strict=True):
         values[i] = result.value

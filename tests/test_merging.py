@@ -98,10 +98,20 @@ def test_a_layout_gives_the_same_weights_in_both_layouts(sparsifier):
     )
     assert not all(np.array_equal(without["flax"][n], ours["flax"][n]) for n in to_flax)
 
+    # The same of task vectors; here the base is zero.
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *[flax(m) for m in torch_models])
+    pruned = tj.sparsify(stack, sparsifier, layout=layout, key=key)
+    again = tj.merge_task_vectors(stack, tj.task_arithmetic(1.0), sparsifier=sparsifier, layout=layout, key=key)
+    for name in to_flax:
+        np.testing.assert_array_equal(pruned["flax"][name].sum(0), ours["flax"][name])
+        np.testing.assert_array_equal(again["flax"][name], ours["flax"][name])
+
 
 def test_a_layout_that_is_no_permutation_is_refused(base, models):
     with pytest.raises(tj.MergeError, match=r"'a'.*permutation"):
         tj.merge(base, models, tj.average(), layout={"a": (0, 0)})
+    with pytest.raises(tj.MergeError, match=r"'a'.*permutation"):
+        tj.sparsify({"a": np.ones((2, 3, 4), np.float32)}, tj.magnitude(0.5), layout={"a": (0, 1, 2)})
 
 
 def test_tied_weights_count_once():

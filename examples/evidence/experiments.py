@@ -94,17 +94,20 @@ def adamerging(suite: Suite, stack: Stack, steps: int = 100, size: int = 16) -> 
 LEARNED: dict[str, Callable[[Suite, Stack], Result]] = {"AdaMerging": adamerging}
 
 
-def sparsifiers(stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)) -> dict[str, Callable[[], Arm]]:
+def sparsifiers(
+    stack: Stack, layout: Callable | None = None, quantiles: tuple[float, float] = (0.75, 0.95)
+) -> dict[str, Callable[[], Arm]]:
     """Every way to sparsify: the library's methods, TADrop's controls and the candidates at TADrop's budget.
 
     Args:
         stack: the task vectors.
+        layout: of the suite.
         quantiles: TADrop's, which set the budget of controls and candidates.
     """
     shares = functools.cache(lambda: arms.tadrop_shares(stack, *quantiles))
 
     def library(sparsifier, seed: int = 0):
-        return lambda: _counted(stack, tj.sparsify(stack, sparsifier, key=jax.random.key(seed)))
+        return lambda: _counted(stack, tj.sparsify(stack, sparsifier, layout=layout, key=jax.random.key(seed)))
 
     def spread(how):
         return lambda: _counted(stack, arms.prune(stack, how(stack, shares())))
@@ -144,7 +147,7 @@ def run(
     there = {(line["tasks"], line["seed"], line["rule"], line["sparsifier"]) for line in read(out)}
     head = (str(len(suite.tuned)), str(seed))
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
-    ways = sparsifiers(stack)
+    ways = sparsifiers(stack, suite.layout)
     wanted = [("own", rule) for rule in rules if rule in OWN]
     wanted += [
         (name, rule)
@@ -170,7 +173,7 @@ def judge(suite: Suite, stack: Stack, rule: Any) -> Result:
         stack: their task vectors, sparsified.
         rule: of the library, on task vectors, its coefficient 1.
     """
-    merged = tj.merge_task_vectors(stack, rule)
+    merged = tj.merge_task_vectors(stack, rule, layout=suite.layout)
     if isinstance(merged, tj.Bundle):
         models = [_added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
         return _judged(suite, models)
