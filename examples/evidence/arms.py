@@ -185,17 +185,17 @@ def _prune(leaf: np.ndarray, share: np.ndarray) -> np.ndarray:
     sizes = np.abs(leaf.reshape(len(leaf), -1))
     ranks = np.floor(share * sizes.shape[1]).astype(int)
     levels = np.array([np.partition(row, rank)[rank] for row, rank in zip(sizes, ranks, strict=True)])
-    kept = np.where(np.abs(leaf) >= _across(levels, leaf), leaf, 0)
+    kept = np.where(np.abs(leaf) >= across(levels, leaf), leaf, 0)
     return (kept * _growth(leaf, kept)).astype(np.float32)
 
 
 def _growth(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """What gives each task's entries (T, ...) the 2-norm from before; 1 where nothing is left."""
     norms = [np.linalg.norm(leaf.reshape(len(leaf), -1), axis=1) for leaf in (before, after)]
-    return _across(np.where(norms[1] > 0, norms[0] / np.maximum(norms[1], 1e-30), 1), before)
+    return across(np.where(norms[1] > 0, norms[0] / np.maximum(norms[1], 1e-30), 1), before)
 
 
-def _across(values: np.ndarray, leaf: np.ndarray) -> np.ndarray:
+def across(values: Any, leaf: Any) -> Any:
     """One value a task (T,), to go with a leaf (T, ...)."""
     return values.reshape(-1, *[1] * (leaf.ndim - 1))
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import tadrop_jax as tj
-from examples.evidence import arms
+from examples.evidence import arms, learned
 from examples.evidence.arms import Stack
 from examples.evidence.suites import Suite, accuracy
 from examples.evidence.training import shuffled
@@ -95,19 +95,19 @@ LEARNED: dict[str, Callable[[Suite, Stack], Result]] = {"AdaMerging": adamerging
 
 
 def sparsifiers(
-    stack: Stack, layout: Callable | None = None, quantiles: tuple[float, float] = (0.75, 0.95)
+    suite: Suite, stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)
 ) -> dict[str, Callable[[], Arm]]:
     """Every way to sparsify: the library's methods, TADrop's controls and the candidates at TADrop's budget.
 
     Args:
-        stack: the task vectors.
-        layout: of the suite.
+        suite: the base and the fine-tunes.
+        stack: their task vectors.
         quantiles: TADrop's, which set the budget of controls and candidates.
     """
     shares = functools.cache(lambda: arms.tadrop_shares(stack, *quantiles))
 
     def library(sparsifier, seed: int = 0):
-        return lambda: _counted(stack, tj.sparsify(stack, sparsifier, layout=layout, key=jax.random.key(seed)))
+        return lambda: _counted(stack, tj.sparsify(stack, sparsifier, layout=suite.layout, key=jax.random.key(seed)))
 
     def spread(how):
         return lambda: _counted(stack, arms.prune(stack, how(stack, shares())))
@@ -119,6 +119,7 @@ def sparsifiers(
     found |= {"n:m 16:32": library(tj.rescale(tj.n_m(16, 32)))}
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
+    found |= {"learned for EMR": lambda: _counted(stack, arms.prune(stack, learned.shares(suite, stack)))}
     found |= {"scaling alone": lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares())), 0.0)}
     found |= {"dominance": lambda: library(tj.dominance(arms.dominance_shares(stack, shares())))()}
     found |= {f"dominance {share}": library(tj.dominance(share)) for share in (0.3, 0.4, 0.5, 0.6, 0.8)}
@@ -147,7 +148,7 @@ def run(
     there = {(line["tasks"], line["seed"], line["rule"], line["sparsifier"]) for line in read(out)}
     head = (str(len(suite.tuned)), str(seed))
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
-    ways = sparsifiers(stack, suite.layout)
+    ways = sparsifiers(suite, stack)
     wanted = [("own", rule) for rule in rules if rule in OWN]
     wanted += [
         (name, rule)

@@ -4,6 +4,7 @@ Twice as fast on a processor with matrix units for bfloat16 (Intel's AMX); on ot
 backend does not have these products in all shapes there.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,19 +31,19 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         >>> product(jnp.ones((2, 3, 4)), jnp.ones((4, 5))).shape
         (2, 3, 5)
     """
-    return _product(_rounded(x), _rounded(kernel), x.ndim - 1, 0)
+    return _product(_rounded(x), _rounded(kernel), (x.ndim - 1,), (0,))
 
 
 def _forwards(x: jax.Array, kernel: jax.Array):
     rounded = _rounded(x), _rounded(kernel)
-    return _product(*rounded, x.ndim - 1, 0), rounded
+    return _product(*rounded, (x.ndim - 1,), (0,)), rounded
 
 
 def _backwards(rounded: tuple[jax.Array, jax.Array], gradient: jax.Array):
     x, kernel = rounded
     gradient = _rounded(gradient)
     rows = tuple(range(x.ndim - 1))
-    return _product(gradient, kernel, x.ndim - 1, 1), _product(x, gradient, rows, rows)
+    return _product(gradient, kernel, (x.ndim - 1,), (1,)), _product(x, gradient, rows, rows)
 
 
 product.defvjp(_forwards, _backwards)
@@ -52,9 +53,8 @@ def _rounded(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16)
 
 
-def _product(a: jax.Array, b: jax.Array, over_a: Any, over_b: Any) -> jax.Array:
-    over = tuple((axes,) if isinstance(axes, int) else axes for axes in (over_a, over_b))
-    return jax.lax.dot_general(a, b, (over, ((), ())), preferred_element_type=jnp.float32)
+def _product(a: jax.Array, b: jax.Array, over_a: Sequence[int], over_b: Sequence[int]) -> jax.Array:
+    return jax.lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:

@@ -1,0 +1,62 @@
+"""Sparsities that are learned without labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tadrop_jax as tj
+from examples.evidence import arms, learned
+from examples.evidence.suites import Head, Part, Suite, Task, Tuned
+
+WIDTH = 6
+
+
+def _encode(params, inputs):
+    return jnp.tanh(inputs @ params["kernel"]) @ params["out"]
+
+
+def _suite(tasks: int = 3) -> Suite:
+    rng = np.random.default_rng(0)
+    base = {"kernel": jnp.zeros((WIDTH, 8)), "out": jnp.eye(8, WIDTH)}
+    tuned = []
+    for number in range(tasks):
+        params = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), base)
+        part = Part(rng.normal(size=(40, WIDTH)).astype(np.float32), np.zeros(40, np.int32))
+        head = Head(rng.normal(size=(WIDTH, 4)).astype(np.float32), np.zeros(4, np.float32))
+        tuned.append(Tuned(Task(str(number), part, part, part, 4), params, head, jax.jit(_encode)))
+    return Suite(base, tuned, None)
+
+
+def _entropy(suite, shares, stack):
+    pruned = arms.prune(stack, shares)
+    bundle, total = tj.merge_task_vectors(pruned, tj.emr()), 0.0
+    for number, tuned in enumerate(suite.tuned):
+        params = jax.tree.map(jnp.add, suite.base, bundle.task_vector(number))
+        answers = jax.nn.log_softmax(tuned.encode(params, tuned.task.validation.inputs) @ tuned.head.kernel)
+        total -= float(jnp.sum(jnp.exp(answers) * answers, 1).mean())
+    return total
+
+
+def test_models_become_surer_of_their_answers():
+    suite = _suite()
+    stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
+    start = [np.full(3, 0.5) for _ in jax.tree.leaves(stack)]
+    found = learned.shares(suite, stack, size=40, steps=40)
+    assert all(share.shape == (3,) and (share >= 0).all() and (share <= arms.LARGEST).all() for share in found)
+    assert _entropy(suite, found, stack) < _entropy(suite, start, stack)
+
+
+def test_a_task_without_a_task_vector_breaks_nothing():
+    suite = _suite()
+    stack = tj.task_vectors(suite.base, [suite.base, *(tuned.params for tuned in suite.tuned[1:])])
+    assert all(np.isfinite(share).all() for share in learned.shares(suite, stack, steps=3))
+
+
+def test_where_all_is_there_the_vectors_are_the_librarys():
+    suite = _suite()
+    stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
+    found = learned.emr([(leaf, jnp.ones_like(leaf)) for leaf in jax.tree.leaves(stack)])
+    bundle = tj.merge_task_vectors(stack, tj.emr())
+    for number in range(3):
+        for ours, theirs in zip(found, jax.tree.leaves(bundle.task_vector(number)), strict=True):
+            np.testing.assert_allclose(ours[number], theirs, rtol=1e-5, atol=1e-6)
