@@ -2,6 +2,8 @@
 
 A control takes TADrop's budget, the share of all entries that it prunes of each task, and spreads it over the tensors
 in another way; pruning and restoring the norm are the same. So a difference between two of them is one of the spread.
+Entries that are zero before (rows of words that a task does not have, parts that it does not use) are nothing to prune:
+shares and budgets are of the others.
 """
 
 from collections.abc import Callable
@@ -13,20 +15,27 @@ import numpy as np
 import tadrop_jax as tj
 
 Stack = Any  # the task vectors: a tree of arrays (T, ...)
-Shares = list[np.ndarray]  # a sparsity for each tensor and task: (T,) each, in the order of jax.tree.leaves
+Shares = list[
+    np.ndarray
+]  # of the nonzero entries, for each tensor and task: (T,) each, in the order of jax.tree.leaves
 LARGEST = 0.98  # no tensor is pruned further than that
 
 
 def tadrop_shares(stack: Stack, q_low: float = 0.75, q_high: float = 0.95, s_max: float = 0.9) -> Shares:
     """TADrop's sparsities: the quantile ratios, clipped."""
-    ratios = tj.quantile_ratios(stack, q_low=q_low, q_high=q_high)
-    return [np.minimum(np.asarray(ratio), s_max) for ratio in jax.tree.leaves(ratios)]
+    ratios = jax.tree.leaves(tj.quantile_ratios(stack, q_low=q_low, q_high=q_high))
+    found = []
+    for leaf, ratio, there in zip(_leaves(stack), ratios, _nonzero(stack), strict=True):
+        size = leaf[0].size
+        pruned = np.floor(np.minimum(np.asarray(ratio, np.float64), s_max) * size) - (size - there)
+        found.append(np.maximum(pruned, 0) / np.maximum(there, 1))
+    return found
 
 
 def budget(stack: Stack, shares: Shares) -> np.ndarray:
-    """The share of all entries that is pruned, one number a task."""
-    sizes = _sizes(stack)
-    return np.sum([size * share for size, share in zip(sizes, shares, strict=True)], axis=0) / sum(sizes)
+    """The share of all nonzero entries that is pruned, one number a task."""
+    there = _nonzero(stack)
+    return np.sum([n * share for n, share in zip(there, shares, strict=True)], 0) / np.maximum(np.sum(there, 0), 1)
 
 
 def uniform(stack: Stack, shares: Shares) -> Shares:
@@ -42,11 +51,13 @@ def reversed_(stack: Stack, shares: Shares) -> Shares:
 def shuffled(stack: Stack, shares: Shares, seed: int = 0) -> Shares:
     """TADrop's own sparsities, each at another tensor with as many axes."""
     axes = np.array([leaf.ndim for leaf in jax.tree.leaves(stack)])
-    order = np.arange(len(shares))
-    rng = np.random.default_rng(seed)
-    for number in np.unique(axes):
-        order[axes == number] = rng.permutation(order[axes == number])
-    return at_budget(stack, [shares[i] for i in order], budget(stack, shares))
+    mixed = np.array(shares)
+    for there, column in zip(np.array(_nonzero(stack)).T, mixed.T, strict=True):
+        rng = np.random.default_rng(seed)  # the same order for all tasks that have the same tensors
+        for number in np.unique(axes):
+            at = np.flatnonzero((axes == number) & (there > 0))
+            column[at] = column[rng.permutation(at)]
+    return at_budget(stack, list(mixed), budget(stack, shares))
 
 
 def amplified(stack: Stack, shares: Shares, factor: float = 4.0) -> Shares:
@@ -113,7 +124,8 @@ def dominance_shares(stack: Stack, shares: Shares) -> tuple[float, ...]:
     sizes = [np.abs(leaf) for leaf in _leaves(stack)]
     standing = [(size / np.maximum(size.max(0), 1e-30)).reshape(len(size), -1) for size in sizes]
     flat = np.concatenate(standing, 1)
-    counts = np.floor(budget(stack, shares) * flat.shape[1]).astype(int)
+    there = np.sum(_nonzero(stack), 0)
+    counts = np.floor(budget(stack, shares) * there).astype(int) + flat.shape[1] - there
     return tuple(float(np.partition(row, k)[k]) for row, k in zip(flat, counts, strict=True))
 
 
@@ -122,7 +134,7 @@ def prune(stack: Stack, shares: Shares) -> Stack:
 
     Args:
         stack: the task vectors.
-        shares: how much of each is pruned: floor(share * entries); entries that equal the smallest kept stay.
+        shares: how much of each tensor's nonzero entries is pruned; entries that equal the smallest kept stay.
 
     Returns:
         As `stack`.
@@ -160,13 +172,22 @@ def at_budget(stack: Stack, scores: Shares, wanted: np.ndarray) -> Shares:
 
 def _by_curve(stack: Stack, shares: Shares, rising: Callable[[np.ndarray], np.ndarray]) -> Shares:
     """Prunes each tensor up to where a function of its ordered magnitudes reaches a level, one level a task."""
-    curves = [[rising(np.sort(np.abs(row))) for row in leaf.reshape(len(leaf), -1)] for leaf in _leaves(stack)]
+
+    def curve(row):
+        ordered = np.sort(np.abs(row))
+        return rising(ordered)[np.searchsorted(ordered, 0, side="right") :]
+
+    curves = [[curve(row) for row in leaf.reshape(len(leaf), -1)] for leaf in _leaves(stack)]
 
     def shares_at(levels):
-        rows = [[np.searchsorted(row, level) / len(row) for row, level in zip(c, levels, strict=True)] for c in curves]
+        def share(row, level):
+            return np.searchsorted(row, level) / max(len(row), 1)
+
+        rows = [[share(row, level) for row, level in zip(rows, levels, strict=True)] for rows in curves]
         return [np.minimum(row, LARGEST) for row in np.array(rows)]
 
-    high = np.array([max(float(curve[t][-1]) for curve in curves) for t in range(len(curves[0]))])
+    tasks = range(len(curves[0]))
+    high = np.array([max(float(rows[t][-1]) for rows in curves if len(rows[t])) for t in tasks])
     levels = _solve(lambda levels: budget(stack, shares_at(levels)), 0 * high, high, budget(stack, shares))
     return shares_at(levels)
 
@@ -183,7 +204,9 @@ def _solve(rising: Callable[[np.ndarray], np.ndarray], low, high, wanted: np.nda
 
 def _prune(leaf: np.ndarray, share: np.ndarray) -> np.ndarray:
     sizes = np.abs(leaf.reshape(len(leaf), -1))
-    ranks = np.floor(share * sizes.shape[1]).astype(int)
+    zeros = np.sum(sizes == 0, axis=1)
+    # What is all zero has no smallest kept entry: any will do.
+    ranks = np.minimum(zeros + np.rint(share * (sizes.shape[1] - zeros)).astype(int), sizes.shape[1] - 1)
     levels = np.array([np.partition(row, rank)[rank] for row, rank in zip(sizes, ranks, strict=True)])
     kept = np.where(np.abs(leaf) >= across(levels, leaf), leaf, 0)
     return (kept * _growth(leaf, kept)).astype(np.float32)
@@ -204,5 +227,6 @@ def _leaves(stack: Stack) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(stack)]
 
 
-def _sizes(stack: Stack) -> list[int]:
-    return [leaf[0].size for leaf in jax.tree.leaves(stack)]
+def _nonzero(stack: Stack) -> list[np.ndarray]:
+    """How many entries of each tensor and task are not zero: (T,) each."""
+    return [np.count_nonzero(leaf.reshape(len(leaf), -1), axis=1) for leaf in _leaves(stack)]

@@ -29,6 +29,28 @@ def test_pruning_at_tadrops_shares_is_tadrop(stack):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def sparse(stack):
+    """The same with tensors that a task does not use, and one of which most is zero."""
+    tree = {name: leaf.copy() for name, leaf in stack.items()}
+    tree["normal"][0] = tree["bias"][1] = 0
+    tree["heavy"][:, :30] = 0
+    tree["flat"][0, :20] = 0
+    return tree
+
+
+def test_zeros_are_no_part_of_the_budget(sparse):
+    theirs = tj.sparsify(sparse, tj.tadrop())
+    shares = arms.tadrop_shares(sparse)
+    for name, ours in arms.prune(sparse, shares).items():
+        assert np.array_equal(ours != 0, np.asarray(theirs[name]) != 0), name
+    wanted = sum(np.count_nonzero(np.asarray(leaf).reshape(2, -1), axis=1) for leaf in theirs.values())
+    for name, spread in (arms.CONTROLS | arms.CANDIDATES).items():
+        pruned = arms.prune(sparse, spread(sparse, shares))
+        left = sum(np.count_nonzero(leaf.reshape(2, -1), axis=1) for leaf in pruned.values())
+        np.testing.assert_allclose(left, wanted, rtol=0.02, err_msg=name)
+
+
 @pytest.mark.parametrize("name", [*arms.CONTROLS, *arms.CANDIDATES])
 def test_a_spread_keeps_the_budget(stack, name):
     shares = arms.tadrop_shares(stack)
