@@ -256,11 +256,17 @@ def _mean_length(stack) -> float:
 
 
 def describe(suite: Suite, out: Path) -> None:
-    """Writes each tensor's quantile ratio, the mean and the standard deviation over tasks, to a CSV file."""
+    """Writes each tensor's quantile ratio, the mean and the standard deviation over tasks, to a CSV file.
+
+    Over the tasks that change the tensor: a path that a task does not use has no distribution.
+    """
     said = tj.explain(suite.base, [tuned.params for tuned in suite.tuned], tj.tadrop())
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("tensor", "entries", "ratio", "sd_over_tasks", "sparsity", "conflict"))
         for (name, row), leaf in zip(said.items(), jax.tree.leaves(suite.base), strict=True):
-            ratio, *means = row["quantile_ratio"], np.mean(row["sparsity"]), np.mean(row["sign_conflict"])
-            writer.writerow((name, leaf.size, *(f"{v:.4f}" for v in (np.mean(ratio), np.std(ratio), *means))))
+            used = row["norm"] > 0
+            if used.any():
+                ratio, sparsity = row["quantile_ratio"][used], row["sparsity"][used]
+                means = (np.mean(ratio), np.std(ratio), np.mean(sparsity), np.mean(row["sign_conflict"]))
+                writer.writerow((name, leaf.size, *(f"{value:.4f}" for value in means)))
