@@ -29,6 +29,8 @@ def ratios(file: str, out: Path) -> None:
     for name, value in (("normal", 0.587), ("Laplace", 0.463)):
         axes.axhline(value, color="0.7", linewidth=1)
         axes.annotate(name, (0, value), xytext=(0, 2), textcoords="offset points", color="0.5", fontsize=8)
+    if len(found) > 10:  # more than the usual colours
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)  # pyright: ignore[reportAttributeAccessIssue]
     for kind, points in found.items():
         layers, means, spread = np.array(sorted(points)).T
         axes.errorbar(layers, means, spread, marker="o", capsize=2, linewidth=1, label=kind)
