@@ -361,10 +361,10 @@ class _Run:
 
     def selected_like(self, k, stop):
         width = self.streams[k].size if self.whole[k] else 8
-        described = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.carries[k])
-        leaves, tree = jax.tree.flatten(described)
-        key = None if self.keys[k] is None else jax.ShapeDtypeStruct(self.keys[k].shape, self.keys[k].dtype)
-        return _selected_like(self.site(k, "keys", stop), width, key, tuple(leaves), tree)
+        raw = jax.ShapeDtypeStruct((self.tasks + 1, width), self.streams[k].bits)
+        held = (raw, self.keys[k], self.carries[k])
+        leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held))
+        return _selected_like(self.site(k, "keys", stop), tuple(leaves), tree)
 
     def asides(self, k: int) -> list[tuple[int, int]]:
         """Where the chain of one tensor has stages aside."""
@@ -424,15 +424,11 @@ def _serial(fn, items) -> list:
 
 
 @functools.lru_cache(maxsize=1024)
-def _selected_like(site: Site, width: int, key, carries: tuple, tree):
+def _selected_like(site: Site, leaves: tuple, tree):
     """Dtype and leading length of what a stage of ranks selects from; cached, since tracing takes milliseconds."""
+    raw, key, carries = jax.tree.unflatten(tree, leaves)
+    start, size = np.zeros(2, np.uint32), raw.shape[1]
     found = jax.eval_shape(
-        functools.partial(block_values, site),
-        jax.ShapeDtypeStruct((site.tasks + 1, width), f"u{np.dtype(site.dtype).itemsize}"),
-        key,
-        jax.tree.unflatten(tree, carries),
-        np.zeros(2, np.uint32),
-        np.int32(width),
-        np.float32(width),
+        functools.partial(block_values, site), raw, key, carries, start, np.int32(size), np.float32(size)
     )
     return found.dtype, found.shape[0]

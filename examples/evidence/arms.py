@@ -15,9 +15,8 @@ import numpy as np
 import tadrop_jax as tj
 
 Stack = Any  # the task vectors: a tree of arrays (T, ...)
-Shares = list[
-    np.ndarray
-]  # of the nonzero entries, for each tensor and task: (T,) each, in the order of jax.tree.leaves
+# Of the nonzero entries, a sparsity for each tensor and task: (T,) each, in the order of jax.tree.leaves.
+Shares = list[np.ndarray]
 LARGEST = 0.98  # no tensor is pruned further than that
 
 
