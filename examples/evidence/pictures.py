@@ -11,9 +11,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from examples.evidence.tables import DOCS, read
+from examples.evidence.tables import DOCS, half_width, paired, read
 
 STYLES = {"uniform": "o-", "TADrop": "s--", "dominance": "d-", "magnitude": "^:", "DARE": "v:"}
+GROWING = {"uniform": "o-", "TADrop 0.75/0.95": "s--", "reversed": "v:", "dominance 0.5": "d-"}
 _LAYER = re.compile(r"(?:layers?|h)/(\d+)/")
 
 
@@ -61,8 +62,32 @@ def by_sparsity(file: str, tasks: str, rules: Sequence[str], out: Path) -> None:
     plt.close(figure)
 
 
+def growth(file: str, rule: str, out: Path) -> None:
+    """What arms gain over no pruning, by the number of tasks: of all tasks, and of those of the smallest merge."""
+    lines = read(file)
+    counts = sorted({int(line["tasks"]) for line in lines})
+    figure, places = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
+    for place, most in zip(places, (None, counts[0]), strict=True):
+        for shift, (arm, style) in enumerate(GROWING.items()):
+            at = {count: [line for line in lines if line["tasks"] == str(count)] for count in counts}
+            gains = {count: 100 * paired(found, rule, arm, "none", most) for count, found in at.items()}
+            found = [(count, gain.mean(), half_width(gain)) for count, gain in gains.items() if gain.size]
+            if found:
+                x, means, halves = np.array(found).T
+                place.errorbar(x + 0.15 * shift, means, halves, fmt=style, capsize=2, markersize=4, label=arm)
+        title = "all tasks" if most is None else f"the first {most} of them"
+        place.set(title=title, xlabel="tasks merged", xticks=counts)
+        place.grid(alpha=0.3)
+    places[0].set(ylabel=f"gain over {rule} alone, points")
+    places[0].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     """Draws the ratios of each table that is there, and accuracies against sparsity where enough arms were tried."""
+    for table in sorted((DOCS / "results").glob("*-growth.csv")):
+        growth(table.name, "EMR", table.with_suffix(".svg"))
     for table in sorted((DOCS / "results").glob("*-ratios.csv")):
         ratios(table.name, table.with_suffix(".svg"))
         runs = table.name.replace("-ratios", "")

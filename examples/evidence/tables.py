@@ -61,17 +61,43 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     Differences are paired: the same fine-tunes, the same images. The interval is Student's over pairs of seed and task.
     """
     lines = [line for line in read(file) if line["tasks"] == tasks]
-    found = {(line["rule"], line["sparsifier"], line["seed"]): _by_task(line) for line in lines}
-    seeds, rules = _ordered(line["seed"] for line in lines), _ordered(line["rule"] for line in lines)
-    rows = []
-    for other in others:
-        row = [other]
-        for rule in rules:
-            pairs = [(found.get((rule, arm, s)), found.get((rule, other, s))) for s in seeds]
-            values = [a - b for a, b in pairs if a is not None and b is not None]
-            row.append(interval(np.concatenate(values)) if values else "")
-        rows.append(row)
+    rules = _ordered(line["rule"] for line in lines)
+
+    def cell(rule: str, other: str) -> str:
+        values = paired(lines, rule, arm, other)
+        return interval(values) if values.size else ""
+
+    rows = [[other, *(cell(rule, other) for rule in rules)] for other in others]
     return markdown([f"{arm} minus", *rules], rows) + "\n\n" + _seeds(lines)
+
+
+def growth(file: str, rule: str, first: str, arm: str, *others: str) -> str:
+    """The same for one rule, by the number of tasks that are merged; with `arm`'s own accuracies in the first row.
+
+    On the first tasks of each merge alone, if `first` is a number and not "all".
+    """
+    lines, most = read(file), None if first == "all" else int(first)
+    counts = _ordered(line["tasks"] for line in lines)
+    at = {count: [line for line in lines if line["tasks"] == count] for count in counts}
+
+    def mean(count: str) -> str:
+        found = [_by_task(line)[:most] for line in at[count] if (line["rule"], line["sparsifier"]) == (rule, arm)]
+        return f"{100 * np.mean(found):.1f}" if found else ""
+
+    def cell(count: str, other: str) -> str:
+        values = paired(at[count], rule, arm, other, most)
+        return interval(values) if values.size else ""
+
+    rows = [[f"{arm}, accuracy", *map(mean, counts)]]
+    rows += [[f"minus {other}", *(cell(count, other) for count in counts)] for other in others]
+    return markdown([f"before {rule}", *(f"{count} tasks" for count in counts)], rows)
+
+
+def paired(lines: Lines, rule: str, arm: str, other: str, most: int | None = None) -> np.ndarray:
+    """One arm minus another, for each pair of seed and task that both have, `(N,)`; of the first `most` tasks."""
+    found = {(line["sparsifier"], line["seed"]): _by_task(line)[:most] for line in lines if line["rule"] == rule}
+    seeds = [seed for name, seed in found if name == arm and (other, seed) in found]
+    return np.concatenate([np.zeros(0), *(found[arm, seed] - found[other, seed] for seed in seeds)])
 
 
 def models(file: str, *_: str) -> str:
@@ -102,6 +128,7 @@ def ratios(file: str, *_: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "accuracies": accuracies,
     "differences": differences,
+    "growth": growth,
     "models": models,
     "ratios": ratios,
 }
@@ -109,14 +136,19 @@ TABLES: dict[str, Callable[..., str]] = {
 
 def interval(values: np.ndarray) -> str:
     """The mean of differences `(N,)`, in points, and half the width of its 95 % confidence interval."""
-    from scipy.stats import t
-
     values = 100 * values
     if len(values) < 2:
         return f"{values.mean():+.2f}"
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = half_width(values)
     text = f"{values.mean():+.2f} ± {half:.2f}"
     return f"**{text}**" if abs(values.mean()) > half else text
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half the width of the 95 % confidence interval of the mean of `(N,)` values, N at least 2: Student's."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:

@@ -1,0 +1,51 @@
+"""Tables and pictures of a small file made by hand: differences are paired, by seed and task, and by task count."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+pytest.importorskip("matplotlib")
+from examples.evidence import pictures, tables
+from examples.evidence.experiments import FIELDS
+
+ROWS = {
+    ("2", "0", "none"): "0.50 0.60",
+    ("2", "0", "TADrop 0.75/0.95"): "0.70 0.70",
+    ("2", "1", "none"): "0.40 0.60",
+    ("2", "1", "TADrop 0.75/0.95"): "0.70 0.50",
+    ("3", "0", "none"): "0.30 0.40 0.90",
+    ("3", "0", "TADrop 0.75/0.95"): "0.60 0.70 0.90",
+    ("3", "1", "uniform"): "0.10 0.10 0.10",
+}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    lines = [f"{t},{s},EMR,{name},0.5,,0,0,{values}" for (t, s, name), values in ROWS.items()]
+    (folder / "x-growth.csv").write_text("\n".join([",".join(FIELDS), *lines]) + "\n")
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
+    return folder
+
+
+def test_growth_pairs_what_both_arms_have_and_gives_the_t_interval(results):
+    found = tables.growth("x-growth.csv", "EMR", "all", "TADrop 0.75/0.95", "none", "uniform").splitlines()
+    gains = 100 * np.array([0.2, 0.1, 0.3, -0.1])
+    low, high = scipy.stats.t.interval(0.95, 3, gains.mean(), scipy.stats.sem(gains))
+    assert found[0] == "| before EMR | 2 tasks | 3 tasks |"
+    assert found[2] == "| TADrop 0.75/0.95, accuracy | 65.0 | 73.3 |"
+    assert found[3].startswith(f"| minus none | {gains.mean():+.2f} ± {(high - low) / 2:.2f} | +20.00 ±")
+    assert found[4] == "| minus uniform |  |  |"  # no seed has both
+
+
+def test_growth_on_the_first_tasks_alone(results):
+    found = tables.growth("x-growth.csv", "EMR", "2", "TADrop 0.75/0.95", "none").splitlines()
+    assert found[2].endswith("| 65.0 | 65.0 |")
+    assert found[3].endswith("| **+30.00 ± 0.00** |")
+
+
+def test_the_picture_of_growth_is_drawn(results):
+    pictures.main()
+    assert "<svg" in (results / "x-growth.svg").read_text()
