@@ -102,15 +102,16 @@ def sparsifiers(
     Args:
         suite: the base and the fine-tunes.
         stack: their task vectors.
-        quantiles: TADrop's, which set the budget of controls and candidates.
+        quantiles: TADrop's, which set the budget of controls and candidates; "of LOW/HIGH" has the budget of others.
     """
-    shares = functools.cache(lambda: arms.tadrop_shares(stack, *quantiles))
+    shares_of = functools.cache(lambda low, high: arms.tadrop_shares(stack, low, high))
+    shares = functools.partial(shares_of, *quantiles)
 
     def library(sparsifier, seed: int = 0):
         return lambda: _counted(stack, tj.sparsify(stack, sparsifier, layout=suite.layout, key=jax.random.key(seed)))
 
-    def spread(how):
-        return lambda: _counted(stack, arms.prune(stack, how(stack, shares())))
+    def spread(how, quantiles=quantiles):
+        return lambda: _counted(stack, arms.prune(stack, how(stack, shares_of(*quantiles))))
 
     found = {"none": lambda: Arm(stack, 0.0)}
     found |= {f"magnitude {density}": library(tj.magnitude(density)) for density in (0.1, 0.2, 0.5)}
@@ -124,6 +125,9 @@ def sparsifiers(
     found |= {"dominance": lambda: library(tj.dominance(arms.dominance_shares(stack, shares())))()}
     found |= {f"dominance {share}": library(tj.dominance(share)) for share in (0.3, 0.4, 0.5, 0.6, 0.8)}
     found |= {"dominance 0.5, no norm": library(tj.dominance(0.5, norm=None))}
+    for other in QUANTILES:
+        if other != quantiles:
+            found |= {f"{name} of {other[0]}/{other[1]}": spread(how, other) for name, how in arms.CONTROLS.items()}
     return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
 
 

@@ -1,8 +1,10 @@
-"""How a coefficient is tuned."""
+"""How a coefficient is tuned, and what controls prune."""
 
+import numpy as np
 import pytest
 
 from examples.evidence import experiments
+from examples.evidence.suites import Suite
 
 MIDDLE = len(experiments.LENGTHS) // 2
 
@@ -21,3 +23,18 @@ def test_a_climb_finds_the_only_peak_and_measures_no_length_twice(at):
 
 def test_a_plateau_is_not_left():
     assert experiments.climb(lambda length: 0.5) == experiments.LENGTHS[MIDDLE]
+
+
+def test_controls_prune_as_much_as_tadrop_at_their_quantiles():
+    rng = np.random.default_rng(0)
+    stack = {"a": rng.normal(size=(2, 60, 50)).astype(np.float32), "b": rng.laplace(size=(2, 4000)).astype(np.float32)}
+    ways = experiments.sparsifiers(Suite({}, [], None), stack)
+    for quantiles in ("0.75/0.95", "0.95/0.99"):
+        name = "" if quantiles == "0.75/0.95" else f" of {quantiles}"
+        wanted = ways[f"TADrop {quantiles}"]().sparsity
+        for control in ("uniform", "shuffled", "reversed"):
+            arm = ways[control + name]()
+            assert arm.sparsity == pytest.approx(wanted, abs=1e-3)
+            shares = [np.mean(np.asarray(leaf) == 0) for leaf in (arm.stack["a"], arm.stack["b"])]
+            assert (abs(shares[0] - shares[1]) < 1e-3) == (control == "uniform")
+            assert (shares[0] < shares[1]) == (control == "reversed") or control == "uniform"
