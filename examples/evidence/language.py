@@ -28,6 +28,7 @@ RECIPES = {
     "fast": Recipe(training.adamw, 5e-3, 100, batch=50),
     "adamw": Recipe(training.adamw, 5e-4, 400, batch=32),
     "sgd": Recipe(training.sgd, 3e-2, 400, batch=32),
+    "frozen-head": Recipe(training.adamw, 5e-4, 400, batch=32, frozen="score"),
 }
 
 

@@ -20,17 +20,29 @@ Progress = Callable[[int, int], None]  # is told the number of steps done and of
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How models are fine-tuned: an optimiser of this file, its rate, steps and weight decay."""
+    """How models are fine-tuned: an optimiser of this file, its rate, steps and weight decay.
+
+    `frozen` names the part of the parameters, a key of their top level, that is not trained.
+    """
 
     optimiser: Callable[..., optax.GradientTransformation]
     rate: float
     steps: int
     weight_decay: float = 0.0
     batch: int = 128
+    frozen: str | None = None
 
     def schedule(self) -> optax.GradientTransformation:
         """The optimiser, with everything set."""
-        return self.optimiser(self.rate, self.steps, weight_decay=self.weight_decay)
+        optimiser = self.optimiser(self.rate, self.steps, weight_decay=self.weight_decay)
+        if self.frozen is None:
+            return optimiser
+
+        def kind(path, _):
+            return "frozen" if jax.tree_util.keystr(path[:1], simple=True) == self.frozen else "trained"
+
+        ways = {"trained": optimiser, "frozen": optax.set_to_zero()}
+        return optax.partition(ways, lambda params: jax.tree.map_with_path(kind, params))
 
 
 def fit(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from examples.evidence import training
 
@@ -46,3 +47,38 @@ def test_every_epoch_has_an_order_of_its_own():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert not np.array_equal(*epochs)
     assert len(training.shuffled(3, 5, seed=0)(7)) == 3
+
+
+class Classifier(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.body = nnx.Linear(3, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.body(x)))
+
+
+def test_a_frozen_part_stays_as_it_is_and_the_rest_goes_on_where_it_was(tmp_path):
+    graph, start = nnx.split(Classifier(nnx.Rngs(0)))
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    recipe = training.Recipe(training.adamw, 0.1, 6, weight_decay=0.1, frozen="head")
+
+    def fit(out, stop=None):
+        def progress(done, steps):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        def loss(params, batch, key):
+            return jnp.mean((nnx.merge(graph, params)(batch) - 1) ** 2)
+
+        return training.fit(start, loss, lambda step: x, recipe.schedule(), 6, out=out, every=2, progress=progress)
+
+    once = fit(tmp_path / "once")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "twice", stop=5)
+    twice = fit(tmp_path / "twice")
+    for part, moved in (("head", False), ("body", True)):
+        for name in ("kernel", "bias"):
+            leaves = [np.asarray(params[part][name][...]) for params in (start, once, twice)]
+            assert np.array_equal(leaves[0], leaves[1]) != moved
+            assert np.array_equal(leaves[1], leaves[2])
