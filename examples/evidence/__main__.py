@@ -12,7 +12,7 @@ import csv
 import functools
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import jax
@@ -43,9 +43,15 @@ def main(arguments: list[str] | None = None) -> Path:
         jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     from examples.evidence import experiments
+    from examples.evidence.suites import Suite
 
     suite = importlib.import_module(f"examples.evidence.{chosen.suite}")
     recipe, count = ("fast", min(suite.GROUPS)) if chosen.fast else (chosen.recipe, chosen.count or suite.COUNT)
+    # A name that there is not would be noticed after hours of training.
+    check(parser, "--recipe", [recipe], suite.RECIPES)
+    check(parser, "--count", [count], suite.GROUPS)
+    check(parser, "--rules", chosen.rules, experiments.RULES | experiments.OWN | experiments.LEARNED)
+    check(parser, "--sparsifiers", chosen.sparsifiers, experiments.sparsifiers(Suite(None, [], None), None))
     names, settings = suite.GROUPS[count], suite.Settings.fast() if chosen.fast else suite.Settings()
     rules = chosen.rules or [*experiments.RULES, *(experiments.OWN.keys() - experiments.RULES.keys())]
     table = chosen.out / f"{recipe}.csv"
@@ -64,6 +70,13 @@ def main(arguments: list[str] | None = None) -> Path:
             experiments.describe(models, table.with_name(f"{recipe}-ratios.csv"))
     write_models(table.with_name(f"{recipe}-models.csv"), chosen.out / recipe)
     return table
+
+
+def check(parser: argparse.ArgumentParser, option: str, given: Iterable | None, known: Collection) -> None:
+    """Ends the program if something that was asked for is not there, and says what is."""
+    for name in given or ():
+        if name not in known:
+            parser.error(f"{option}: there is no {name!r}; there are {', '.join(map(repr, known))}")
 
 
 def write_models(path: Path, models: Path) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from examples.evidence import __main__ as command
 from examples.evidence import experiments
 from examples.evidence.suites import Suite
 
@@ -38,3 +39,11 @@ def test_controls_prune_as_much_as_tadrop_at_their_quantiles():
             shares = [np.mean(np.asarray(leaf) == 0) for leaf in (arm.stack["a"], arm.stack["b"])]
             assert (abs(shares[0] - shares[1]) < 1e-3) == (control == "uniform")
             assert (shares[0] < shares[1]) == (control == "reversed") or control == "uniform"
+
+
+@pytest.mark.parametrize("option", ["--recipe=x", "--count=9", "--rules=x", "--sparsifiers=x"])
+def test_what_there_is_not_is_refused_before_anything_is_trained(option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["vision", "--data", str(tmp_path), "--out", str(tmp_path / "out"), option])
+    name, given = option.split("=")
+    assert f"{name}: there is no {given if name == '--count' else repr(given)}; there are " in capsys.readouterr().err
