@@ -118,6 +118,9 @@ def sparsifiers(
     found |= {f"uniform {sparsity}": library(tj.uniform(sparsity)) for sparsity in (0.3, 0.5, 0.7, 0.9)}
     found |= {f"DARE {density}": library(tj.dare(density)) for density in (0.5, 0.8)}
     found |= {"n:m 16:32": library(tj.rescale(tj.n_m(16, 32)))}
+    # What CABS is made of, at its density: balanced or not, disjoint or not.
+    for name, kept in {"magnitude 3/32": tj.magnitude(3 / 32), "n:m 3:32": tj.n_m(3, 32)}.items():
+        found |= {name: library(kept), f"disjoint {name}": library(tj.conflict_aware(kept))}
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
     found |= {"learned for EMR": lambda: _counted(stack, arms.prune(stack, learned.shares(suite, stack)))}
