@@ -70,11 +70,11 @@ def growth(file: str, rule: str, out: Path) -> None:
     for place, most in zip(places, (None, counts[0]), strict=True):
         for shift, (arm, style) in enumerate(GROWING.items()):
             at = {count: [line for line in lines if line["tasks"] == str(count)] for count in counts}
-            gains = {count: 100 * paired(found, rule, arm, "none", most) for count, found in at.items()}
+            gains = {count: 100 * paired(found, rule, arm, "none", most and range(most)) for count, found in at.items()}
             found = [(count, gain.mean(), half_width(gain)) for count, gain in gains.items() if gain.size]
             if found:
                 x, means, halves = np.array(found).T
-                place.errorbar(x + 0.15 * shift, means, halves, fmt=style, capsize=2, markersize=4, label=arm)
+                place.errorbar(x + 0.4 * shift, means, halves, fmt=style, capsize=2, markersize=4, label=arm)
         title = "all tasks" if most is None else f"the first {most} of them"
         place.set(title=title, xlabel="tasks merged", xticks=counts)
         place.grid(alpha=0.3)

@@ -8,7 +8,7 @@ import csv
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,21 +71,22 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     return markdown([f"{arm} minus", *rules], rows) + "\n\n" + _seeds(lines)
 
 
-def growth(file: str, rule: str, first: str, arm: str, *others: str) -> str:
+def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
     """The same for one rule, by the number of tasks that are merged; with `arm`'s own accuracies in the first row.
 
-    On the first tasks of each merge alone, if `first` is a number and not "all".
+    Judged on all tasks, if `which` is "all"; on the first ones, if it is a number; if it is a file of `models` with the
+    tasks in the order of the merges, on those whose fine-tunes are two points better than the probe.
     """
-    lines, most = read(file), None if first == "all" else int(first)
+    lines = read(file)
     counts = _ordered(line["tasks"] for line in lines)
     at = {count: [line for line in lines if line["tasks"] == count] for count in counts}
 
     def mean(count: str) -> str:
-        found = [_by_task(line)[:most] for line in at[count] if (line["rule"], line["sparsifier"]) == (rule, arm)]
-        return f"{100 * np.mean(found):.1f}" if found else ""
+        of = [line for line in at[count] if (line["rule"], line["sparsifier"]) == (rule, arm)]
+        return f"{100 * np.mean([_by_task(line)[_judged(which, count)] for line in of]):.1f}" if of else ""
 
     def cell(count: str, other: str) -> str:
-        values = paired(at[count], rule, arm, other, most)
+        values = paired(at[count], rule, arm, other, _judged(which, count))
         return interval(values) if values.size else ""
 
     rows = [[f"{arm}, accuracy", *map(mean, counts)]]
@@ -93,9 +94,17 @@ def growth(file: str, rule: str, first: str, arm: str, *others: str) -> str:
     return markdown([f"before {rule}", *(f"{count} tasks" for count in counts)], rows)
 
 
-def paired(lines: Lines, rule: str, arm: str, other: str, most: int | None = None) -> np.ndarray:
-    """One arm minus another, for each pair of seed and task that both have, `(N,)`; of the first `most` tasks."""
-    found = {(line["sparsifier"], line["seed"]): _by_task(line)[:most] for line in lines if line["rule"] == rule}
+def _judged(which: str, count: str) -> list[int]:
+    if which.endswith(".csv"):
+        gains = [float(line["tuned"]) - float(line["probe"]) for line in read(which)[: int(count)]]
+        return [i for i, gain in enumerate(gains) if gain >= 0.02]
+    return list(range(int(count) if which == "all" else int(which)))
+
+
+def paired(lines: Lines, rule: str, arm: str, other: str, judged: Sequence[int] | None = None) -> np.ndarray:
+    """One arm minus another, for each pair of seed and task that both have, `(N,)`; on some tasks, or on all."""
+    of = [line for line in lines if line["rule"] == rule]
+    found = {(line["sparsifier"], line["seed"]): _by_task(line)[judged or slice(None)] for line in of}
     seeds = [seed for name, seed in found if name == arm and (other, seed) in found]
     return np.concatenate([np.zeros(0), *(found[arm, seed] - found[other, seed] for seed in seeds)])
 

@@ -46,6 +46,14 @@ def test_growth_on_the_first_tasks_alone(results):
     assert found[3].endswith("| **+30.00 ± 0.00** |")
 
 
+def test_growth_on_the_tasks_that_were_learned(results):
+    models = ("seed,task,probe,tuned", "0,a,0.50,0.51", "0,b,0.50,0.60", "0,c,0.50,0.52")
+    (results / "models.csv").write_text("\n".join(models) + "\n")
+    found = tables.growth("x-growth.csv", "EMR", "models.csv", "TADrop 0.75/0.95", "none").splitlines()
+    assert found[2].endswith("| 60.0 | 80.0 |")
+    assert found[3].endswith("| +0.00 ± 127.06 | +15.00 ± 190.59 |")
+
+
 def test_the_picture_of_growth_is_drawn(results):
     pictures.main()
     assert "<svg" in (results / "x-growth.svg").read_text()
