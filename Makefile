@@ -44,6 +44,12 @@ evidence: setup
 	for suite in vision language multimodal; do \
 	  $(BIN)/python -m examples.evidence $$suite --data $(DATA) --out $(OUT)/$$suite || exit 1; \
 	done
+	for count in 14 20 30; do \
+	  $(BIN)/python -m examples.evidence vision --data $(DATA) --out $(OUT)/vision --count $$count --seeds 0 || exit 1; \
+	done
+	for suite in vision language; do \
+	  $(BIN)/python -m examples.evidence $$suite --data $(DATA) --out $(OUT)/$$suite --recipe frozen-head --seeds 0 || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
