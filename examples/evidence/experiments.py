@@ -104,7 +104,7 @@ def sparsifiers(
         stack: their task vectors.
         quantiles: TADrop's, which set the budget of controls and candidates; "of LOW/HIGH" has the budget of others.
     """
-    shares_of = functools.cache(lambda low, high: arms.tadrop_shares(stack, low, high))
+    shares_of = functools.cache(functools.partial(arms.tadrop_shares, stack))
     shares = functools.partial(shares_of, *quantiles)
 
     def library(sparsifier, seed: int = 0):

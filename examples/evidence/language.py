@@ -28,8 +28,8 @@ RECIPES = {
     "fast": Recipe(training.adamw, 5e-3, 100, batch=50),
     "adamw": Recipe(training.adamw, 5e-4, 400, batch=32),
     "sgd": Recipe(training.sgd, 3e-2, 400, batch=32),
-    "frozen-head": Recipe(training.adamw, 5e-4, 400, batch=32, frozen="score"),
 }
+RECIPES["frozen-head"] = dataclasses.replace(RECIPES["adamw"], frozen="score")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from examples.evidence.tables import DOCS, half_width, paired, read
+from examples.evidence.tables import DOCS, by_count, half_width, paired, read
 
 STYLES = {"uniform": "o-", "TADrop": "s--", "dominance": "d-", "magnitude": "^:", "DARE": "v:"}
 GROWING = {"uniform": "o-", "TADrop 0.75/0.95": "s--", "reversed": "v:", "dominance 0.5": "d-"}
@@ -64,13 +64,13 @@ def by_sparsity(file: str, tasks: str, rules: Sequence[str], out: Path) -> None:
 
 def growth(file: str, rule: str, out: Path) -> None:
     """What arms gain over no pruning, by the number of tasks: of all tasks, and of those of the smallest merge."""
-    lines = read(file)
-    counts = sorted({int(line["tasks"]) for line in lines})
+    merges = {int(count): lines for count, lines in by_count(read(file)).items()}
+    counts = sorted(merges)
     figure, places = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
     for place, most in zip(places, (None, counts[0]), strict=True):
         for shift, (arm, style) in enumerate(GROWING.items()):
-            at = {count: [line for line in lines if line["tasks"] == str(count)] for count in counts}
-            gains = {count: 100 * paired(found, rule, arm, "none", most and range(most)) for count, found in at.items()}
+            judged = most and range(most)
+            gains = {count: 100 * paired(merges[count], rule, arm, "none", judged) for count in counts}
             found = [(count, gain.mean(), half_width(gain)) for count, gain in gains.items() if gain.size]
             if found:
                 x, means, halves = np.array(found).T

@@ -62,12 +62,7 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     """
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rules = _ordered(line["rule"] for line in lines)
-
-    def cell(rule: str, other: str) -> str:
-        values = paired(lines, rule, arm, other)
-        return interval(values) if values.size else ""
-
-    rows = [[other, *(cell(rule, other) for rule in rules)] for other in others]
+    rows = [[other, *(interval(paired(lines, rule, arm, other)) for rule in rules)] for other in others]
     return markdown([f"{arm} minus", *rules], rows) + "\n\n" + _seeds(lines)
 
 
@@ -77,34 +72,37 @@ def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
     Judged on all tasks, if `which` is "all"; on the first ones, if it is a number; if it is a file of `models` with the
     tasks in the order of the merges, on those whose fine-tunes are two points better than the probe.
     """
-    lines = read(file)
+    merges = {count: (lines, _judged(which, count)) for count, lines in by_count(read(file)).items()}
+
+    def mean(lines: Lines, judged: list[int]) -> str:
+        of = [line for line in lines if (line["rule"], line["sparsifier"]) == (rule, arm)]
+        return f"{100 * np.mean([_by_task(line)[judged] for line in of]):.1f}" if of and judged else ""
+
+    rows = [[f"{arm}, accuracy", *(mean(*merge) for merge in merges.values())]]
+    for other in others:
+        cells = (interval(paired(lines, rule, arm, other, judged)) for lines, judged in merges.values())
+        rows.append([f"minus {other}", *cells])
+    return markdown([f"before {rule}", *(f"{count} tasks" for count in merges)], rows)
+
+
+def by_count(lines: Lines) -> dict[str, Lines]:
+    """The lines of each number of tasks."""
     counts = _ordered(line["tasks"] for line in lines)
-    at = {count: [line for line in lines if line["tasks"] == count] for count in counts}
-
-    def mean(count: str) -> str:
-        of = [line for line in at[count] if (line["rule"], line["sparsifier"]) == (rule, arm)]
-        return f"{100 * np.mean([_by_task(line)[_judged(which, count)] for line in of]):.1f}" if of else ""
-
-    def cell(count: str, other: str) -> str:
-        values = paired(at[count], rule, arm, other, _judged(which, count))
-        return interval(values) if values.size else ""
-
-    rows = [[f"{arm}, accuracy", *map(mean, counts)]]
-    rows += [[f"minus {other}", *(cell(count, other) for count in counts)] for other in others]
-    return markdown([f"before {rule}", *(f"{count} tasks" for count in counts)], rows)
+    return {count: [line for line in lines if line["tasks"] == count] for count in counts}
 
 
 def _judged(which: str, count: str) -> list[int]:
     if which.endswith(".csv"):
-        gains = [float(line["tuned"]) - float(line["probe"]) for line in read(which)[: int(count)]]
+        gains = [round(float(line["tuned"]) - float(line["probe"]), 4) for line in read(which)[: int(count)]]
         return [i for i, gain in enumerate(gains) if gain >= 0.02]
     return list(range(int(count) if which == "all" else int(which)))
 
 
 def paired(lines: Lines, rule: str, arm: str, other: str, judged: Sequence[int] | None = None) -> np.ndarray:
     """One arm minus another, for each pair of seed and task that both have, `(N,)`; on some tasks, or on all."""
+    part = slice(None) if judged is None else judged
     of = [line for line in lines if line["rule"] == rule]
-    found = {(line["sparsifier"], line["seed"]): _by_task(line)[judged or slice(None)] for line in of}
+    found = {(line["sparsifier"], line["seed"]): _by_task(line)[part] for line in of}
     seeds = [seed for name, seed in found if name == arm and (other, seed) in found]
     return np.concatenate([np.zeros(0), *(found[arm, seed] - found[other, seed] for seed in seeds)])
 
@@ -144,7 +142,9 @@ TABLES: dict[str, Callable[..., str]] = {
 
 
 def interval(values: np.ndarray) -> str:
-    """The mean of differences `(N,)`, in points, and half the width of its 95 % confidence interval."""
+    """The mean of differences `(N,)`, in points, and half the width of its 95 % confidence interval; "" of none."""
+    if not len(values):
+        return ""
     values = 100 * values
     if len(values) < 2:
         return f"{values.mean():+.2f}"

@@ -31,8 +31,8 @@ RECIPES = {
     "fast": Recipe(training.adamw, 1e-3, 100, batch=50, move=0),
     "adamw": Recipe(training.adamw, 7e-4, 1200, weight_decay=0.05, batch=32, move=2),
     "sgd": Recipe(training.sgd, 3e-2, 1200, batch=32, move=2),
-    "frozen-head": Recipe(training.adamw, 7e-4, 1200, weight_decay=0.05, batch=32, move=2, frozen="classifier"),
 }
+RECIPES["frozen-head"] = dataclasses.replace(RECIPES["adamw"], frozen="classifier")
 
 
 @dataclasses.dataclass(frozen=True)

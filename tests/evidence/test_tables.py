@@ -54,6 +54,12 @@ def test_growth_on_the_tasks_that_were_learned(results):
     assert found[3].endswith("| +0.00 ± 127.06 | +15.00 ± 190.59 |")
 
 
+def test_growth_where_no_task_was_learned_is_empty(results):
+    (results / "models.csv").write_text("seed,task,probe,tuned\n0,a,0.50,0.51\n0,b,0.50,0.50\n0,c,0.50,0.60\n")
+    found = tables.growth("x-growth.csv", "EMR", "models.csv", "TADrop 0.75/0.95", "none").splitlines()
+    assert found[2:] == ["| TADrop 0.75/0.95, accuracy |  | 90.0 |", "| minus none |  | +0.00 |"]
+
+
 def test_the_picture_of_growth_is_drawn(results):
     pictures.main()
     assert "<svg" in (results / "x-growth.svg").read_text()
