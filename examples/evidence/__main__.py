@@ -12,7 +12,7 @@ import csv
 import functools
 import importlib
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--count", type=int, metavar="N", help="tasks (default: the suite's main table)")
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all that do not learn)")
     parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
+    parser.add_argument("--lines", action="store_true", help="also test what lies between the base and the fine-tunes")
     parser.add_argument("--bfloat16", action="store_true", help="train in mixed precision: fast on processors with AMX")
     parser.add_argument("--fast", action="store_true", help="a small model, small tasks that need no --data")
     chosen = parser.parse_args(arguments)
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> Path:
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    from examples.evidence import experiments
+    from examples.evidence import experiments, lines
     from examples.evidence.suites import Suite
 
     suite = importlib.import_module(f"examples.evidence.{chosen.suite}")
@@ -68,7 +69,9 @@ def main(arguments: list[str] | None = None) -> Path:
             models = suite.load(chosen.data, chosen.out, recipe, seed, names)
             experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
             experiments.describe(models, table.with_name(f"{recipe}-ratios.csv"))
-    write_models(table.with_name(f"{recipe}-models.csv"), chosen.out / recipe)
+            if chosen.lines:
+                lines.walk(models, table.with_name(f"{recipe}-lines.csv"), seed, told(bar, f"between, seed {seed}"))
+    write_models(table.with_name(f"{recipe}-models.csv"), chosen.out / recipe, names)
     return table
 
 
@@ -79,12 +82,23 @@ def check(parser: argparse.ArgumentParser, option: str, given: Iterable | None, 
             parser.error(f"{option}: there is no {name!r}; there are {', '.join(map(repr, known))}")
 
 
-def write_models(path: Path, models: Path) -> None:
-    """Collects what was measured of each fine-tune: its accuracy and that of a linear probe of the base."""
+def write_models(path: Path, models: Path, names: Sequence[str]) -> None:
+    """Collects what was measured of each fine-tune: its accuracy and that of a linear probe of the base.
+
+    Args:
+        path: the table.
+        models: a directory with one for each seed.
+        names: the tasks of the merge, which come first and in this order.
+    """
+
+    def order(found: Path) -> tuple:
+        name = found.stem
+        return found.parent.name, names.index(name) if name in names else len(names), name
+
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("seed", "task", "probe", "tuned"))
-        for found in sorted(models.glob("seed*/*.json")):
+        for found in sorted(models.glob("seed*/*.json"), key=order):
             said = json.loads(found.read_text())
             seed = found.parent.name.removeprefix("seed")
             writer.writerow((seed, found.stem, f"{said['probe']:.4f}", f"{said['tuned']:.4f}"))

@@ -84,7 +84,7 @@ def adamerging(suite: Suite, stack: Stack, steps: int = 100, size: int = 16) -> 
         index = shuffled(len(tuned.task.validation.labels), size, seed=0)
         return lambda step: tuned.task.validation.take(index(step)).inputs
 
-    models = [_added(suite.base, jax.tree.map(lambda leaf, t=t: leaf[t], stack)) for t in range(len(suite.tuned))]
+    models = [added(suite.base, jax.tree.map(lambda leaf, t=t: leaf[t], stack)) for t in range(len(suite.tuned))]
     functions, inputs = [logits(tuned) for tuned in suite.tuned], [batches(tuned) for tuned in suite.tuned]
     found = tj.adamerging(functions, inputs, suite.base, models, steps=steps, learning_rate=1e-2)
     return _judged(suite, [found.params] * len(suite.tuned))
@@ -169,7 +169,7 @@ def run(
             arm, how = (Arm(stack, 0.0), OWN) if name == "own" else (arm_of(name), RULES)
             result = LEARNED[rule](suite, arm.stack) if rule in LEARNED else judge(suite, arm.stack, how[rule]())
             line = (*head, rule, name, f"{arm.sparsity:.4f}", *_written(result))
-            _append(out, line)
+            append(out, FIELDS, line)
         progress(done, len(wanted))
 
 
@@ -183,14 +183,14 @@ def judge(suite: Suite, stack: Stack, rule: Any) -> Result:
     """
     merged = tj.merge_task_vectors(stack, rule, layout=suite.layout)
     if isinstance(merged, tj.Bundle):
-        models = [_added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
+        models = [added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
         return _judged(suite, models)
     unit = _mean_length(stack) / max(_lengths(jax.tree.map(lambda leaf: leaf[None], merged))[0], 1e-30)
 
     def model(length):
-        return [_added(suite.base, merged, length * unit)] * len(suite.tuned)
+        return [added(suite.base, merged, length * unit)] * len(suite.tuned)
 
-    length = climb(lambda length: float(np.mean(_accuracies(suite, model(length), "validation"))))
+    length = climb(lambda length: float(np.mean(accuracies(suite, model(length), "validation"))))
     return _judged(suite, model(length), length)
 
 
@@ -210,35 +210,41 @@ def climb(value: Callable[[float], float]) -> float:
 
 
 def read(path: Path) -> Iterator[dict[str, str]]:
-    """The lines of a CSV file that `run` wrote, none if there is no such file."""
+    """The lines of a CSV file, none if there is no such file."""
     if path.exists():
         with path.open(newline="") as file:
             yield from csv.DictReader(file)
 
 
-def _append(path: Path, line: tuple) -> None:
+def append(path: Path, fields: Sequence[str], line: Sequence) -> None:
+    """Adds a line to a CSV file; the names of its fields come first if the file is new."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(FIELDS)
+            writer.writerow(fields)
         writer.writerow(line)
 
 
 def _written(result: Result) -> tuple:
     length = "" if result.length is None else result.length
-    by_task = " ".join(f"{value:.4f}" for value in result.by_task)
-    return length, f"{result.validation:.5f}", f"{result.test:.5f}", by_task
+    return length, f"{result.validation:.5f}", f"{result.test:.5f}", joined(result.by_task)
 
 
-def _accuracies(suite: Suite, models: list, part: str) -> tuple[float, ...]:
+def joined(values: Sequence[float]) -> str:
+    """One number a task, as they stand in a table."""
+    return " ".join(f"{value:.4f}" for value in values)
+
+
+def accuracies(suite: Suite, models: Sequence, part: str) -> tuple[float, ...]:
+    """Each task's accuracy under its model, on its "validation" or "test" data."""
     pairs = zip(suite.tuned, models, strict=True)
     return tuple(accuracy(tuned, model, getattr(tuned.task, part)) for tuned, model in pairs)
 
 
 def _judged(suite: Suite, models: list, length: float | None = None) -> Result:
-    validation, test = (_accuracies(suite, models, part) for part in ("validation", "test"))
+    validation, test = (accuracies(suite, models, part) for part in ("validation", "test"))
     return Result(length, float(np.mean(validation)), float(np.mean(test)), test)
 
 
@@ -248,7 +254,8 @@ def _counted(before: Stack, after: Stack) -> Arm:
 
 
 @jax.jit
-def _added(base, vector, factor=1.0):
+def added(base, vector, factor=1.0):
+    """The base plus a factor times a task vector."""
     return jax.tree.map(lambda b, v: b + factor * v, base, vector)
 
 

@@ -20,8 +20,9 @@ TASKS = (
     *("sst2", "trec", "agnews", "mr", "cr", "mpqa", "sick", "clinc150", "tweet_irony"),
     *("mrpc", "cola", "qnli", "rte"),
 )
+OPINIONS = ("sst2", "mr", "cr", "mpqa")  # one question, favourable or not, of sentences, reviews, products and phrases
 GENERATED = ("doer", "first")
-GROUPS = {2: GENERATED, 9: TASKS[:9], 13: TASKS}
+GROUPS = {2: GENERATED, 4: OPINIONS, 9: TASKS[:9], 13: TASKS}
 
 # SST-2 is made of MR's sentences, whole and in parts: two thirds of its test data are training data of MR.
 _SAME_SENTENCES = ("sst2", "mr")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 DOCS = Path(__file__).parents[2] / "docs"
+WAYS = ("alone", "together")
 _PLACE = re.compile(r"(<!-- (\w+) ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 Lines = list[dict[str, str]]
 
@@ -59,10 +60,13 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     """One arm minus others, in points: the mean over seeds and tasks, and its 95 % confidence interval.
 
     Differences are paired: the same fine-tunes, the same images. The interval is Student's over pairs of seed and task.
+    A file of `models` among the others stands for their probes; its tasks are in the order of the merge.
     """
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rules = _ordered(line["rule"] for line in lines)
-    rows = [[other, *(interval(paired(lines, rule, arm, other)) for rule in rules)] for other in others]
+    merges = lines + [line for name in others if name.endswith(".csv") for line in _probes(name, rules)]
+    names = {other: "the probe" if other.endswith(".csv") else other for other in others}
+    rows = [[names[other], *(interval(paired(merges, rule, arm, other)) for rule in rules)] for other in others]
     return markdown([f"{arm} minus", *rules], rows) + "\n\n" + _seeds(lines)
 
 
@@ -83,6 +87,27 @@ def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
         cells = (interval(paired(lines, rule, arm, other, judged)) for lines, judged in merges.values())
         rows.append([f"minus {other}", *cells])
     return markdown([f"before {rule}", *(f"{count} tasks" for count in merges)], rows)
+
+
+def _probes(file: str, rules: Iterable[str]) -> Lines:
+    """What the probes of a file of `models` have, as if each rule had it."""
+    by_seed: dict[str, list[str]] = defaultdict(list)
+    for line in read(file):
+        by_seed[line["seed"]].append(line["probe"])
+    return [
+        {"rule": rule, "sparsifier": file, "seed": seed, "by_task": " ".join(probes)}
+        for rule in rules
+        for seed, probes in by_seed.items()
+    ]
+
+
+def lines(file: str, *_: str) -> str:
+    """Accuracies between the base and its fine-tunes: the mean over tasks, each alone and all at once, by the share."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in read(file):
+        found[line["share"]][line["way"]].append(100 * float(np.mean(_by_task(line))))
+    rows = [[f"{float(share):g}", *(f"{np.mean(found[share][way]):.1f}" for way in WAYS)] for share in found]
+    return markdown(["share of the task vectors", *WAYS], rows)
 
 
 def by_count(lines: Lines) -> dict[str, Lines]:
@@ -136,6 +161,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "accuracies": accuracies,
     "differences": differences,
     "growth": growth,
+    "lines": lines,
     "models": models,
     "ratios": ratios,
 }

@@ -60,6 +60,21 @@ def test_growth_where_no_task_was_learned_is_empty(results):
     assert found[2:] == ["| TADrop 0.75/0.95, accuracy |  | 90.0 |", "| minus none |  | +0.00 |"]
 
 
+def test_differences_from_the_probes_of_a_file_of_models(results):
+    models = ("0,a,0.50,0.9", "0,b,0.60,0.9", "1,a,0.60,0.9", "1,b,0.40,0.9", "2,a,0.10,0.9", "2,b,0.10,0.9")
+    (results / "models.csv").write_text("\n".join(["seed,task,probe,tuned", *models]) + "\n")
+    found = tables.differences("x-growth.csv", "2", "TADrop 0.75/0.95", "none", "models.csv").splitlines()
+    assert found[0] == "| TADrop 0.75/0.95 minus | EMR |"
+    assert found[3].startswith("| the probe | **+12.50 ± ")  # of .2, .1, .1, .1
+    assert found[-1] == "*2 tasks, 2 seeds of fine-tuning.*"
+
+
+def test_lines_are_means_over_tasks_and_seeds(results):
+    lines = ("2,0,0.0,alone,0.5 0.7", "2,0,0.0,together,0.5 0.7", "2,1,0.0,alone,0.6 0.8", "2,1,0.0,together,0.1 0.1")
+    (results / "x-lines.csv").write_text("\n".join(["tasks,seed,share,way,by_task", *lines]) + "\n")
+    assert tables.lines("x-lines.csv").splitlines()[2:] == ["| 0 | 65.0 | 35.0 |"]
+
+
 def test_the_picture_of_growth_is_drawn(results):
     pictures.main()
     assert "<svg" in (results / "x-growth.svg").read_text()

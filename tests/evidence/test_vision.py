@@ -24,6 +24,7 @@ def run(out):
     """Runs the command once more."""
     cache = jax.config.jax_compilation_cache_dir
     arguments = ["vision", "--fast", "--seeds", "0", "--out", str(out), "--rules", *RULES, "--sparsifiers", *NAMES]
+    arguments += ["--lines"]
     yield lambda: command.main(arguments)
     jax.config.update("jax_compilation_cache_dir", cache)
 
@@ -43,6 +44,11 @@ def test_the_table_and_what_is_not_made_twice(run, out, monkeypatch):
     assert np.mean([float(m["tuned"]) - float(m["probe"]) for m in models]) > 0
     assert json.loads((out / "base.json").read_text())["accuracy"] > 0.6
 
+    between = {(line["share"], line["way"]): line["by_task"] for line in experiments.read(out / "fast-lines.csv")}
+    assert between["1.0", "alone"].split() == [model["tuned"] for model in models]
+    assert between["0.0", "alone"] == between["0.0", "together"]
+    assert between["1.0", "alone"] != between["1.0", "together"]
+
     kept = table.read_text().splitlines(keepends=True)
     table.write_text("".join(kept[:-1]))
     judged = []
@@ -52,10 +58,10 @@ def test_the_table_and_what_is_not_made_twice(run, out, monkeypatch):
 
     monkeypatch.setattr(tables, "DOCS", out)
     (out / "results").mkdir()
-    for name in ("fast.csv", "fast-models.csv", "fast-ratios.csv"):
+    for name in ("fast.csv", "fast-models.csv", "fast-ratios.csv", "fast-lines.csv"):
         (out / "results" / name).write_text((out / name).read_text())
     wanted = ("accuracies fast.csv; 2", "differences fast.csv; 2; TADrop 0.75/0.95; none; uniform")
-    wanted += ("models fast-models.csv", "ratios fast-ratios.csv")
+    wanted += ("models fast-models.csv", "ratios fast-ratios.csv", "lines fast-lines.csv")
     page = "".join(f"<!-- {place} -->\nold\n<!-- end -->\n" for place in wanted)
     filled = tables.filled(page)
     assert "| TADrop 0.75/0.95 | 0.5" in filled
