@@ -33,6 +33,7 @@ RECIPES = {
     "sgd": Recipe(training.sgd, 3e-2, 1200, batch=32, move=2),
 }
 RECIPES["frozen-head"] = dataclasses.replace(RECIPES["adamw"], frozen="classifier")
+RECIPES["low-rate"] = dataclasses.replace(RECIPES["frozen-head"], rate=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
