@@ -18,6 +18,10 @@ the time. The eigen-decomposition of the Gram matrix (.2 to .7 of the time) is n
 float32 loses half of the digits of what is small, and polar factors are wrong by .005. Nor are Newton-Schulz steps for
 the polar factor: they have all digits where the rank is full, but turn null directions into rotations of unit length,
 and take five times as long on a CPU. An accelerator was not at hand.
+
+**Batches on a CPU** go to LAPACK one matrix at a time. jaxlib up to 0.11 hands a batch out to the very threads that
+wait for it (``ParallelBatchMap``): as many batches at once as there are threads, as in a merge of several tensors, may
+wait for ever.
 """
 
 import functools
@@ -43,6 +47,24 @@ def matmul(*factors) -> jax.Array:
     return functools.reduce(_dot, factors)
 
 
+def _one_at_a_time(decompose):
+    """The function, on CPUs without batches: neither those of leading axes, nor those that ``vmap`` makes."""
+    alone = jax.custom_batching.sequential_vmap(decompose)
+
+    def chosen(a):
+        looped = alone
+        for _ in range(a.ndim - 2):
+            looped = jax.vmap(looped)
+        return jax.lax.platform_dependent(a, cpu=looped, default=decompose)
+
+    return chosen
+
+
+_qr = _one_at_a_time(lambda a: tuple(jnp.linalg.qr(a)))
+_svd = _one_at_a_time(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))
+_eigh = _one_at_a_time(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=True)))
+
+
 @jax.custom_jvp
 def svd(a) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Thin singular value decomposition.
@@ -60,14 +82,13 @@ def svd(a) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     m, n = a.shape[-2:]
     if n and m >= TALL * n:
-        q, r = jnp.linalg.qr(a)
-        u, s, vt = jnp.linalg.svd(r, full_matrices=False)
+        q, r = _qr(a)
+        u, s, vt = _svd(r)
         return matmul(q, u), s, vt
     if m and n >= TALL * m:
         v, s, ut = svd(_t(a))
         return _t(ut), s, _t(v)
-    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
-    return u, s, vt
+    return _svd(a)
 
 
 @svd.defjvp
@@ -105,8 +126,7 @@ def eigh(a) -> tuple[jax.Array, jax.Array]:
       >>> eigh(jnp.array([[2.0, 1.0], [1.0, 2.0]]))[0].round(5).tolist()
       [1.0, 3.0]
     """
-    values, vectors = jnp.linalg.eigh(a, symmetrize_input=True)
-    return values, vectors
+    return _eigh(a)
 
 
 @eigh.defjvp

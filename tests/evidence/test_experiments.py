@@ -7,23 +7,23 @@ from examples.evidence import __main__ as command
 from examples.evidence import experiments
 from examples.evidence.suites import Suite
 
-MIDDLE = len(experiments.LENGTHS) // 2
-
 
 @pytest.mark.parametrize("at", range(len(experiments.LENGTHS)))
-def test_a_climb_finds_the_only_peak_and_measures_no_length_twice(at):
+def test_the_only_peak_is_found_and_no_length_is_measured_twice(at):
     seen = []
 
     def value(length):
         seen.append(length)
         return -abs(experiments.LENGTHS.index(length) - at)
 
-    assert experiments.climb(value) == experiments.LENGTHS[at]
-    assert len(seen) == len(set(seen)) <= abs(at - MIDDLE) + 3
+    assert experiments.best_length(value) == experiments.LENGTHS[at]
+    assert len(seen) == len(set(seen)) <= 9
 
 
-def test_a_plateau_is_not_left():
-    assert experiments.climb(lambda length: 0.5) == experiments.LENGTHS[MIDDLE]
+def test_a_dip_on_the_way_does_not_stop_the_search():
+    rising = {length: i for i, length in enumerate(experiments.LENGTHS)}
+    rising[experiments.LENGTHS[8]] = 0
+    assert experiments.best_length(rising.get) == experiments.LENGTHS[-1]
 
 
 def test_controls_prune_as_much_as_tadrop_at_their_quantiles():
