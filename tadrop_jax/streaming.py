@@ -29,8 +29,9 @@ __all__ = ["NonFinite", "Outcome", "Settings", "Stream", "measure", "run"]
 # Of up to 8 tasks; more have blocks of a half, a quarter, ..., so that memory does not go with their number.
 BLOCK = 1 << 18
 SMALL = 1 << 13
-# A tensor of all models that fits in here is read once, and kept while its stages run.
-KEEP_BYTES = 96 << 20
+# A tensor is read once, and kept while its stages run, if it fits in here: the bits of all models, and the keys that
+# ranks are found among.
+KEEP_BYTES = 144 << 20
 
 
 class Settings(NamedTuple):
@@ -181,7 +182,7 @@ class _Run:
     def each(self, fn, streams: Iterable[int]) -> dict[int, Any]:
         """``fn(k, parallel)`` of each stream: those too large to be held one at a time, then the rest side by side."""
         ordered = sorted(streams, key=lambda k: -self.streams[k].size)
-        large = [k for k in ordered if self.bytes_of(k) > KEEP_BYTES and not self.whole[k]]
+        large = [k for k in ordered if self.bytes_held(k) > KEEP_BYTES and not self.whole[k]]
         rest = [k for k in ordered if k not in set(large)]
         found = {k: fn(k, self.parallel) for k in large}
         return found | dict(zip(rest, self.parallel(lambda k: fn(k, _serial), rest), strict=True))
@@ -221,8 +222,9 @@ class _Run:
             return [Block(k, 0, n)]
         return [Block(k, start, min(start + self.block, n)) for start in range(0, n, self.block)]
 
-    def bytes_of(self, k: int) -> int:
-        return self.streams[k].size * (self.tasks + 1) * self.streams[k].dtype.itemsize
+    def bytes_held(self, k: int) -> int:
+        key = np.dtype(np.uint32).itemsize
+        return self.streams[k].size * ((self.tasks + 1) * self.streams[k].dtype.itemsize + self.tasks * key)
 
     def load(self, block: Block, kept: dict | None = None, sample: bool = False) -> np.ndarray:
         """Raw bits of base and models, ``(T + 1, B)``, padded with zeros."""
@@ -241,8 +243,7 @@ class _Run:
         """Runs a compiled block function: the value, and what stages aside found."""
         k, raw = block.at, self.load(block, kept, sample)
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
-        # XLA on CPU hands a batch of decompositions to its own threads and waits on one of them: two such calls at once
-        # have been seen to wait for each other forever.
+        # One tensor is decomposed at a time: LAPACK has the cores already, and each takes several times its size.
         with self.decomposing if self.whole[k] else contextlib.nullcontext():
             value, aside, carries = compiled(self.site(k, kind, stop))(
                 jax.dlpack.from_dlpack(raw),
@@ -409,7 +410,7 @@ class _Run:
     def keep(self, k: int, stop=None) -> dict | None:
         """Where to keep the blocks of a tensor that is small enough while its own stages run, or None."""
         several = next(self.missing(k, stop), None) is not None
-        return {} if several and not self.whole[k] and self.bytes_of(k) <= KEEP_BYTES else None
+        return {} if several and not self.whole[k] and self.bytes_held(k) <= KEEP_BYTES else None
 
     def found(self, k: int) -> Carries:
         return tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])

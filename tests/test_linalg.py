@@ -134,3 +134,15 @@ def test_a_vmap_equals_a_loop():
         function = FUNCTIONS[name]
         looped = jnp.stack([function(a) for a in batch])
         np.testing.assert_allclose(jax.vmap(function)(batch), looped, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 3), (3, 24), (6, 4)])
+def test_lapack_gets_one_matrix_at_a_time(shape):
+    # A batch waits in jaxlib's threads for work that is given to the same threads: two of them may do so for ever.
+    stack = jnp.asarray(_normal(2, 3, *shape))
+    gram = stack @ jnp.swapaxes(stack, -1, -2)
+    for function, of in ((linalg.svd, stack), (linalg.polar, stack), (linalg.eigh, gram)):
+        for mapped in (function, jax.vmap(function), jax.vmap(jax.vmap(function))):
+            calls = [x for x in jax.jit(mapped).lower(of).as_text().splitlines() if "lapack" in x]
+            assert calls
+            assert all('num_batch_dims = "0"' in call for call in calls)

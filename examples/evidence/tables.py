@@ -70,6 +70,16 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     return markdown([f"{arm} minus", *rules], rows) + "\n\n" + _seeds(lines)
 
 
+def over_tasks(file: str, tasks: str, rule: str, arm: str, *others: str) -> str:
+    """The same for one rule with the seeds' mean of each task: intervals over tasks, as if new tasks were drawn."""
+    lines = [line for line in read(file) if line["tasks"] == tasks]
+    rows = []
+    for other in others:
+        means = paired(lines, rule, arm, other).reshape(-1, int(tasks)).mean(0).round(6)
+        rows.append([other, interval(means), f"{np.sum(means > 0)}", f"{np.sum(means < 0)}"])
+    return markdown([f"{arm} minus", rule, "tasks ahead", "behind"], rows) + "\n\n" + _seeds(lines)
+
+
 def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
     """The same for one rule, by the number of tasks that are merged; with `arm`'s own accuracies in the first row.
 
@@ -162,6 +172,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "differences": differences,
     "growth": growth,
     "lines": lines,
+    "over_tasks": over_tasks,
     "models": models,
     "ratios": ratios,
 }

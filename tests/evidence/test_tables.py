@@ -69,6 +69,13 @@ def test_differences_from_the_probes_of_a_file_of_models(results):
     assert found[-1] == "*2 tasks, 2 seeds of fine-tuning.*"
 
 
+def test_intervals_over_tasks_take_the_seeds_mean_first(results):
+    found = tables.over_tasks("x-growth.csv", "2", "EMR", "TADrop 0.75/0.95", "none").splitlines()
+    gains = 100 * np.array([(0.2 + 0.3) / 2, (0.1 - 0.1) / 2])
+    low, high = scipy.stats.t.interval(0.95, 1, gains.mean(), scipy.stats.sem(gains))
+    assert found[2] == f"| none | {gains.mean():+.2f} ± {(high - low) / 2:.2f} | 1 | 0 |"
+
+
 def test_lines_are_means_over_tasks_and_seeds(results):
     lines = ("2,0,0.0,alone,0.5 0.7", "2,0,0.0,together,0.5 0.7", "2,1,0.0,alone,0.6 0.8", "2,1,0.0,together,0.1 0.1")
     (results / "x-lines.csv").write_text("\n".join(["tasks,seed,share,way,by_task", *lines]) + "\n")
