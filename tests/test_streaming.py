@@ -184,6 +184,16 @@ def test_what_does_not_fit_is_read_again(monkeypatch):
         assert kept[tensor].tobytes() == again[tensor].tobytes()
 
 
+@pytest.mark.parametrize("room", [0, -1])
+def test_what_is_held_counts_its_keys(room, monkeypatch):
+    base, models = family(2, {"w": (40, 50)}, dtype=jnp.bfloat16)
+    raw, keys = 3 * base["w"].nbytes, 2 * 4 * base["w"].size
+    monkeypatch.setattr(streaming, "KEEP_BYTES", raw + keys + room)
+    read = []
+    run_streamed(base, models, tj.chain(tj.tadrop(), tj.task_arithmetic(1.0)), progress=read.append, workers=1)
+    assert (sum(read) == raw) == (room == 0)
+
+
 def test_the_order_of_tensors_does_not_matter():
     base, models = family(3)
     merged, _, _ = run_streamed(base, models, CHAINS["dare n_m"])
