@@ -29,9 +29,9 @@ def walk(suite: Suite, out: Path, seed: int, progress: Callable[[int, int], None
     """
     there = {(line["tasks"], line["seed"], float(line["share"]), line["way"]) for line in experiments.read(out)}
     head = (str(len(suite.tuned)), str(seed))
-    vectors = [tj.task_vectors(suite.base, [tuned.params]) for tuned in suite.tuned]
-    vectors = [jax.tree.map(lambda leaf: leaf[0], vector) for vector in vectors]
-    total = jax.tree.map(lambda *leaves: sum(leaves), *vectors)
+    stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
+    vectors = [jax.tree.map(lambda leaf, t=t: leaf[t], stack) for t in range(len(suite.tuned))]
+    total = jax.tree.map(lambda leaf: leaf.sum(0), stack)
     wanted = [(share, way) for share in SHARES for way in WAYS]
     for done, (share, way) in enumerate(wanted, start=1):
         if (*head, share, way) not in there:
