@@ -18,12 +18,10 @@ $(STAMP): pyproject.toml constraints.txt tests/requirements-no-deps.txt
 demo: setup
 	$(BIN)/tadrop demo
 
-# The optimiser of XLA takes half of the time. What compares executors bit for bit is compiled as users compile it.
-FAST := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
-
+# In two parts: what compares executors bit for bit is compiled as users compile it, the rest in a hurry (conftest.py).
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m optimised
-	XLA_FLAGS="$(FAST)" $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not optimised'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not optimised'
 
 lint: setup
 	$(BIN)/ruff format --check .

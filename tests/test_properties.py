@@ -223,9 +223,7 @@ def gradient_of(name: str, items: tuple):
         found = apply(registry.build(name, dict(items) | where), method, stack)
         return sum(jnp.sum(x * x) for x in found.values())
 
-    stack = {n: jax.ShapeDtypeStruct((TASKS, *SHAPE), jnp.float32) for n in NAMES[:1]}
-    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # halves the time
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(stack, where).compile(compiler_options=fast), where
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), where
 
 
 @declaring("gradients")

@@ -84,7 +84,7 @@ def adamerging(suite: Suite, stack: Stack, steps: int = 100, size: int = 16) -> 
         index = shuffled(len(tuned.task.validation.labels), size, seed=0)
         return lambda step: tuned.task.validation.take(index(step)).inputs
 
-    models = [added(suite.base, jax.tree.map(lambda leaf, t=t: leaf[t], stack)) for t in range(len(suite.tuned))]
+    models = [added(suite.base, vector) for vector in unstacked(stack)]
     functions, inputs = [logits(tuned) for tuned in suite.tuned], [batches(tuned) for tuned in suite.tuned]
     found = tj.adamerging(functions, inputs, suite.base, models, steps=steps, learning_rate=1e-2)
     return _judged(suite, [found.params] * len(suite.tuned))
@@ -251,6 +251,11 @@ def _judged(suite: Suite, models: list, length: float | None = None) -> Result:
 def _counted(before: Stack, after: Stack) -> Arm:
     zeros = [sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (before, after)]
     return Arm(after, 1 - zeros[1] / max(zeros[0], 1))
+
+
+def unstacked(stack: Stack) -> list:
+    """The task vectors one by one."""
+    return [jax.tree.map(lambda leaf, t=t: leaf[t], stack) for t in range(len(jax.tree.leaves(stack)[0]))]
 
 
 @jax.jit

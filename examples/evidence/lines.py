@@ -30,7 +30,7 @@ def walk(suite: Suite, out: Path, seed: int, progress: Callable[[int, int], None
     there = {(line["tasks"], line["seed"], float(line["share"]), line["way"]) for line in experiments.read(out)}
     head = (str(len(suite.tuned)), str(seed))
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
-    vectors = [jax.tree.map(lambda leaf, t=t: leaf[t], stack) for t in range(len(suite.tuned))]
+    vectors = experiments.unstacked(stack)
     total = jax.tree.map(lambda leaf: leaf.sum(0), stack)
     wanted = [(share, way) for share in SHARES for way in WAYS]
     for done, (share, way) in enumerate(wanted, start=1):

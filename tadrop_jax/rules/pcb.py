@@ -14,6 +14,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
     "repository": {"clip": 0.0001, "coefficient": 1.0},
     "vision": {"clip": 0.01, "coefficient": 1.2},
 }
+_ROUNDING = 2.0**-21  # of the exponential and the hyperbolic tangent, in two functions
 _OVERFLOWS = 80  # e^T times anything of size 1 is a float32 up to here
 
 
@@ -48,9 +49,9 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
-      >>> stack = {"w": jnp.array([[4.0, 1.0, 0.0, 0.0], [2.0, -3.0, 0.0, 0.0]])}
+      >>> stack = {"w": jnp.array([[1.0, 0.25, 0.0, 0.0], [0.5, -0.5, 0.0, 0.0]])}
       >>> tj.merge_task_vectors(stack, tj.pcb(0.5))["w"].tolist()
-      [1.5, 0.0, 0.0, 0.0]
+      [0.375, 0.0, 0.0, 0.0]
     """
     choice("pcb", "version", version, tuple(VERSIONS))
     ratio = number("pcb", "ratio", ratio, 0, 1)
@@ -85,8 +86,10 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
 
     def apply(x, carry):
         value, floor, top = balance(x, carry), x.column(carry["floor"]), x.column(carry["top"])
-        # A select, not a maximum, whose gradient at the floor would be half of one.
-        weights = safe_ratio(jnp.where(value > floor, value - floor, 0), top - floor)
+        # A select, not a maximum, whose gradient at the floor would be half of one. The entry that the floor is may come
+        # out a few bits off here, where it is computed anew, and must not count: alone, the smallest weight is as good as 1.
+        above = value - floor > _ROUNDING * (jnp.abs(value) + jnp.abs(floor))
+        weights = safe_ratio(jnp.where(above, value - floor, 0), top - floor)
         vectors = jnp.sign(x.stack) * sizes(x, carry) * x.per_task(coefficient)
         merged = over_tasks(jnp.add, weights * vectors)
         return merged / jnp.maximum(over_tasks(jnp.add, weights), 1e-12)

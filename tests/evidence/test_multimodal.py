@@ -18,10 +18,7 @@ from examples.evidence.multimodal_pretraining import masked
 from tadrop_jax.cli import main
 
 # The probe's optimiser stops early, which costs it nothing that counts here.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
-    pytest.mark.optimised,  # without XLA's optimiser the trainings take longer than it does
-]
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 NAMES = multimodal_tasks.GENERATED
 
 
