@@ -86,8 +86,8 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
 
     def apply(x, carry):
         value, floor, top = balance(x, carry), x.column(carry["floor"]), x.column(carry["top"])
-        # A select, not a maximum, whose gradient at the floor would be half of one. The entry that the floor is may come
-        # out a few bits off here, where it is computed anew, and must not count: alone, the smallest weight is as good as 1.
+        # A select, not a maximum, whose gradient at the floor would be half of one. The floor itself may come out
+        # some bits off where it is computed anew, and must not count: alone, the least weight is as good as 1.
         above = value - floor > _ROUNDING * (jnp.abs(value) + jnp.abs(floor))
         weights = safe_ratio(jnp.where(above, value - floor, 0), top - floor)
         vectors = jnp.sign(x.stack) * sizes(x, carry) * x.per_task(coefficient)
