@@ -49,7 +49,7 @@ evidence: setup
 	  $(BIN)/python -m examples.evidence $$suite --data $(DATA) --out $(OUT)/$$suite --recipe frozen-head --seeds 0 --lines || exit 1; \
 	done
 	$(BIN)/python -m examples.evidence language --data $(DATA) --out $(OUT)/language --recipe frozen-head --count 4 --lines
-	$(BIN)/python -m examples.evidence language --data $(DATA) --out $(OUT)/language --recipe sgd --seeds 0
+	$(BIN)/python -m examples.evidence language --data $(DATA) --out $(OUT)/language --recipe sgd --seeds 0 1
 	$(BIN)/python -m examples.evidence vision --data $(DATA) --out $(OUT)/vision --recipe low-rate --seeds 0 --lines
 
 clean:

@@ -94,7 +94,7 @@ def main() -> None:
         counts = sorted({line["tasks"] for line in read(runs)}, key=int)
         lines = [line for line in read(runs) if line["tasks"] == counts[0]]
         tried = {rule: {line["sparsifier"] for line in lines if line["rule"] == rule} for rule in ("EMR", "TIES")}
-        rules = [rule for rule, arms in tried.items() if len(arms) > 6]  # fewer make no curve
+        rules = [rule for rule, arms in tried.items() if len(arms) > 20]  # fewer make no curves
         if rules:
             by_sparsity(runs, counts[0], rules, table.with_name(runs).with_suffix(".svg"))
 

@@ -32,8 +32,8 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
     ``int(d * c)`` to that of rank ``int(d * (1 - c) - 1)``, and normalize maps least and largest to 0 and 1. The
     repository (``duguodong7/pcb-merging``) has two versions: ``pcb-merging.py`` with c = .0001 and
     :math:`\sigma_j = \tau_j`, and ``vision_source_code/pcb.py`` with c = .01 and :math:`\sigma_j = sign(\tau_j) N_j`.
-    Order statistics are exact, by counting. A task whose values are all alike takes no part (the authors' code gives
-    NaN).
+    Order statistics are exact, by counting; what is above the floor by no more than rounding is at the floor. A task
+    whose values are all alike takes no part (the authors' code gives NaN).
 
     Args:
       ratio: share of entries of each task that take part, in (0, 1]; the authors use .1, and .05 for vision.
