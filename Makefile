@@ -19,12 +19,9 @@ demo: setup
 	$(BIN)/tadrop demo
 
 # In two parts: what compares executors bit for bit is compiled as users compile it, the rest in a hurry (conftest.py).
-# Files go in their own order: otherwise those with the fewest tests, which train models, come last, and a core waits.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
 test: setup
-	$(PYTEST) -m optimised
-	$(PYTEST) -m 'not optimised'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m optimised
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not optimised'
 
 lint: setup
 	$(BIN)/ruff format --check .
