@@ -171,7 +171,7 @@ def seconds(found: Passes, at: Machine, parameters: float, tensors: int, tasks: 
         del parts["memory"]  # blocks stay in the caches
     bound = max(parts, key=lambda part: parts[part])
     if at.reduction_s:  # loading, merging and saving come one after another
-        return sum(parts.values()), bound
+        return math.fsum(parts.values()), bound  # sum() rounds otherwise from Python 3.12 on
     return parts[bound], bound
 
 

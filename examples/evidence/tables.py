@@ -66,8 +66,10 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     rules = _ordered(line["rule"] for line in lines)
     merges = lines + [line for name in others if name.endswith(".csv") for line in _probes(name, rules)]
     names = {other: "the probe" if other.endswith(".csv") else other for other in others}
-    rows = [[names[other], *(interval(paired(merges, rule, arm, other)) for rule in rules)] for other in others]
-    return markdown([f"{arm} minus", *rules], rows) + "\n\n" + _seeds(lines)
+    columns = {rule: [interval(paired(merges, rule, arm, other)) for other in others] for rule in rules}
+    columns = {rule: cells for rule, cells in columns.items() if any(cells)}  # others were not compared
+    rows = [[names[other], *cells] for other, *cells in zip(others, *columns.values(), strict=True)]
+    return markdown([f"{arm} minus", *columns], rows) + "\n\n" + _seeds(lines)
 
 
 def over_tasks(file: str, tasks: str, rule: str, arm: str, *others: str) -> str:
