@@ -2,9 +2,10 @@
 
 After Floyd and Rivest: a small sample brackets each wanted rank; one pass counts what lies below the bracket and
 collects what lies inside; the rank is then found among the few collected. Ranks that depend on other order statistics
-of the same data are bracketed with them, from what the sample says of those, so that they share the pass. If a bracket
-misses, or holds too much, two passes of 2^16-bin histograms settle the upper and then the lower half of the key.
-Always exact. Everything here is NumPy, which leaves the interpreter's lock to other threads.
+of the same data are bracketed with them, from what the sample says of those, so that they share the pass. Brackets of
+data in memory are narrow, since what lies inside is costly to collect; the few that miss are widened. If a bracket
+misses even so, or holds too much, two passes of 2^16-bin histograms settle the upper and then the lower half of the
+key. Always exact. Everything here is NumPy, which leaves the interpreter's lock to other threads.
 """
 
 import os
@@ -23,6 +24,8 @@ _MOST = 1 << 24
 _SAMPLES = 128
 # A sample is about this part of the data, within that number of runs; in memory, one of so many entries.
 _SHARE = 64
+# How far a bracket reaches to either side, in standard errors of the sample.
+_WIDE, _NARROW = 6, 2.5
 _TOP = np.uint32(2**32 - 1)
 
 # From the keys that the rounds before found, one array (R, T) a round, to int64 ranks (R, T).
@@ -50,6 +53,8 @@ class Selection:
         # By round, rank and row: bracket (both ends belong to it); entries below it, and those inside.
         self.brackets: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         self.inside: dict[tuple[int, int, int], tuple[int, np.ndarray | int]] = {}
+        # The wide brackets of ranks that were given narrow ones.
+        self.spare: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         # What brackets missed, with the upper half of its key (None: not known yet), the entries below that, and one
         # histogram, added up as blocks come: a histogram a block would outgrow the data.
         self.missed: dict[tuple[int, int, int], tuple[int | None, int]] = {}
@@ -80,15 +85,19 @@ class Selection:
         if self.n <= _SORT:
             self.bracket(blocks)
         else:
-            self.bracket([np.concatenate([keys[:, ::_SHARE] for keys in blocks], axis=1)])
+            self.bracket([np.concatenate([keys[:, ::_SHARE] for keys in blocks], axis=1)], narrow=True)
 
-    def bracket(self, samples: Sequence[np.ndarray]) -> None:
-        """Brackets each rank by a sample: runs ``(T, m_i)`` of keys; if they are all keys, the ranks are found."""
+    def bracket(self, samples: Sequence[np.ndarray], narrow: bool = False) -> None:
+        """Brackets each rank by a sample.
+
+        Args:
+          samples: runs ``(T, m_i)`` of keys; if they are all keys, the ranks are found.
+          narrow: whether a bracket may miss its rank now and then, since another pass over its row is cheap.
+        """
         runs = samples[0] if len(samples) == 1 else np.concatenate(samples, axis=1)
         rows, m = np.sort(runs, axis=1), runs.shape[1]
         starts = np.cumsum([0, *(s.shape[1] for s in samples[:-1])])
         lengths = np.array([s.shape[1] for s in samples])
-        none, top = rows.dtype.type(0), rows.dtype.type(np.iinfo(rows.dtype).max)
         guesses: list[np.ndarray] = []
         self.brackets = {}
         for i, ranks_of in enumerate(self.rounds):
@@ -103,14 +112,13 @@ class Selection:
                 if len(samples) > 1:  # entries of a run are alike: the runs say how far they are from each other
                     below = np.add.reduceat(runs[t] <= guess[r, t], starts, dtype=np.int64) / lengths
                     error = max(error, np.sqrt(np.mean(np.diff(below) ** 2) / 2 / len(samples)))
-                slack = (6 + 2 * i) * error + 16 / m
+                # A rank that hangs on others errs with them.
+                wide, slack = ((sure * (1 + i / 2)) * error + 16 / m for sure in (_WIDE, _NARROW if narrow else _WIDE))
+                if narrow:
+                    self.spare[i, r, t] = _ends(rows[t], share[r, t], wide)
                 if any(abs(share[r, t] - share[q, t]) < slack / 8 for q in range(r) if (i, q, t) in self.brackets):
                     continue  # the bracket of its neighbour will do
-                first, last = int((share[r, t] - slack) * m), int(np.ceil((share[r, t] + slack) * m))
-                self.brackets[i, r, t] = (
-                    rows[t, first] if first > 0 else none,
-                    rows[t, last] if last < m - 1 else top,
-                )
+                self.brackets[i, r, t] = _ends(rows[t], share[r, t], slack)
             guesses.append(guess)
         if m == self.n:
             self.found = guesses
@@ -162,12 +170,18 @@ class Selection:
             i = len(self.found)
             ranks = self.rounds[i](self.found)
             keys = np.full(ranks.shape, _TOP)
+            missing = []
             for r, t in np.argwhere(ranks < self.n):
                 key = self._answer((i, r, t), int(ranks[r, t]))
                 if key is None:
-                    self.missed.setdefault((i, r, t), (None, 0))
+                    missing.append((i, r, t))
                 else:
                     keys[r, t] = key
+            again = [at for at in missing if at in self.spare] if self.collected <= _MOST else []
+            if again:
+                self.brackets = {at: self.spare.pop(at) for at in again}
+                return
+            self.missed = {at: self.missed.get(at, (None, 0)) for at in missing}
             if self.missed:
                 return
             self.found.append(keys)
@@ -194,6 +208,13 @@ class Selection:
             del self.missed[at]
             self.brackets[at], self.inside[at] = (key, key), (int(ranks[at[1:]]), 1)
         self.bins = {}
+
+
+def _ends(row: np.ndarray, share: float, slack: float) -> tuple[Any, Any]:
+    """What a sorted sample gives for a share less and more the slack: the ends of a bracket, which belong to it."""
+    m, top = row.size, row.dtype.type(np.iinfo(row.dtype).max)
+    first, last = int((share - slack) * m), int(np.ceil((share + slack) * m))
+    return row[first] if first > 0 else row.dtype.type(0), row[last] if last < m - 1 else top
 
 
 def cores() -> int:

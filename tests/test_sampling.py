@@ -205,3 +205,19 @@ def test_few_entries_in_memory_are_sorted_without_a_pass():
     search = Selection(N, dependent(N, 2))
     search.bracket_among([DATA["normal"][:, :3000], DATA["normal"][:, 3000:]])
     assert search.settled
+
+
+def test_a_narrow_bracket_that_misses_is_widened(monkeypatch):
+    """By another pass over its own row, without histograms."""
+    monkeypatch.setattr(sampling, "_MOST", 1 << 24)
+    n = 1 << 16
+    values = np.sort(np.abs(RNG.normal(size=(2, n))), axis=1)
+    values[1, ::4] *= 1.02  # what the sample sees of the second row is a little too large
+    rows = keys_of(values)
+    search = at_ranks(n, [[n // 2, n // 2]])
+    search.bracket([rows[:, ::4]], narrow=True)
+    search.update([search.count(rows)])
+    assert list(search.brackets) == [(0, 0, 1)]
+    assert not search.missed
+    assert run_passes(search, rows, 1000) == 1
+    np.testing.assert_array_equal(search.found[0][0], np.sort(rows, axis=1)[:, n // 2])
