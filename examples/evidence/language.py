@@ -30,6 +30,7 @@ RECIPES = {
     "sgd": Recipe(training.sgd, 3e-2, 400, batch=32),
 }
 RECIPES["frozen-head"] = dataclasses.replace(RECIPES["adamw"], frozen="score")
+RECIPES["lora"] = dataclasses.replace(RECIPES["frozen-head"], rate=5e-3, rank=8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from examples.evidence import low_rank
+
 Params = Any
 Batch = Any
 Progress = Callable[[int, int], None]  # is told the number of steps done and of all
@@ -22,7 +24,8 @@ Progress = Callable[[int, int], None]  # is told the number of steps done and of
 class Recipe:
     """How models are fine-tuned: an optimiser of this file, its rate, steps and weight decay.
 
-    `frozen` names the part of the parameters, a key of their top level, that is not trained.
+    `frozen` names the part of the parameters, a key of their top level, that is not trained. With a `rank` nothing is
+    but LoRA's factors of the matrices outside it.
     """
 
     optimiser: Callable[..., optax.GradientTransformation]
@@ -31,6 +34,7 @@ class Recipe:
     weight_decay: float = 0.0
     batch: int = 128
     frozen: str | None = None
+    rank: int | None = None
 
     def schedule(self) -> optax.GradientTransformation:
         """The optimiser, with everything set."""
@@ -115,19 +119,27 @@ def finetune(
     seed: int,
     progress: Progress,
 ) -> Params:
-    """Trains by a recipe on `data`, a `suites.Part`; the seed is that of the order and of the loss's keys."""
+    """Trains by a recipe on `data`, a `suites.Part`; the seed is that of the order, the factors and the loss's keys."""
     index = shuffled(len(data.labels), recipe.batch, seed=seed)
-    return fit(
-        params,
-        loss,
-        lambda step: data.take(index(step)),
-        recipe.schedule(),
-        recipe.steps,
-        out=out,
-        seed=seed,
-        every=recipe.steps,
-        progress=progress,
-    )
+
+    def trained(start, loss, recipe):
+        return fit(
+            start,
+            loss,
+            lambda step: data.take(index(step)),
+            recipe.schedule(),
+            recipe.steps,
+            out=out,
+            seed=seed,
+            every=recipe.steps,
+            progress=progress,
+        )
+
+    if recipe.rank is None:
+        return trained(params, loss, recipe)
+    start = {"base": params, "factors": low_rank.factors(params, recipe.rank, seed, recipe.frozen)}
+    recipe = dataclasses.replace(recipe, frozen="base")
+    return low_rank.added(**trained(start, lambda parts, *given: loss(low_rank.added(**parts), *given), recipe))
 
 
 def shuffled(count: int, size: int, seed: int) -> Callable[[int], np.ndarray]:

@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from examples.evidence import training
+from examples.evidence import suites, training
+
+RNG = np.random.default_rng(0)
 
 
 def run(out, stop=None):
@@ -82,3 +85,20 @@ def test_a_frozen_part_stays_as_it_is_and_the_rest_goes_on_where_it_was(tmp_path
             leaves = [np.asarray(params[part][name][...]) for params in (start, once, twice)]
             assert np.array_equal(leaves[0], leaves[1]) != moved
             assert np.array_equal(leaves[1], leaves[2])
+
+
+def test_lora_moves_each_matrix_by_one_of_its_rank_and_nothing_else(tmp_path):
+    graph, start = nnx.split(Classifier(nnx.Rngs(0)))
+    data = suites.Part(RNG.normal(size=(40, 3)).astype(np.float32), RNG.integers(2, size=40))
+    recipe = training.Recipe(training.adamw, 0.1, 20, batch=8, frozen="head", rank=1)
+
+    def loss(params, batch, key):
+        logits = nnx.merge(graph, params)(batch.inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    tuned = training.finetune(start, loss, data, recipe, out=tmp_path, seed=0, progress=lambda done, steps: None)
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b), tuned, start)
+    assert jax.tree.structure(tuned) == jax.tree.structure(start)
+    assert np.linalg.matrix_rank(moved["body"]["kernel"][...], tol=1e-5) == 1
+    assert not any(np.any(moved[part][name][...]) for part, name in (("body", "bias"), ("head", "kernel")))
+    assert loss(tuned, data, None) < loss(start, data, None) - 0.01
