@@ -22,6 +22,7 @@ _SORT = 1 << 14
 # What all brackets together may collect (in entries, of 4 bytes) before they are given up for histograms.
 _MOST = 1 << 24
 _SAMPLES = 128
+_PIECE = 1 << 16
 # A sample is about this part of the data, within that number of runs; in memory, one of so many entries.
 _SHARE = 64
 # How far a bracket reaches to either side, in standard errors of the sample.
@@ -120,6 +121,8 @@ class Selection:
                     continue  # the bracket of its neighbour will do
                 self.brackets[i, r, t] = _ends(rows[t], share[r, t], slack)
             guesses.append(guess)
+        # Row by row, for the cache.
+        self.brackets = dict(sorted(self.brackets.items(), key=lambda item: item[0][2]))
         if m == self.n:
             self.found = guesses
 
@@ -132,15 +135,13 @@ class Selection:
         found = []
         for (_, _, t), (low, high) in self.brackets.items():
             row = keys[t]
-            below = int(np.count_nonzero(row < low)) if low else 0
             if low == high:  # one value that many entries have, zero most likely: counting them is enough
-                found.append((below, int(np.count_nonzero(row == low))))
+                found.append((int(np.count_nonzero(row < low)), int(np.count_nonzero(row == low))))
             elif self.collected > _MOST:
                 # The brackets are given up: no need to collect more. Not a view, which would keep the block.
                 found.append((0, np.empty(0, row.dtype)))
             else:
-                # Unsigned: what lies below the bracket wraps around, and is not inside either.
-                inside = row[np.flatnonzero((row - low) <= (high - low))]
+                below, inside = _collect(row, low, high)
                 self.collected += inside.size  # a rough count will do: threads may lose an update
                 found.append((below, inside))
         return found
@@ -208,6 +209,17 @@ class Selection:
             del self.missed[at]
             self.brackets[at], self.inside[at] = (key, key), (int(ranks[at[1:]]), 1)
         self.bins = {}
+
+
+def _collect(row: np.ndarray, low, high) -> tuple[int, np.ndarray]:
+    """How many keys lie below a bracket, and those inside; by pieces that stay in a core's cache."""
+    below, inside, width = 0, [row[:0]], high - low
+    for start in range(0, row.size, _PIECE):
+        piece = row[start : start + _PIECE]
+        below += int(np.count_nonzero(piece < low)) if low else 0
+        # Unsigned: what lies below the bracket wraps around, and is not inside either.
+        inside.append(piece[((piece - low) <= width).nonzero()])
+    return below, np.concatenate(inside)
 
 
 def _ends(row: np.ndarray, share: float, slack: float) -> tuple[Any, Any]:

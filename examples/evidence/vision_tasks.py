@@ -6,11 +6,12 @@ was the image turned?).
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from examples.evidence.images import read
+from examples.evidence.images import SIDE, read
 from examples.evidence.suites import Part, Task, cut
 
 EIGHT = (
@@ -30,11 +31,8 @@ FAST = ("digits_odd", "digits_loops")  # of scikit-learn's digits, for tests
 GROUPS = {2: FAST, 8: EIGHT, 14: FOURTEEN, 20: TWENTY, 30: THIRTY}
 
 PRETRAINING_CLASSES = 140  # of Tiny ImageNet's 200; the others are tasks
-_SIGNS = {"gtsrb_speed": range(9), "gtsrb_danger": range(18, 32), "gtsrb_mandatory": range(33, 41)}
-_QUESTIONS = {
-    "digits_odd": np.arange(10) % 2,
-    "digits_loops": np.array([1, 0, 0, 0, 0, 0, 1, 0, 2, 1]),
-}
+_SIGNS = {"speed": range(9), "priority": range(9, 18), "danger": range(18, 32), "mandatory": range(33, 41)}
+_QUESTIONS = {"odd": np.arange(10) % 2, "loops": np.array([1, 0, 0, 0, 0, 0, 1, 0, 2, 1])}  # of digits
 _DOMAINS = ("pacs_photo", "pacs_art_painting", "pacs_cartoon")
 _NO_MIRROR = ("mnist", "kmnist", "gtsrb", "turned", "digits")
 
@@ -71,24 +69,27 @@ def pretraining_names(data: Path) -> tuple[str, ...]:
 
 
 def _labelled(data: Path | None, name: str) -> tuple[Part, Part]:
-    if name in _QUESTIONS:
-        train, test = _digits()
-        return Part(train.inputs, _QUESTIONS[name][train.labels]), Part(test.inputs, _QUESTIONS[name][test.labels])
-    if data is None:
-        raise ValueError(f"{name} needs the directory of image sets")
     kind, _, part = name.rpartition("_")
+    if data is None and kind != "digits":
+        raise ValueError(f"{name} needs the directory of image sets")
+    if part in _QUESTIONS:
+        train, test = _digits() if data is None or kind == "digits" else _read(data, kind)
+        return Part(train.inputs, _QUESTIONS[part][train.labels]), Part(test.inputs, _QUESTIONS[part][test.labels])
     if kind == "tiny":
         start = PRETRAINING_CLASSES + 10 * int(part)
         return _parts(data, "tiny_imagenet32", _tiny_order()[start : start + 10])
     if kind == "caltech":
         return _parts(data, "caltech101", np.arange(20 * int(part), 20 * int(part) + 20))
-    if name in _SIGNS:
-        return _parts(data, "gtsrb", np.array(_SIGNS[name]))
+    if kind == "kmnist":
+        return _parts(data, kind, np.arange(5 * int(part), 5 * int(part) + 5))
+    if kind == "gtsrb":
+        return _parts(data, kind, np.array(_SIGNS[part]))
     if name == "pacs_domain":
         return _domains(data)
-    if name.startswith("turned_"):
-        train, test = _read(data, name.removeprefix("turned_"))
-        return _turned(train, seed=1), _turned(test, seed=2)
+    how, _, whole = name.partition("_")
+    if how in _CHANGES:
+        train, test = _unseen(data) if whole == "tiny" else _read(data, whole)
+        return _changed(train, _CHANGES[how], seed=1), _changed(test, _CHANGES[how], seed=2)
     return _read(data, name)
 
 
@@ -134,6 +135,20 @@ def _domains(data: Path) -> tuple[Part, Part]:
     return train, test
 
 
-def _turned(all_: Part, seed: int) -> Part:
-    turns = np.random.default_rng(seed).integers(0, 4, len(all_.labels)).astype(np.int32)
-    return Part(np.stack([np.rot90(image, n) for image, n in zip(all_.inputs, turns, strict=True)]), turns)
+def _unseen(data: Path) -> tuple[Part, Part]:
+    """The classes of Tiny ImageNet that the base never saw."""
+    return _parts(data, "tiny_imagenet32", _tiny_order()[PRETRAINING_CLASSES:])
+
+
+def _swapped(image: np.ndarray, way: int) -> np.ndarray:
+    """The halves of the image exchanged: left and right if `way` is odd, upper and lower if it is 2 or 3."""
+    return np.roll(image, (way // 2 * SIDE // 2, way % 2 * SIDE // 2), axis=(0, 1))
+
+
+_CHANGES = {"turned": np.rot90, "swapped": _swapped}
+
+
+def _changed(all_: Part, change: Callable[[np.ndarray, int], np.ndarray], seed: int) -> Part:
+    """Each image changed in one of four ways, which is its label."""
+    ways = np.random.default_rng(seed).integers(0, 4, len(all_.labels)).astype(np.int32)
+    return Part(np.stack([change(image, way) for image, way in zip(all_.inputs, ways, strict=True)]), ways)
