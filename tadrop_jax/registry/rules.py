@@ -13,6 +13,10 @@ from tadrop_jax.registry.schema import (
     Parameter,
 )
 
+# Of the methods that drop by chance.
+KEPT = Parameter("density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1))
+DRAWN = frozenset({"scales", "zero", "local", "gradients"})
+
 ENTRIES = (
     Method(
         "average",
@@ -163,9 +167,7 @@ ENTRIES = (
         "row",
         "one model",
         (
-            Parameter(
-                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
-            ),
+            KEPT,
             Parameter("epsilon", "numbers", 0.05, "half the width of the probabilities", range=(0, 0.5)),
             COEFFICIENT,
             WEIGHTS,
@@ -174,7 +176,7 @@ ENTRIES = (
             Parameter("flavour", "choice", None, "of the sparsifier", ("authors", "mergekit"), optional=True),
         ),
         random=True,
-        properties=frozenset({"scales", "zero", "local", "gradients"}),
+        properties=DRAWN,
     ),
     Method(
         "della_linear",
@@ -185,9 +187,7 @@ ENTRIES = (
         "row",
         "one model",
         (
-            Parameter(
-                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
-            ),
+            KEPT,
             Parameter("epsilon", "numbers", 0.15, "half the width of the probabilities", range=(0, 0.5)),
             COEFFICIENT,
             WEIGHTS,
@@ -195,7 +195,7 @@ ENTRIES = (
             Parameter("rescale", "choice", "l1", "of the sparsifier", ("entry", "l1"), optional=True),
         ),
         random=True,
-        properties=frozenset({"scales", "zero", "local", "gradients"}),
+        properties=DRAWN,
     ),
     Method(
         "dare_linear",
@@ -206,16 +206,14 @@ ENTRIES = (
         "entry",
         "one model",
         (
-            Parameter(
-                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
-            ),
+            KEPT,
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,
             Parameter("rescale", "choice", "l1", "of the sparsifier", ("inverse", "l1"), optional=True),
         ),
         random=True,
-        properties=frozenset({"scales", "zero", "local", "gradients"}),
+        properties=DRAWN,
     ),
     Method(
         "dare_ties",
@@ -226,16 +224,14 @@ ENTRIES = (
         "entry",
         "one model",
         (
-            Parameter(
-                "density", "numbers", 0.5, "probability to keep an entry; none: all", optional=True, range=(0, 1)
-            ),
+            KEPT,
             COEFFICIENT,
             WEIGHTS,
             NORMALIZE,
             Parameter("rescale", "choice", "l1", "of the sparsifier", ("inverse", "l1"), optional=True),
         ),
         random=True,
-        properties=frozenset({"scales", "zero", "local", "gradients"}),
+        properties=DRAWN,
     ),
     Method(
         "pcb",
