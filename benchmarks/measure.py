@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tadrop_jax.workers import cores
+
 _PERIOD = 0.02
 PACKAGES = ("tadrop-jax", "jax", "jaxlib", "numpy", "mergekit", "torch", "peft", "transformers", "safetensors")
 # Heading and format of each column, by the key that it has in a row.
@@ -168,8 +170,7 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"cpu": cpu, "cores": cores, "load_before": os.getloadavg()[0], "system": platform.platform()}
+    facts = {"cpu": cpu, "cores": cores(), "load_before": os.getloadavg()[0], "system": platform.platform()}
     jax = sys.modules.get("jax")
     device = {} if jax is None else {"device": jax.devices()[0].device_kind}
     return {**facts, **device, "python": platform.python_version(), "versions": versions}

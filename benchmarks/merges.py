@@ -14,6 +14,7 @@ import yaml
 from benchmarks import measure
 from tadrop_jax import registry
 from tadrop_jax.checkpoints.safetensors import open_source
+from tadrop_jax.workers import cores
 
 BLOCK = 1 << 20
 # What a method is run with where it has the parameter; everything else keeps its default.
@@ -63,7 +64,7 @@ def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> meas
     Returns:
         The measurement; memory is not measured.
     """
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = threads or cores()
     sources = [open_source(path) for path in inputs]
     tensors, places, end = sources[0].tensors.values(), {}, 0
     for info in tensors:

@@ -8,7 +8,6 @@ array, found in one read by all cores. What a peer is expected to take is told f
 skipped where that is longer than --limit.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 import tadrop_jax as tj
 from benchmarks import measure
+from tadrop_jax.workers import cores
 
 DENSITY, QUANTILE = 0.2, 0.75
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -45,10 +45,9 @@ def read(x: jax.Array, host: np.ndarray) -> Callable[[], Any]:
     if jax.default_backend() != "cpu":
         largest = jax.jit(lambda a: jnp.max(jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}")))
         return lambda: largest(x).block_until_ready()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bits = host.view(f"uint{8 * host.itemsize}")
-    parts = np.array_split(bits, cores)
-    pool = ThreadPoolExecutor(cores)
+    parts = np.array_split(bits, cores())
+    pool = ThreadPoolExecutor(cores())
     return lambda: max(pool.map(np.max, parts))
 
 

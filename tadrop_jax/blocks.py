@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tadrop_jax import memory, reductions, selection
@@ -73,10 +74,24 @@ def stage_of(site: Site) -> Any:
     return site.steps[i].stages[j]
 
 
-def block_values(site: Site, raw, key, carries, start, valid, n):
-    """What a stage of ranks selects from, over one block: ``(T', B)``."""
-    reached, _ = _reach(site, raw, key, carries, start, valid, n)
-    return _flat(stage_of(site).of(reached.x, reached.carry))
+@functools.lru_cache(maxsize=1024)
+def selected_like(site: Site, leaves: tuple, tree) -> tuple[Any, int]:
+    """Dtype and leading length of what a stage of ranks selects from; cached, since tracing takes milliseconds.
+
+    Args:
+      site: of kind ``"keys"``.
+      leaves: shapes and dtypes of raw bits, key and carries.
+      tree: their structure.
+    """
+    raw, key, carries = jax.tree.unflatten(tree, leaves)
+
+    def values(raw, key, carries):
+        start, size = np.zeros(2, np.uint32), raw.shape[1]
+        reached, _ = _reach(site, raw, key, carries, start, np.int32(size), np.float32(size))
+        return _flat(stage_of(site).of(reached.x, reached.carry))
+
+    found = jax.eval_shape(values, raw, key, carries)
+    return found.dtype, found.shape[0]
 
 
 def _flat(array):

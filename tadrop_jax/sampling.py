@@ -8,7 +8,6 @@ misses even so, or holds too much, two passes of 2^16-bin histograms settle the 
 key. Always exact. Everything here is NumPy, which leaves the interpreter's lock to other threads.
 """
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,10 +115,10 @@ class Selection:
                 # A rank that hangs on others errs with them.
                 wide, slack = ((sure * (1 + i / 2)) * error + 16 / m for sure in (_WIDE, _NARROW if narrow else _WIDE))
                 if narrow:
-                    self.spare[i, r, t] = _ends(rows[t], share[r, t], wide)
+                    self.spare[i, r, t] = _ends(rows[t], float(share[r, t]), wide)
                 if any(abs(share[r, t] - share[q, t]) < slack / 8 for q in range(r) if (i, q, t) in self.brackets):
                     continue  # the bracket of its neighbour will do
-                self.brackets[i, r, t] = _ends(rows[t], share[r, t], slack)
+                self.brackets[i, r, t] = _ends(rows[t], float(share[r, t]), slack)
             guesses.append(guess)
         # Row by row, for the cache.
         self.brackets = dict(sorted(self.brackets.items(), key=lambda item: item[0][2]))
@@ -227,11 +226,6 @@ def _ends(row: np.ndarray, share: float, slack: float) -> tuple[Any, Any]:
     m, top = row.size, row.dtype.type(np.iinfo(row.dtype).max)
     first, last = int((share - slack) * m), int(np.ceil((share + slack) * m))
     return row[first] if first > 0 else row.dtype.type(0), row[last] if last < m - 1 else top
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def values(keys: np.ndarray, dtype) -> np.ndarray:

@@ -6,10 +6,8 @@ data with a tiny result that adds up over blocks, tensors and devices. A round o
 for float32, 5 or 6 for the 16-bit types.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +16,10 @@ from jax import lax
 
 from tadrop_jax import wide
 from tadrop_jax.errors import MergeError, ParameterError
-from tadrop_jax.sampling import Selection, cores
+from tadrop_jax.sampling import Selection
 from tadrop_jax.trees import is_traced
 from tadrop_jax.wide import Wide
+from tadrop_jax.workers import cores, side_by_side
 
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 BITS_PER_ROUND = 3
@@ -352,10 +351,8 @@ def _on_host(x: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
         return search.count((bits[start : start + _BLOCK] & mask)[None])
 
     starts = range(0, bits.size, _BLOCK)
-    threads = min(cores(), len(starts) // 4)
-    with ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext() as pool:
-        while not search.settled:
-            search.update(list(pool.map(count, starts) if pool else map(count, starts)))
+    while not search.settled:
+        search.update(side_by_side(count, starts, max(min(cores(), len(starts) // 4), 1)))
     return search.found[0][:, 0].astype(uint).view(x.dtype)
 
 

@@ -11,7 +11,6 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax import randomness, reductions, sampling
-from tadrop_jax.blocks import Site, block_values, compiled
+from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
 from tadrop_jax.steps import Step, Sums, global_stages, is_aside, merge_stages
 from tadrop_jax.trees import check_patterns
+from tadrop_jax.workers import cores, side_by_side
 
 __all__ = ["NonFinite", "Outcome", "Settings", "Stream", "measure", "run"]
 
@@ -142,7 +142,7 @@ class _Run:
         self.keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.name) for t in streams]
         self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in chain) for chain in self.chains]
         self.reader = Reader(streams, tasks, settings.check_finite, settings.progress)
-        self.workers = settings.workers or sampling.cores()
+        self.workers = settings.workers or cores()
         self.decomposing = threading.Lock()
         group = math.lcm(*(s.group for s in steps if s.piece == "group"))
         entries = BLOCK >> max(math.ceil(math.log2((tasks + 1) / 9)), 0)
@@ -188,33 +188,7 @@ class _Run:
         return found | dict(zip(rest, self.parallel(lambda k: fn(k, _serial), rest), strict=True))
 
     def parallel(self, fn, items) -> list:
-        """Maps over items on all workers; the first error stops the rest."""
-        items = list(items)
-        if self.workers == 1 or len(items) < 2:
-            return [fn(item) for item in items]
-        results: list[Any] = [None] * len(items)
-        counter, errors = itertools.count(), []
-
-        def work():
-            while not errors:
-                i = next(counter)
-                if i >= len(items):
-                    return
-                try:
-                    results[i] = fn(items[i])
-                except BaseException as e:
-                    errors.append(e)
-
-        with ThreadPoolExecutor(self.workers) as pool:
-            try:
-                for future in [pool.submit(work) for _ in range(self.workers)]:
-                    future.result()
-            except BaseException as e:  # an interrupt: the workers must not go through all that is left
-                errors.append(e)
-                raise
-        if errors:
-            raise errors[0]
-        return results
+        return side_by_side(fn, items, self.workers)
 
     def blocks(self, k: int) -> list[Block]:
         n = self.streams[k].size
@@ -365,7 +339,7 @@ class _Run:
         raw = jax.ShapeDtypeStruct((self.tasks + 1, width), self.streams[k].bits)
         held = (raw, self.keys[k], self.carries[k])
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held))
-        return _selected_like(self.site(k, "keys", stop), tuple(leaves), tree)
+        return selected_like(self.site(k, "keys", stop), tuple(leaves), tree)
 
     def asides(self, k: int) -> list[tuple[int, int]]:
         """Where the chain of one tensor has stages aside."""
@@ -420,16 +394,4 @@ def _wants_whole(step: Step) -> bool:
     return step.piece in ("row", "tensor") or any(stage.scope == "row" for stage in step.stages)
 
 
-def _serial(fn, items) -> list:
-    return [fn(item) for item in items]
-
-
-@functools.lru_cache(maxsize=1024)
-def _selected_like(site: Site, leaves: tuple, tree):
-    """Dtype and leading length of what a stage of ranks selects from; cached, since tracing takes milliseconds."""
-    raw, key, carries = jax.tree.unflatten(tree, leaves)
-    start, size = np.zeros(2, np.uint32), raw.shape[1]
-    found = jax.eval_shape(
-        functools.partial(block_values, site), raw, key, carries, start, np.int32(size), np.float32(size)
-    )
-    return found.dtype, found.shape[0]
+_serial = functools.partial(side_by_side, workers=1)
