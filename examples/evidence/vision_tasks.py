@@ -1,8 +1,10 @@
 """The image tasks: eight of different kinds, and up to 30 with parts of the sets and new questions about them.
 
-What is what: whole sets; `tiny_0` to `tiny_5`, ten classes each of Tiny ImageNet that the base never saw; parts of
-GTSRB's and Caltech-101's classes; `pacs_domain` (photo, painting or cartoon?); `turned_...` (by how many quarter turns
-was the image turned?).
+What is what: whole sets; parts of GTSRB's, KMNIST's and Caltech-101's classes, and of Tiny ImageNet's that the base never
+saw (`tiny_0` to `tiny_5`); questions about digits (`odd`, `loops`: how many closed loops?) and about PACS (`pacs_domain`:
+photo, painting or cartoon?); `turned_...` (by how many quarter turns was the image turned?) and `swapped_...` (were its
+left and right halves exchanged, the upper and lower ones, both, or none?). Tasks whose fine-tunes hardly beat a probe of
+the base are in no group: parts of Tiny ImageNet, textures, PACS' domains, Fashion-MNIST (docs/results.md).
 """
 
 import functools
@@ -18,13 +20,15 @@ EIGHT = (
     *("mnist", "kmnist", "cifar10", "gtsrb", "caltech101"),
     *("turned_fashion_mnist", "turned_scenes", "turned_cifar10"),
 )
-FOURTEEN = (*EIGHT, "turned_caltech101", "gtsrb_speed", "gtsrb_danger", "tiny_0", "tiny_1", "dtd10")
-TWENTY = (*FOURTEEN, "tiny_2", "tiny_3", "gtsrb_mandatory", "caltech_0", "caltech_1", "caltech_2")
+FOURTEEN = (*EIGHT, "gtsrb_danger", "caltech_4", "swapped_scenes", "turned_mnist", "kmnist_0", "pacs_cartoon")
+TWENTY = (
+    *FOURTEEN,
+    *("gtsrb_mandatory", "mnist_loops", "turned_pacs_photo", "swapped_cifar10", "caltech_3", "scenes"),
+)
 THIRTY = (
     *TWENTY,
-    *("tiny_4", "tiny_5", "caltech_3", "caltech_4", "pacs_photo", "pacs_art_painting"),
-    # Of these four, fine-tunes hardly beat a probe of the base (docs/results.md).
-    *("fashion_mnist", "scenes", "pacs_cartoon", "pacs_domain"),
+    *("gtsrb_priority", "gtsrb_speed", "kmnist_1", "mnist_odd", "turned_kmnist", "turned_pacs_cartoon"),
+    *("swapped_fashion_mnist", "pacs_photo", "caltech_0", "turned_gtsrb"),
 )
 
 FAST = ("digits_odd", "digits_loops")  # of scikit-learn's digits, for tests
@@ -42,7 +46,7 @@ def task(data: Path | None, name: str) -> Task:
 
     Args:
         data: the directory of image sets; `FAST` needs none.
-        name: one of `THIRTY` or `FAST`.
+        name: one of `THIRTY` or `FAST`, or any other that the rules above make.
     """
     return cut(name, *_labelled(data, name), by_order=name.startswith("gtsrb"))
 
