@@ -3,8 +3,8 @@
 What is what: whole sets; parts of GTSRB's, KMNIST's and Caltech-101's classes, and of Tiny ImageNet's that the base
 never saw (`tiny_0` to `tiny_5`); questions about digits (`odd`, `loops`: how many closed loops?) and about PACS
 (`pacs_domain`: photo, painting or cartoon?); `turned_...` (by how many quarter turns was the image turned?) and
-`swapped_...` (were its left and right halves exchanged, the upper and lower ones, both, or none?). What fine-tunes hardly
-do better than a probe of the base is in no group: parts of Tiny ImageNet, textures, PACS' domains (docs/results.md).
+`swapped_...` (were its left and right halves exchanged, the upper and lower ones, both, or none?). What fine-tunes
+hardly do better than a probe of the base is in no group: parts of Tiny ImageNet, textures, PACS' domains.
 """
 
 import functools
