@@ -21,7 +21,7 @@ _SORT = 1 << 14
 # What all brackets together may collect (in entries, of 4 bytes) before they are given up for histograms.
 _MOST = 1 << 24
 _SAMPLES = 128
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 # A sample is about this part of the data, within that number of runs; in memory, one of so many entries.
 _SHARE = 64
 # How far a bracket reaches to either side, in standard errors of the sample.
