@@ -2,12 +2,14 @@
 
 After Floyd and Rivest: a small sample brackets each wanted rank; one pass counts what lies below the bracket and
 collects what lies inside; the rank is then found among the few collected. Ranks that depend on other order statistics
-of the same data are bracketed with them, from what the sample says of those, so that they share the pass. Brackets of
-data in memory are narrow, since what lies inside is costly to collect; the few that miss are widened. If a bracket
-misses even so, or holds too much, two passes of 2^16-bin histograms settle the upper and then the lower half of the
-key. Always exact. Everything here is NumPy, which leaves the interpreter's lock to other threads.
+of the same data are bracketed with them, from what the sample says of those, so that they share the pass. Where another
+pass is cheap, brackets are narrow, since what lies inside is costly to collect, and the few that miss are widened. If a
+bracket misses even so, or holds too much, two passes of 2^16-bin histograms settle the upper and then the lower half
+of the key. Data in memory are partitioned instead. Always exact. Everything here is NumPy, which leaves the
+interpreter's lock to other threads.
 """
 
+import bisect
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,17 +18,16 @@ import numpy as np
 
 # Up to this many entries a pass over files simply collects everything.
 _COLLECT = 1 << 20
-# Of data in memory, so many are simply sorted.
-_SORT = 1 << 14
 # What all brackets together may collect (in entries, of 4 bytes) before they are given up for histograms.
 _MOST = 1 << 24
 _SAMPLES = 128
 _PIECE = 1 << 17
-# A sample is about this part of the data, within that number of runs; in memory, one of so many entries.
+# A sample is about this part of the data, within that number of runs.
 _SHARE = 64
 # How far a bracket reaches to either side, in standard errors of the sample.
 _WIDE, _NARROW = 6, 2.5
 _TOP = np.uint32(2**32 - 1)
+_ZERO = np.uint32(1 << 31)  # the key of 0.0; a positive number's is this and its bits
 
 # From the keys that the rounds before found, one array (R, T) a round, to int64 ranks (R, T).
 Round = Callable[[list[np.ndarray]], np.ndarray]
@@ -37,6 +38,7 @@ class Selection:
 
     Attributes:
       found: for each round that is settled the keys, uint32 ``(R, T)``.
+      places: of data in memory: for each row the ranks whose keys are in their places (see :func:`place`).
     """
 
     def __init__(self, n: int, rounds: Sequence[Round]):
@@ -48,6 +50,7 @@ class Selection:
         """
         self.n, self.rounds = n, tuple(rounds)
         self.found: list[np.ndarray] = []
+        self.places: list[list[int]] = []
         self.collected = 0
         self.lock = threading.Lock()
         # By round, rank and row: bracket (both ends belong to it); entries below it, and those inside.
@@ -80,12 +83,15 @@ class Selection:
         count = min(max(self.n // (_SHARE * length), 4), _SAMPLES, self.n // length)
         return [int(i) for i in np.linspace(0, self.n - length, count)]
 
-    def bracket_among(self, blocks: Sequence[np.ndarray]) -> None:
-        """Brackets each rank by a sample of all keys, which are in memory: arrays ``(T, m_i)``."""
-        if self.n <= _SORT:
-            self.bracket(blocks)
-        else:
-            self.bracket([np.concatenate([keys[:, ::_SHARE] for keys in blocks], axis=1)], narrow=True)
+    def settle_among(self, rows: np.ndarray) -> None:
+        """Finds all ranks in rows ``(T, n)`` of all keys, which are in memory and are reordered."""
+        known = self.places = [[-1, self.n] for _ in rows]
+        while not self.settled:
+            ranks = self.rounds[len(self.found)](self.found)
+            keys = np.full(ranks.shape, _TOP)
+            for r, t in np.argwhere(ranks < self.n):
+                keys[r, t] = place(rows[t], known[t], int(ranks[r, t]))
+            self.found.append(keys)
 
     def bracket(self, samples: Sequence[np.ndarray], narrow: bool = False) -> None:
         """Brackets each rank by a sample.
@@ -208,6 +214,54 @@ class Selection:
             del self.missed[at]
             self.brackets[at], self.inside[at] = (key, key), (int(ranks[at[1:]]), 1)
         self.bins = {}
+
+
+def place(row: np.ndarray, known: list[int], rank: int) -> np.generic:
+    """The key at a rank of a row, which is partitioned for it.
+
+    Args:
+      row: keys, reordered in place.
+      known: ascending, the ranks whose keys are in their places already, between -1 and the length of the row; the new
+        one is added. NumPy finds one after another many times faster than several at once.
+      rank: from 0.
+    """
+    i = bisect.bisect_left(known, rank)
+    if known[i] != rank:
+        start, end = known[i - 1] + 1, known[i]
+        row[start:end].partition(rank - start)
+        known.insert(i, rank)
+    return row[rank]
+
+
+def tails(rows: np.ndarray, places: Sequence[list[int]], cuts: np.ndarray, power: int | None) -> dict[str, np.ndarray]:
+    """What :class:`tadrop_jax.steps.Tail` asks for, of rows that were partitioned.
+
+    Args:
+      rows: ``(T, n)`` keys of non-negative float32 numbers; destroyed.
+      places: for each row the ranks whose keys are in their places, that of the cut among them.
+      cuts: ``(T,)`` keys.
+      power: 1 or 2; None for the count alone.
+    """
+    found: dict[str, list[float]] = {"count": []} if power is None else {"count": [], "all": [], "kept": []}
+    for row, known, cut in zip(rows, places, cuts, strict=True):
+        # From here on, everything reaches the cut; before it, what equals it.
+        start = min((i for i in known[1:-1] if row[i] >= cut), default=row.size)
+        ties = int(np.count_nonzero(row[:start] >= cut))
+        zeros = int(np.count_nonzero(row == _ZERO)) if cut == _ZERO else 0
+        found["count"].append((row.size - start + ties - zeros) / row.size)
+        if power is not None:
+            numbers = np.bitwise_xor(row, _ZERO, out=row).view(np.float32)
+            before, after = _powers(numbers[:start], power), _powers(numbers[start:], power)
+            equal = ties * float((cut ^ _ZERO).view(np.float32)) ** power if ties else 0.0
+            found["all"].append(before + after)
+            found["kept"].append(equal + after)
+    return {name: np.array(values, np.float32) for name, values in found.items()}
+
+
+def _powers(numbers: np.ndarray, power: int) -> float:
+    """The sum of powers, in float32 over pieces and in float64 over all."""
+    pieces = (numbers[i : i + _PIECE] for i in range(0, numbers.size, _PIECE))
+    return sum(float(np.dot(p, p) if power == 2 else np.sum(p)) for p in pieces)
 
 
 def _collect(row: np.ndarray, low, high) -> tuple[int, np.ndarray]:

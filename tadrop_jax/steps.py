@@ -55,11 +55,28 @@ class Sums:
       scope: ``"row"`` (the last axis), ``"tensor"`` or ``"global"`` (the tree).
       aside: of scope "global": neither later stages nor ``apply`` look at it, only the step's ``scalars``. Then it may
         be found in the pass that applies the step.
+      tail: what ``of`` gives, if it can be told from what the stage before selects from.
     """
 
     of: Callable[[Piece, Carry, Any], Mapping[str, jax.Array]]
     scope: Scope = "tensor"
     aside: bool = False
+    tail: "Tail | None" = None
+
+
+class Tail(NamedTuple):
+    """Sums over non-negative entries and over those that reach an order statistic of theirs.
+
+    They are ``"count"``, the share of all entries that are not 0 and reach it, and with a power ``"all"`` and
+    ``"kept"``, the sums of powers of all entries and of those that reach it.
+
+    Attributes:
+      cut: the order statistic's name in the carry.
+      power: 1, 2 or None.
+    """
+
+    cut: str
+    power: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

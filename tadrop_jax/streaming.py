@@ -312,18 +312,28 @@ class _Run:
             return ranks
 
         search = sampling.Selection(n, [functools.partial(ranks_of, m) for m in range(len(stages))])
+        held = np.empty((lead, n if kept is not None else 0), np.uint32)
         if kept is not None:
-            held = parallel(lambda b: self.call("keys", b, stop, kept)[0][:, : b.size], blocks)
-            search.bracket_among(held)
-            while not search.settled:
-                search.update(parallel(search.count, held))
+
+            def fill(b: Block) -> None:
+                held[:, b.start : b.stop] = self.call("keys", b, stop, kept)[0][:, : b.size]
+
+            parallel(fill, blocks)
+            search.settle_among(held)
         else:
             if search.wants_sample and not any(self.whole[k] for k in at):
                 runs = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
                 search.bracket(parallel(lambda b: self.call("keys", b, stop, sample=True)[0][:, : b.size], runs))
             while not search.settled:
                 search.update(parallel(lambda b: search.count(self.call("keys", b, stop)[0][:, : b.size]), blocks))
-        return {j + m: one for m, one in enumerate(found(search.found))}
+        settled = {j + m: one for m, one in enumerate(found(search.found))}
+        after = self.chains[k][i].stages[j + len(stages) :]
+        tail = after[0].tail if after and isinstance(after[0], Sums) else None
+        if tail is not None and search.places:
+            keys = {name: key for m, named in names.items() for name, key in zip(named, search.found[m], strict=True)}
+            sums = sampling.tails(held, search.places, keys[tail.cut], tail.power)
+            settled[j + len(stages)] = jax.tree.map(jnp.asarray, sums)
+        return settled
 
     def sample_block(self, at, where: int, n: int) -> Block:
         """The block of a sample that begins at entry ``where`` of the streams laid end to end."""

@@ -106,8 +106,8 @@ def small_blocks(monkeypatch):
 
     monkeypatch.setattr(streaming, "BLOCK", 128)
     monkeypatch.setattr(streaming, "SMALL", 128)
+    monkeypatch.setattr(streaming, "KEEP_BYTES", 1 << 14)
     monkeypatch.setattr(sampling, "_COLLECT", 300)
-    monkeypatch.setattr(sampling, "_SORT", 300)
     monkeypatch.setattr(sampling, "_SHARE", 4)
     monkeypatch.setattr(sampling, "_MOST", 2000)
     monkeypatch.setattr(sampling, "_SAMPLES", 4)

@@ -178,12 +178,12 @@ def dependent(n: int, tasks: int) -> list:
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("sampled", ["in memory", "runs", "not at all"])
 def test_ranks_that_hang_on_others(name, sampled, monkeypatch):
-    monkeypatch.setattr(sampling, "_SORT", 300)
     monkeypatch.setattr(sampling, "_SHARE", 8)
-    rows = DATA[name]
+    rows = DATA[name].copy()
     search = Selection(N, dependent(N, 2))
     if sampled == "in memory":
-        search.bracket_among([rows[:, s : s + 999] for s in range(0, N, 999)])
+        search.settle_among(rows)
+        assert search.settled
     elif sampled == "runs":
         search.bracket([rows[:, s : s + 128] for s in search.sample_starts(128)])
     assert run_passes(search, rows, 512) <= 5
@@ -194,17 +194,41 @@ def test_ranks_that_hang_on_others(name, sampled, monkeypatch):
 
 def test_one_pass_finds_dependent_ranks_too(monkeypatch):
     monkeypatch.setattr(sampling, "_MOST", 1 << 24)
-    monkeypatch.setattr(sampling, "_SHARE", 4)
-    monkeypatch.setattr(sampling, "_SORT", 300)
     search = Selection(N, dependent(N, 2))
-    search.bracket_among([DATA["normal"]])
+    search.bracket([DATA["normal"][:, ::4]])
     assert run_passes(search, DATA["normal"], 512) == 1
 
 
-def test_few_entries_in_memory_are_sorted_without_a_pass():
-    search = Selection(N, dependent(N, 2))
-    search.bracket_among([DATA["normal"][:, :3000], DATA["normal"][:, 3000:]])
-    assert search.settled
+@pytest.mark.parametrize("power", [None, 1, 2])
+@pytest.mark.parametrize("rank", [0, 1, N // 2, N - 1, N])
+@pytest.mark.parametrize("name", ["normal", "many ties", "mostly zero", "all zero", "all the same"])
+def test_sums_of_what_reaches_an_order_statistic(name, rank, power):
+    """Those of the definition, which the other executors evaluate."""
+    values = DATA[name].view(np.float32)
+    search = Selection(N, [lambda found: np.array([[N // 3] * 2]), lambda found: np.array([[rank] * 2])])
+    rows = values.view(np.uint32) | np.uint32(1 << 31)
+    search.settle_among(rows)
+    cuts = search.found[1][0]
+    found = sampling.tails(rows, search.places, cuts, power)
+    ordered = np.concatenate([np.sort(values, axis=1), np.full((2, 1), np.inf, np.float32)], axis=1)
+    stay = values >= ordered[:, [rank]]
+    expected = {"count": np.mean(stay & (values != 0), axis=1)}
+    if power is not None:
+        powers = values.astype(np.float64) ** power
+        expected |= {"all": powers.sum(1), "kept": np.where(stay, powers, 0).sum(1)}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6)
+        assert found[key].dtype == np.float32
+
+
+def test_keys_that_are_placed_are_not_looked_for_again():
+    row = RNG.permutation(100)
+    known = [-1, 100]
+    for rank in (40, 3, 40, 99, 0, 41):
+        assert sampling.place(row, known, rank) == rank
+    assert known == [-1, 0, 3, 40, 41, 99, 100]
+    assert sorted(row[:40]) == list(range(40))
 
 
 def test_a_narrow_bracket_that_misses_is_widened(monkeypatch):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.steps import Sums, at_least, magnitude, safe_ratio, safe_sqrt
+from tadrop_jax.steps import Sums, Tail, at_least, magnitude, safe_ratio, safe_sqrt
 
 
 def check_norm(method: str, norm):
@@ -23,14 +23,17 @@ def reaches_cut(x, carry):
 
 
 def norm_stages(norm, kept=reaches_cut) -> tuple[Sums, ...]:
-    """How many entries stay, and the sums of ``|x|^p`` before and after; ``kept(x, carry)`` says which."""
+    """How many entries stay, and the sums of ``|x|^p`` before and after; ``kept(x, carry)`` says which.
+
+    Without it, those that reach the cut among the magnitudes that the stage before selects from.
+    """
 
     def of(x, carry, n):
         stay = kept(x, carry)
         count = {"count": jnp.where(stay & (x.stack != 0), 1.0 / n, 0)}
         return count if norm is None else count | powers(x.stack, jnp.where(stay, x.stack, 0), norm)
 
-    return (Sums(of),)
+    return (Sums(of, tail=Tail("cut", norm) if kept is reaches_cut else None),)
 
 
 def powers(before, after, norm: int) -> dict:
