@@ -11,7 +11,7 @@ interpreter's lock to other threads.
 
 import bisect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -237,7 +237,7 @@ def tails(rows: np.ndarray, places: Sequence[list[int]], cuts: np.ndarray, power
     """What :class:`tadrop_jax.steps.Tail` asks for, of rows that were partitioned.
 
     Args:
-      rows: ``(T, n)`` keys of non-negative float32 numbers; destroyed.
+      rows: ``(T, n)`` keys of non-negative float32 numbers.
       places: for each row the ranks whose keys are in their places, that of the cut among them.
       cuts: ``(T,)`` keys.
       power: 1 or 2; None for the count alone.
@@ -246,29 +246,32 @@ def tails(rows: np.ndarray, places: Sequence[list[int]], cuts: np.ndarray, power
     for row, known, cut in zip(rows, places, cuts, strict=True):
         # From here on, everything reaches the cut; before it, what equals it.
         start = min((i for i in known[1:-1] if row[i] >= cut), default=row.size)
-        ties = int(np.count_nonzero(row[:start] >= cut))
+        ties = sum(int(np.count_nonzero(piece >= cut)) for piece in _pieces(row[:start]))
         zeros = int(np.count_nonzero(row == _ZERO)) if cut == _ZERO else 0
         found["count"].append((row.size - start + ties - zeros) / row.size)
         if power is not None:
-            numbers = np.bitwise_xor(row, _ZERO, out=row).view(np.float32)
-            before, after = _powers(numbers[:start], power), _powers(numbers[start:], power)
+            before, after = (sum(_power(piece, power) for piece in _pieces(half)) for half in np.split(row, [start]))
             equal = ties * float((cut ^ _ZERO).view(np.float32)) ** power if ties else 0.0
             found["all"].append(before + after)
             found["kept"].append(equal + after)
     return {name: np.array(values, np.float32) for name, values in found.items()}
 
 
-def _powers(numbers: np.ndarray, power: int) -> float:
-    """The sum of powers, in float32 over pieces and in float64 over all."""
-    pieces = (numbers[i : i + _PIECE] for i in range(0, numbers.size, _PIECE))
-    return sum(float(np.dot(p, p) if power == 2 else np.sum(p)) for p in pieces)
+def _power(keys: np.ndarray, power: int) -> float:
+    """The sum of powers of the numbers that keys stand for, of a piece in float32."""
+    numbers = (keys ^ _ZERO).view(np.float32)
+    return float(np.dot(numbers, numbers) if power == 2 else np.sum(numbers))
+
+
+def _pieces(row: np.ndarray) -> Iterator[np.ndarray]:
+    """A row in pieces that stay in a core's cache, with what is made of them."""
+    return (row[start : start + _PIECE] for start in range(0, row.size, _PIECE))
 
 
 def _collect(row: np.ndarray, low, high) -> tuple[int, np.ndarray]:
-    """How many keys lie below a bracket, and those inside; by pieces that stay in a core's cache."""
+    """How many keys lie below a bracket, and those inside."""
     below, inside, width = 0, [row[:0]], high - low
-    for start in range(0, row.size, _PIECE):
-        piece = row[start : start + _PIECE]
+    for piece in _pieces(row):
         below += int(np.count_nonzero(piece < low)) if low else 0
         # Unsigned: what lies below the bracket wraps around, and is not inside either.
         inside.append(piece[((piece - low) <= width).nonzero()])
