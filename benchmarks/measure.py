@@ -101,11 +101,13 @@ def _anonymous_bytes(pid: int) -> int:
     return own + sum(_anonymous_bytes(child) for child in children)
 
 
-def timed(function: Callable[[], Any]) -> Measurement:
-    """One call inside this process; processor seconds are those of all its threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return Measurement(time.perf_counter() - wall, time.process_time() - cpu)
+def timed(function: Callable[[], Any], at_least_s: float = 0) -> Measurement:
+    """One call inside this process, or the mean of as many as take so long; processor seconds of all its threads."""
+    calls, wall, cpu = 0, time.perf_counter(), time.process_time()
+    while not calls or time.perf_counter() - wall < at_least_s:
+        function()
+        calls += 1
+    return Measurement((time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls)
 
 
 def in_turns(candidates: Mapping[str, Callable[[], Measurement]], rounds: int) -> dict[str, list[Measurement]]:

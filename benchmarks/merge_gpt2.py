@@ -6,7 +6,9 @@
 
 Everything is measured in the same run and in turns, from outside the process, start-up included, with all inputs in
 the page cache (the floor excepted, which runs in this process). Start-up is a merge of 0.1 M parameters by the same
-method; what is left without it is set beside the floor as well. `METHOD+SPARSIFIER` puts a sparsifier before a rule.
+method; what is left without it is set beside the floor as well. `METHOD+SPARSIFIER` puts a sparsifier before a rule;
+`ties@mergekit` is TIES with the results of mergekit's own, which trims each tensor to an exact number of entries and
+does without the majority's sign.
 """
 
 import argparse
@@ -40,7 +42,7 @@ def row(method: str, inputs: Sequence[Path], tiny: Sequence[Path], scratch: Path
         "start": lambda: merges.ours(method, tiny, scratch, options.limit),
         "ours": lambda: merges.ours(method, inputs, scratch, options.limit),
     }
-    asked = options.peer and method in merges.PEERS
+    asked = options.peer and method.partition("@")[0] in merges.PEERS
     runs: dict[str, list[measure.Measurement]] = {}
     note = ""
     try:
@@ -85,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=int, choices=range(1, 31), metavar="N", help="fine-tunes (7; 2 with --quick)")
     parser.add_argument("--size", choices=gpt2_directories.SIZES, help="parameters (124M; 1M with --quick)")
     parser.add_argument("--dtype", choices=gpt2_directories.DTYPES, default="float32")
-    parser.add_argument("--methods", default="ties", help="comma-separated; METHOD, METHOD+SPARSIFIER or all (ties)")
+    parser.add_argument(
+        "--methods", default="ties", help="comma-separated; METHOD, METHOD+SPARSIFIER, METHOD@FLAVOUR or all (ties)"
+    )
     parser.add_argument("--peer", action="store_true", help="measure mergekit as well, on methods that both have")
     parser.add_argument("--peer-rounds", type=int, default=1, help="runs of mergekit; each takes minutes (1)")
     parser.add_argument("--limit", type=float, default=900, help="seconds after which a run is stopped (900)")

@@ -94,14 +94,24 @@ def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> meas
 def ours(
     method: str, inputs: Sequence[Path], scratch: Path, limit_s: float | None = None, more: Sequence[str] = ()
 ) -> measure.Measurement:
-    """One run of `tadrop merge`; ``METHOD+SPARSIFIER`` puts a sparsifier before a rule; ``more``: further options."""
+    """One run of `tadrop merge`.
+
+    Args:
+        method: ``METHOD``; ``METHOD+SPARSIFIER`` puts a sparsifier before it, ``METHOD@FLAVOUR`` is one of its presets.
+        inputs: the base and its fine-tunes.
+        scratch: where to write.
+        limit_s: seconds after which it is stopped.
+        more: further options.
+    """
     rule, _, sparsifier = method.partition("+")
+    rule, _, flavour = rule.partition("@")
     known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
     given = [word for name, value in VALUES.items() if name in known for word in ("--set", f"{name}={value}")]
     # A sparsifier replaces the rule's own trimming.
     options = ["--sparsify", sparsifier] if sparsifier else given
     base, *models = map(str, inputs)
     command = [sys.executable, "-m", "tadrop_jax.cli", "merge", "--base", base, "--models", *models]
+    options += ["--set", f"flavour={flavour}"] if flavour else []
     command += ["--method", rule, *options, *more, "--out", str(scratch / "ours")]
     try:
         return measure.run(command, {}, scratch / "ours.log", limit_s)
@@ -124,7 +134,7 @@ def peer(
 
 def peer_recipe(method: str, inputs: Sequence[Path], dtype: str) -> dict[str, Any]:
     """mergekit's recipe for a rule of ours."""
-    theirs, each, whole = PEERS[method]
+    theirs, each, whole = PEERS[method.partition("@")[0]]
     models = [{"model": str(model), **({"parameters": each} if each else {})} for model in inputs[1:]]
     if theirs in ("slerp", "linear", "karcher"):  # to them the base is a model like the others
         models = [{**models[0], "model": str(inputs[0])}, *models]

@@ -4,7 +4,8 @@
 
 np.partition works on a copy (the magnitudes; of bfloat16 their bit patterns, since NumPy cannot partition the type),
 and so does every peer. jnp.quantile and jax.lax.top_k are compiled first. The floor is the largest bit pattern of the
-array, found in one read by all cores. What a peer is expected to take is told from its time on the size before; it is
+array, found in one read by all cores. A candidate's turn lasts 20 ms or one call, so that a call of microseconds is
+measured warm. What a peer is expected to take is told from its time on the size before; it is
 skipped where that is longer than --limit.
 """
 
@@ -21,7 +22,7 @@ import tadrop_jax as tj
 from benchmarks import measure
 from tadrop_jax.workers import cores
 
-DENSITY, QUANTILE = 0.2, 0.75
+DENSITY, QUANTILE, TURN_S = 0.2, 0.75, 0.02
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 PEERS = ("np.partition", "jnp.quantile", "lax.top_k", "torch.kthvalue")
 COLUMNS = {
@@ -47,7 +48,7 @@ def read(x: jax.Array, host: np.ndarray) -> Callable[[], Any]:
         return lambda: largest(x).block_until_ready()
     bits = host.view(f"uint{8 * host.itemsize}")
     parts = np.array_split(bits, cores())
-    pool = ThreadPoolExecutor(cores())
+    pool = ThreadPoolExecutor(cores())  # one for all calls: starting threads takes longer than to read 1e5 entries
     return lambda: max(pool.map(np.max, parts))
 
 
@@ -92,7 +93,7 @@ def row(of: str, host: np.ndarray, rounds: int, limit_s: float, rates: dict[str,
     calls = {name: call for name, call in calls.items() if name not in skipped}
     for call in calls.values():
         call()  # compiles, and warms up
-    runs = measure.in_turns({n: (lambda call=call: measure.timed(call)) for n, call in calls.items()}, rounds)
+    runs = measure.in_turns({n: (lambda call=call: measure.timed(call, TURN_S)) for n, call in calls.items()}, rounds)
     rates |= {name: (measure.fastest(r) or 0) / host.size for name, r in runs.items()}
     found: dict[str, Any] = {"dtype": host.dtype.name, "entries": host.size, "of": of}
     found |= {f"{p} / ours": measure.ratio(runs[p], runs["ours"]) for p in PEERS if p in runs}

@@ -315,8 +315,13 @@ def _fraction(q, n: int):
 
 
 def _array(x) -> jax.Array:
-    """As ``jnp.asarray``, without its microseconds for an array, or for a scalar of a type that NumPy lacks."""
-    return x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x) if isinstance(x, np.generic) else x)
+    """As ``jnp.asarray``, without most of its microseconds for an array, or for a scalar of NumPy."""
+    return x if isinstance(x, jax.Array) else _same(np.asarray(x)) if isinstance(x, np.generic) else jnp.asarray(x)
+
+
+@jax.jit
+def _same(x):
+    return x
 
 
 def _select(x, ks) -> list:

@@ -102,6 +102,9 @@ class Ranks:
       attached: of scope "global": whether what is computed from them has the gradient of the entries that they are
         (:func:`tadrop_jax.selection.attached`), since they enter values and not only selections.
       again: whether ``of`` gives what it gave in the stage before: then one pass may serve both.
+      ties: name of the order statistic of the stage before whose ties this one parts by their position: ``of`` gives 0
+        for what is above it, 1 + its position for what equals it, and the largest uint32 for what is below. Anything
+        that parts the ties as the order statistic of this would may be found in its place.
     """
 
     of: Callable[[Piece, Carry], jax.Array]
@@ -109,6 +112,7 @@ class Ranks:
     scope: Scope = "tensor"
     attached: bool = False
     again: bool = False
+    ties: str | None = None
 
 
 Stage = Sums | Ranks

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax import randomness, reductions, sampling
+from tadrop_jax import randomness, reductions, sampling, selection
 from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
 from tadrop_jax.steps import Step, Sums, global_stages, is_aside, merge_stages
@@ -289,6 +289,8 @@ class _Run:
             if isinstance(stage, Sums):
                 shares = parallel(lambda b, at=at: self.call("sums", b, at, kept)[0], blocks)
                 self.fill(k, i, {j: reductions.combine(stage, shares)})
+            elif stage.ties is not None:
+                self.fill(k, i, {j: self.part_ties(at, k, blocks, parallel, kept)})
             else:
                 self.fill(k, i, self.ranks(at, [k], blocks, parallel, kept))
             self.reader.checked[k] = True
@@ -312,28 +314,48 @@ class _Run:
             return ranks
 
         search = sampling.Selection(n, [functools.partial(ranks_of, m) for m in range(len(stages))])
-        held = np.empty((lead, n if kept is not None else 0), np.uint32)
+        settled: dict[int, dict] = {}
         if kept is not None:
+            held = np.empty((lead, n), np.uint32)
 
             def fill(b: Block) -> None:
                 held[:, b.start : b.stop] = self.call("keys", b, stop, kept)[0][:, : b.size]
 
             parallel(fill, blocks)
             search.settle_among(held)
+            after = next(iter(self.chains[k][i].stages[j + len(stages) :]), None)
+            tail = after.tail if isinstance(after, Sums) else None
+            if tail is not None:
+                keys = {name: key for m in names for name, key in zip(names[m], search.found[m], strict=True)}
+                sums = sampling.tails(held, search.places, keys[tail.cut], tail.power)
+                settled[j + len(stages)] = jax.tree.map(jnp.asarray, sums)
         else:
             if search.wants_sample and not any(self.whole[k] for k in at):
                 runs = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
                 search.bracket(parallel(lambda b: self.call("keys", b, stop, sample=True)[0][:, : b.size], runs))
             while not search.settled:
                 search.update(parallel(lambda b: search.count(self.call("keys", b, stop)[0][:, : b.size]), blocks))
-        settled = {j + m: one for m, one in enumerate(found(search.found))}
-        after = self.chains[k][i].stages[j + len(stages) :]
-        tail = after[0].tail if after and isinstance(after[0], Sums) else None
-        if tail is not None and search.places:
-            keys = {name: key for m, named in names.items() for name, key in zip(named, search.found[m], strict=True)}
-            sums = sampling.tails(held, search.places, keys[tail.cut], tail.power)
-            settled[j + len(stages)] = jax.tree.map(jnp.asarray, sums)
-        return settled
+        return settled | {j + m: one for m, one in enumerate(found(search.found))}
+
+    def part_ties(self, stop, k, blocks, parallel, kept) -> dict[str, jax.Array]:
+        """What a stage finds that parts ties: from their number in each block, and a look at the blocks that matter."""
+        (i, j), n = stop, self.streams[k].size
+        stage, before = self.chains[k][i].stages[j], (i, j - 1)
+        lead = self.selected_like(k, before)[1]
+        carry = jax.tree.map(jnp.asarray, merge_stages(self.carries[k][i][:j]))
+        (name,), (ranks,) = reductions.from_the_bottom(stage.at(n, carry), lead)
+        cuts = np.asarray(selection.ordered_bits(carry[stage.ties]))
+
+        def keys(b: Block) -> np.ndarray:
+            return self.call("keys", b, before, kept)[0][:, : b.size]
+
+        counts = np.array(parallel(lambda b: sampling.reaching(keys(b), cuts), blocks))
+        found = [sampling.tie_at(counts[:, t], int(rank)) for t, rank in enumerate(ranks)]
+        for t, at in enumerate(found):
+            if isinstance(at, tuple):
+                b, number = blocks[at[0]], at[1]
+                found[t] = np.uint32(b.start + 1 + np.flatnonzero(keys(b)[t] == cuts[t])[number])
+        return {name: jnp.asarray(np.array(found))}
 
     def sample_block(self, at, where: int, n: int) -> Block:
         """The block of a sample that begins at entry ``where`` of the streams laid end to end."""

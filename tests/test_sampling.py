@@ -245,3 +245,18 @@ def test_a_narrow_bracket_that_misses_is_widened(monkeypatch):
     assert not search.missed
     assert run_passes(search, rows, 1000) == 1
     np.testing.assert_array_equal(search.found[0][0], np.sort(rows, axis=1)[:, n // 2])
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 7), st.data())
+def test_ties_are_parted_by_position(row, block, data):
+    """What is kept is what a stable sort from the top puts before the rank, the rank included."""
+    keys = np.array(row, np.uint32)
+    rank = data.draw(st.integers(0, keys.size - 1))
+    order = np.argsort(-keys.astype(np.int64), kind="stable")
+    cut = keys[order[rank]]
+    blocks = [keys[start : start + block] for start in range(0, keys.size, block)]
+    at = sampling.tie_at(np.array([sampling.reaching(b[None], cut[None])[0] for b in blocks]), rank)
+    if isinstance(at, tuple):
+        at = at[0] * block + np.flatnonzero(blocks[at[0]] == cut)[at[1]] + 1
+    kept = (keys > cut) | ((keys == cut) & (np.arange(keys.size) < at))
+    np.testing.assert_array_equal(np.flatnonzero(kept), np.sort(order[: rank + 1]))

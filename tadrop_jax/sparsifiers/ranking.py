@@ -73,13 +73,14 @@ def exact_largest(values: Callable, kept: Callable, method: str) -> Ranks:
             raise ParameterError(f"{method}: exact counts are for tensors below 2^32 - 1 entries, got {n}")
         return {"last": each(_last, kept(n, carry))}
 
-    return Ranks(order, at=last)
+    return Ranks(order, at=last, ties="cut")
 
 
 def is_kept(x, values: jax.Array, carry) -> jax.Array:
     """Which entries are among the exactly k largest, after :func:`exact_largest`; ties go to the lowest position."""
-    order = tie_order(x, values, x.column(carry["cut"]), descending=True)
-    return (order <= x.column(carry["last"])) & (order != NEVER)
+    _, low = x.position()
+    keys, at = selection.ordered_bits(values), selection.ordered_bits(x.column(carry["cut"]))
+    return (keys > at) | ((keys == at) & (low < x.column(carry["last"])))
 
 
 def from_top(n: int, k):
