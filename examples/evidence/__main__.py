@@ -9,6 +9,7 @@ Each step is skipped when its result is there: take a directory away, or a line 
 
 import argparse
 import csv
+import dataclasses
 import functools
 import importlib
 import json
@@ -30,6 +31,9 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where models and the table go")
     parser.add_argument("--recipe", default="adamw", help="how models are fine-tuned (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of fine-tuning")
+    parser.add_argument(
+        "--base-seed", type=int, default=0, metavar="N", help="of pretraining; a base wants an OUT of its own"
+    )
     parser.add_argument("--count", type=int, metavar="N", help="tasks (default: the suite's main table)")
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all that do not learn)")
     parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
@@ -54,6 +58,10 @@ def main(arguments: list[str] | None = None) -> Path:
     check(parser, "--rules", chosen.rules, experiments.RULES | experiments.OWN | experiments.LEARNED)
     check(parser, "--sparsifiers", chosen.sparsifiers, experiments.sparsifiers(Suite(None, [], None), None))
     names, settings = suite.GROUPS[count], suite.Settings.fast() if chosen.fast else suite.Settings()
+    settings = dataclasses.replace(settings, seed=chosen.base_seed)
+    base_report = chosen.out / "base.json"
+    if base_report.exists() and (there := json.loads(base_report.read_text()).get("seed", 0)) != chosen.base_seed:
+        parser.error(f"--base-seed: the base in {chosen.out} is of seed {there}; give another --out")
     rules = chosen.rules or [*experiments.RULES, *(experiments.OWN.keys() - experiments.RULES.keys())]
     table = chosen.out / f"{recipe}.csv"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

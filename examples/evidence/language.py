@@ -45,6 +45,7 @@ class Settings:
     batch: int = 16
     epochs: float = 2.3
     rate: float = 2e-3
+    seed: int = 0
 
     @classmethod
     def fast(cls) -> "Settings":
@@ -61,7 +62,7 @@ def pretrain(
         words.write(_files(out)[0].parent, words.learn(texts, settings.vocabulary))
     tokenizer = words.read(_files(out)[0].parent)
     train, held = _windows(words.stream(tokenizer, texts), settings.context + 1)
-    module = gpt2.MODELS["GPT2LMHeadModel"](_config(settings, tokenizer), rngs=nnx.Rngs(0))
+    module = gpt2.MODELS["GPT2LMHeadModel"](_config(settings, tokenizer), rngs=nnx.Rngs(settings.seed))
     graph, params = nnx.split(mixed(module) if bfloat16 else module)
     steps = int(settings.epochs * len(train) / settings.batch)
 
@@ -69,7 +70,7 @@ def pretrain(
         logits = nnx.merge(graph, params)(windows[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
-    index = training.shuffled(len(train), settings.batch, seed=0)
+    index = training.shuffled(len(train), settings.batch, seed=settings.seed)
     params = training.fit(
         params,
         loss,
@@ -83,7 +84,7 @@ def pretrain(
     nats = float(suites.features(measure, params, held, settings.batch).mean())
     characters = sum(map(len, texts)) / (len(train) + len(held)) / (settings.context + 1)
     report = {"perplexity": float(np.exp(nats)), "bits_per_character": nats / float(np.log(2)) / characters}
-    module = nnx.merge(graph, params)
+    module, report["seed"] = nnx.merge(graph, params), settings.seed
     suites.save(out / "base", module, module.config, report, files=_files(out))
 
 

@@ -52,6 +52,7 @@ class Settings:
     rate: float = 1.5e-3
     initial: float = 0.06  # standard deviation of the first weights; the modules' own, 0.02, is for larger widths
     move: int = 4  # pixels that an image is moved by at most
+    seed: int = 0
 
     @classmethod
     def fast(cls) -> "Settings":
@@ -91,7 +92,7 @@ def pretrain(
         words.write(files[0].parent, _learn(data, settings))
     tokenizer = words.read(files[0].parent)
     config = settings.config(words.number(tokenizer, words.PAD))
-    module = beit3.MODELS[CAPTIONING](config, rngs=nnx.Rngs(0))
+    module = beit3.MODELS[CAPTIONING](config, rngs=nnx.Rngs(settings.seed))
     graph, params = nnx.split(mixed(module) if bfloat16 else module)
     params = jax.tree.map(lambda leaf: leaf * settings.initial / 0.02 if leaf.ndim > 1 else leaf, params)
     batch, report = _data(data, settings, tokenizer)
@@ -103,10 +104,11 @@ def pretrain(
         training.adamw(settings.rate, settings.steps),
         settings.steps,
         out=out / "pretraining",
+        seed=settings.seed,
         progress=progress,
     )
     module = nnx.merge(graph, params)
-    suites.save(out / "base", module, config, report(module), files=files)
+    suites.save(out / "base", module, config, report(module) | {"seed": settings.seed}, files=files)
 
 
 def loss(module, batch: Batch, key: jax.Array, move: int) -> jax.Array:
@@ -195,8 +197,8 @@ def _data(
     said = said.reshape(len(names), len(_SAYINGS), -1)
     called = _bags(tokenizer, list(names))
     texts, held = _texts(data, tokenizer)
-    photo = training.shuffled(len(train.labels), settings.photos, seed=0)
-    text = training.shuffled(len(texts), settings.texts, seed=1)
+    photo = training.shuffled(len(train.labels), settings.photos, seed=settings.seed)
+    text = training.shuffled(len(texts), settings.texts, seed=settings.seed + 1)
     both = settings.captioned - settings.composed
 
     def composed(count: int, rng: np.random.Generator):
@@ -206,7 +208,7 @@ def _data(
         return drawn.images, captions, _bags(tokenizer, [pictures.listed(one) for one in seen])
 
     def batch(step: int) -> Batch:
-        rng = np.random.default_rng((0, step))
+        rng = np.random.default_rng((settings.seed, step))
         shown = train.take(photo(step))
         images, captions, bags = composed(settings.composed, rng)
         forms = rng.integers(0, len(_SAYINGS), both)

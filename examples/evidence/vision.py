@@ -49,6 +49,7 @@ class Settings:
     rate: float = 1e-3
     initial: float = 0.02  # standard deviation of the first weights
     move: int = 4  # pixels that an image is moved by at most
+    seed: int = 0
 
     @classmethod
     def fast(cls) -> "Settings":
@@ -75,7 +76,7 @@ def pretrain(
     """Trains the base on 140 classes of Tiny ImageNet and saves it as a Hugging Face directory `out`/base."""
     train, test = vision_tasks.pretraining(data)
     config = settings.config(int(train.labels.max()) + 1)
-    module = ViTForImageClassification(config, rngs=nnx.Rngs(0))
+    module = ViTForImageClassification(config, rngs=nnx.Rngs(settings.seed))
     apply = encode(module)
     graph, params = nnx.split(mixed(module) if bfloat16 else module)
     steps = settings.epochs * (len(train.labels) // settings.batch)
@@ -87,7 +88,7 @@ def pretrain(
         wanted = optax.smooth_labels(jax.nn.one_hot(batch.labels, logits.shape[-1]), 0.1)
         return optax.softmax_cross_entropy(logits, wanted).mean()
 
-    index = training.shuffled(len(train.labels), settings.batch, seed=0)
+    index = training.shuffled(len(train.labels), settings.batch, seed=settings.seed)
     params = training.fit(
         params,
         loss,
@@ -95,11 +96,13 @@ def pretrain(
         training.adamw(settings.rate, steps),
         steps,
         out=out / "pretraining",
+        seed=settings.seed,
         progress=progress,
     )
     head = _head(params)
     found = suites.features(apply, params["vit"], test.inputs)
-    suites.save(out / "base", params, config, {"accuracy": suites.share_right(found, head, test.labels)})
+    report = {"accuracy": suites.share_right(found, head, test.labels), "seed": settings.seed}
+    suites.save(out / "base", params, config, report)
 
 
 def finetune(

@@ -44,6 +44,12 @@ def test_fine_tunes_beat_the_probe_and_leave_unseen_tokens_alone(out):
     assert suite.layout("h/0/attn/c_attn/kernel")
 
 
+def test_a_base_of_another_seed_is_not_taken(out, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["language", "--fast", "--base-seed", "1", "--out", str(out)])
+    assert "is of seed 0" in capsys.readouterr().err
+
+
 def test_pairs_have_one_length_and_the_longer_text_is_cut(out):
     tokenizer = words.read(out / "base")
     texts = np.array([("the fox", ""), ("the fox", "the old mole takes the lamp " * 20)], object)
@@ -92,7 +98,7 @@ def test_directories_open_in_transformers(out):
     assert type(model).__name__ == "GPT2ForSequenceClassification"
     with torch.no_grad():
         theirs = model(torch.tensor(task.test.inputs[:8], dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(converters.load(directory)[0](task.test.inputs[:8]), theirs, atol=1e-4)
+    np.testing.assert_allclose(converters.load(directory)[0](task.test.inputs[:8]), theirs, rtol=1e-4, atol=1e-4)
 
     texts = [("The fox hid.", "A café, 2 o'clock?"), ("Well", "the old  mole")]
     peer = transformers.AutoTokenizer.from_pretrained(directory)
