@@ -27,9 +27,13 @@ def ratios(file: str, out: Path) -> None:
             kind = line["tensor"][layer.end() :].removesuffix("/kernel")
             found[kind].append((int(layer[1]), float(line["ratio"]), float(line["sd_over_tasks"])))
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.margins(x=0.12)  # room for the lines' names, left of all points
     for name, value in (("normal", 0.587), ("Laplace", 0.463)):
         axes.axhline(value, color="0.7", linewidth=1)
-        axes.annotate(name, (0, value), xytext=(0, 2), textcoords="offset points", color="0.5", fontsize=8)
+        where = axes.get_yaxis_transform()
+        axes.annotate(
+            name, (0, value), xycoords=where, xytext=(3, 2), textcoords="offset points", color="0.5", fontsize=8
+        )
     if len(found) > 10:  # more than the usual colours
         axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)  # pyright: ignore[reportAttributeAccessIssue]
     for kind, points in found.items():
