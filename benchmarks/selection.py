@@ -9,6 +9,8 @@ measured warm. What a peer is expected to take is told from its time on the size
 skipped where that is longer than --limit.
 """
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +24,7 @@ import tadrop_jax as tj
 from benchmarks import measure
 from tadrop_jax.workers import cores
 
-DENSITY, QUANTILE, TURN_S = 0.2, 0.75, 0.02
+DENSITY, QUANTILE, TURN_S, REST_S = 0.2, 0.75, 0.02, 0.25
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 PEERS = ("np.partition", "jnp.quantile", "lax.top_k", "torch.kthvalue")
 COLUMNS = {
@@ -93,7 +95,12 @@ def row(of: str, host: np.ndarray, rounds: int, limit_s: float, rates: dict[str,
     calls = {name: call for name, call in calls.items() if name not in skipped}
     for call in calls.values():
         call()  # compiles, and warms up
-    runs = measure.in_turns({n: (lambda call=call: measure.timed(call, TURN_S)) for n, call in calls.items()}, rounds)
+
+    def turn(call):
+        time.sleep(REST_S)  # idle threads of the candidate before (OpenMP's, XLA's) go on spinning for a while
+        return measure.timed(call, TURN_S)
+
+    runs = measure.in_turns({name: functools.partial(turn, call) for name, call in calls.items()}, rounds)
     rates |= {name: (measure.fastest(r) or 0) / host.size for name, r in runs.items()}
     found: dict[str, Any] = {"dtype": host.dtype.name, "entries": host.size, "of": of}
     found |= {f"{p} / ours": measure.ratio(runs[p], runs["ours"]) for p in PEERS if p in runs}

@@ -108,35 +108,33 @@ class Reader:
             if place is not None:
                 held[width, uint, place] = raw
         for row in range(rows):
-            stream.read(row, block.start, block.stop, raw[row, : block.size].view(stream.dtype))
+            values = raw[row, : block.size].view(stream.dtype)
+            stream.read(row, block.start, block.stop, values)
+            if not sample and not self.checked[block.at]:  # while the row is in the cache
+                self._check(block, row, values, raw[0, : block.size])
         raw[:, block.size :] = 0
-        if not sample and not self.checked[block.at]:
-            self._check(block, raw[:, : block.size])
         self.progress(rows * block.size * stream.dtype.itemsize)
         return raw
 
-    def _check(self, block: Block, raw: np.ndarray) -> None:
-        for t in range(self.tasks):
-            if not self.differs[t] and not np.array_equal(raw[0], raw[t + 1]):
-                self.differs[t] = True
-        stream = self.streams[block.at]
-        if not self.check_finite or _all_finite(raw, stream.dtype):
+    def _check(self, block: Block, row: int, values: np.ndarray, base: np.ndarray) -> None:
+        if row and not self.differs[row - 1] and not np.array_equal(base, values.view(base.dtype)):
+            self.differs[row - 1] = True
+        if not self.check_finite or _all_finite(values):
             return
-        for row in range(self.tasks + 1):
-            values = raw[row].view(stream.dtype).astype(np.float32)
-            bad = np.flatnonzero(~np.isfinite(values))
-            if bad.size:
-                entry = np.unravel_index(block.start + int(bad[0]), stream.shape) if stream.shape else ()
-                raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[bad[0]]))
+        stream, values = self.streams[block.at], values.astype(np.float32)
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        entry = np.unravel_index(block.start + bad, stream.shape) if stream.shape else ()
+        raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[bad]))
 
 
-def _all_finite(raw: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether bits are those of finite numbers: of either sign, infinity and NaN have the largest patterns."""
-    if raw.dtype.itemsize == 1:  # 8-bit floats differ in what they have of these
-        return bool(np.isfinite(raw.view(dtype).astype(np.float32)).all())
-    infinite = int(np.array(ml_dtypes.finfo(dtype).max, dtype).view(raw.dtype)) + 1
-    sign = 1 << (8 * raw.dtype.itemsize - 1)
-    return not raw.size or bool(raw.view(f"i{raw.dtype.itemsize}").max() < infinite and raw.max() < infinite | sign)
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether a row has neither NaN nor infinity."""
+    if values.dtype.itemsize != 2:  # there are 8-bit floats without infinity
+        return bool(np.isfinite(values if values.dtype == np.float32 else values.astype(np.float32)).all())
+    # NumPy has no fast test of these. Of either sign, infinity and NaN have the largest patterns.
+    infinite = int(np.array(ml_dtypes.finfo(values.dtype).max, values.dtype).view(np.uint16)) + 1
+    signed, unsigned = values.view(np.int16), values.view(np.uint16)
+    return not values.size or bool(signed.max() < infinite and unsigned.max() < infinite | 1 << 15)
 
 
 def _aligned(shape, dtype) -> np.ndarray:
