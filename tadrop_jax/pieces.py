@@ -50,6 +50,17 @@ class Piece(NamedTuple):
         """Brings statistics ``(T,)`` of any dtype into a shape that broadcasts against the stack."""
         return jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
 
+    def once(self, array: jax.Array) -> jax.Array:
+        """An array of shape S that every task is compared with, computed once.
+
+        XLA on CPU fuses what it is made of into what looks at it, and makes it anew for each task: a sum over tasks
+        then costs the square of their number. It does not fuse across a conditional whose outcome it cannot know (an
+        optimization barrier is gone before it fuses). In memory, where all is known, the array is as it was.
+        """
+        if not isinstance(self.valid, jax.core.Tracer):
+            return array
+        return lax.cond(self.valid > 0, lambda a: a, jnp.zeros_like, array)
+
     def uniform(self) -> jax.Array:
         """One uniform number in [0, 1) for each entry and task, a function of key, task and position alone."""
         if self.key is None or self.position is None:

@@ -409,11 +409,11 @@ def spec(name: str, /, **parameters) -> tuple | None:
 
 
 def over_tasks(op, stack) -> jax.Array:
-    """Folds a binary operation over the leading axis, one task after another.
+    """Folds a binary operation over the leading axis of an array, or over a list, one task after another.
 
     Every executor then rounds alike; and XLA on CPU is many times slower at reducing a leading axis.
     """
-    return functools.reduce(op, [stack[t] for t in range(stack.shape[0])])
+    return functools.reduce(op, [stack[t] for t in range(len(stack))])
 
 
 def safe_ratio(a, b) -> jax.Array:

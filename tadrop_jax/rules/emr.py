@@ -45,7 +45,7 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
     choice("emr", "rescaler", rescaler, ("tensor_mean", "global"))
 
     def parts(x):
-        positive = over_tasks(jnp.add, x.stack) > 0
+        positive = x.once(over_tasks(jnp.add, x.stack) > 0)
         masks = jnp.where(positive, x.stack > 0, x.stack < 0)
         largest = over_tasks(jnp.maximum, jnp.where(masks, magnitude(x.stack), 0))
         return jnp.where(positive, largest, -largest), masks

@@ -77,7 +77,7 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
         # A common factor leaves the normalized weights as they are.
         lower = tasks if tasks > _OVERFLOWS else 0
         within = jnp.exp(tasks * (share * share) - lower)
-        return within * jnp.tanh(x.stack * over_tasks(jnp.add, signed))
+        return within * jnp.tanh(x.stack * x.once(over_tasks(jnp.add, signed)))
 
     def competing(n, carry):
         rank = floor_times(1 - ratio, n)

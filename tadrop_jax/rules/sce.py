@@ -60,7 +60,7 @@ def sce(density: Any = 0.1, coefficient=1.0) -> Step:
         return wide.where(share == 1, wide.wide(n), kept)
 
     def selected(x, carry):
-        return x.stack if everything else jnp.where(is_kept(x, spread(x, carry), carry), x.stack, 0)
+        return x.stack if everything else jnp.where(x.once(is_kept(x, spread(x, carry), carry)), x.stack, 0)
 
     def squares(x, carry, n):
         return {"square": selected(x, carry) ** 2 / n}
@@ -70,7 +70,7 @@ def sce(density: Any = 0.1, coefficient=1.0) -> Step:
         total = jnp.sum(carry["square"])
         small = total < 1e-6
         weights = jnp.where(small, 1 / x.stack.shape[0], carry["square"] / jnp.where(small, 1, total))
-        positive = over_tasks(jnp.add, changes) >= 0
+        positive = x.once(over_tasks(jnp.add, changes) >= 0)
         agreeing = jnp.where(jnp.where(positive, changes > 0, changes < 0), x.column(weights), 0)
         merged = over_tasks(jnp.add, changes * agreeing)
         return coefficient * merged / jnp.maximum(over_tasks(jnp.add, agreeing), 1e-6)

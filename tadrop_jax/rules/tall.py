@@ -78,5 +78,5 @@ def after(multi_task: AnyStep | None, step: Step, method: str) -> Chain:
 def vector_and_masks(x: Piece, tall_lambda, on_top: bool):
     """The sum of the task vectors, or the vector on top of the stack (S), and the TALL masks (T, *S)."""
     stack: jax.Array = x.given if on_top else x.stack  # type: ignore[assignment]
-    vector = x.stack[0] if on_top else over_tasks(jnp.add, stack)
+    vector = x.stack[0] if on_top else x.once(over_tasks(jnp.add, stack))
     return vector, magnitude(stack) > x.per_task(tall_lambda) * magnitude(vector - stack)

@@ -165,16 +165,19 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         otherwise = jnp.sign(carry["majority"][0]) if zero_sign == "majority" else 1.0
         sign = jnp.where(sign == 0, otherwise, sign)
         voters = weighted(x) if elect == "weighted" else x.stack
-        agree = jnp.where(sign > 0, voters > 0, voters < 0)
-        chosen = jnp.where(agree, x.stack * x.per_task(weights), 0)
+        # Task by task, since on the whole stack XLA on CPU would find the sign anew for each task.
+        tasks = range(len(x.stack))
+        weight = jnp.broadcast_to(x.per_task(weights), (len(tasks), *(1,) * (x.stack.ndim - 1)))
+        agree = [jnp.where(sign > 0, voters[t] > 0, voters[t] < 0) for t in tasks]
+        chosen = [jnp.where(agree[t], x.stack[t] * weight[t], 0) for t in tasks]
         if combine == "max":
-            return coefficient * over_tasks(jnp.maximum, jnp.abs(chosen)) * sign
+            return coefficient * over_tasks(jnp.maximum, [jnp.abs(c) for c in chosen]) * sign
         total = over_tasks(jnp.add, chosen)
         if combine == "sum":
             return coefficient * total
         if divisor == "count":
-            return coefficient * total / jnp.maximum(over_tasks(jnp.add, agree.astype(jnp.float32)), 1)
-        share = over_tasks(jnp.add, jnp.where(agree, x.per_task(weights), 0))
+            return coefficient * total / jnp.maximum(over_tasks(jnp.add, [a.astype(jnp.float32) for a in agree]), 1)
+        share = over_tasks(jnp.add, [jnp.where(agree[t], weight[t], 0) for t in tasks])
         return coefficient * jnp.where(share == 0, total, safe_ratio(total, share))
 
     return Step(

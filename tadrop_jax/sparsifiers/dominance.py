@@ -42,7 +42,7 @@ def dominance(share=0.5, norm: int | None = 2) -> Step:
 
     def kept(x, carry):
         size = magnitude(x.stack)
-        return size >= x.per_task(share) * over_tasks(jnp.maximum, size)
+        return size >= x.per_task(share) * x.once(over_tasks(jnp.maximum, size))
 
     return Step(
         stages=norm_stages(norm, kept),
