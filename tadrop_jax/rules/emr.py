@@ -47,7 +47,7 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
     def parts(x):
         positive = x.once(over_tasks(jnp.add, x.stack) > 0)
         masks = jnp.where(positive, x.stack > 0, x.stack < 0)
-        largest = over_tasks(jnp.maximum, jnp.where(masks, magnitude(x.stack), 0))
+        largest = x.once(over_tasks(jnp.maximum, jnp.where(masks, magnitude(x.stack), 0)))
         return jnp.where(positive, largest, -largest), masks
 
     def sums(x, carry, n):
