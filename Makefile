@@ -47,7 +47,8 @@ evidence: setup
 	run vision --recipe low-rate --seeds 0 --lines; \
 	run language --recipe frozen-head --count 4 --lines; \
 	run language --recipe sgd; \
-	run language --recipe lora --seeds 0
+	run language --recipe lora --seeds 0; \
+	run language --base-seed 1 --seeds 0 --out $(OUT)/language-second
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
