@@ -10,6 +10,7 @@ from jax import lax
 
 from tadrop_jax import randomness
 from tadrop_jax.errors import MergeError
+from tadrop_jax.trees import is_traced
 
 
 class Piece(NamedTuple):
@@ -57,7 +58,7 @@ class Piece(NamedTuple):
         then costs the square of their number. It does not fuse across a conditional whose outcome it cannot know (an
         optimization barrier is gone before it fuses). In memory, where all is known, the array is as it was.
         """
-        if not isinstance(self.valid, jax.core.Tracer):
+        if not is_traced(self.valid):
             return array
         return lax.cond(self.valid > 0, lambda a: a, jnp.zeros_like, array)
 
