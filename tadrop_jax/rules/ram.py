@@ -46,4 +46,4 @@ def ram(threshold=1e-5, coefficient=1.0) -> Step:
 def changed(x, threshold) -> tuple[jax.Array, jax.Array]:
     """Which entries each task changed, ``(T, *S)``, and how many tasks changed each entry, ``S``."""
     active = magnitude(x.stack) > threshold
-    return active, over_tasks(jnp.add, active.astype(jnp.float32))
+    return active, x.once(over_tasks(jnp.add, active.astype(jnp.float32)))

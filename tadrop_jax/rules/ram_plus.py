@@ -74,7 +74,7 @@ def ram_plus(
 
     def apply(x, carry):
         active, count = changed(x, threshold)
-        scaled = x.stack * jnp.where(x.once(count == 1), x.column(factor(carry)), 1)
+        scaled = x.stack * jnp.where(count == 1, x.column(factor(carry)), 1)
         return coefficient * over_tasks(jnp.add, jnp.where(active, scaled, 0)) / jnp.maximum(count, 1)
 
     return Step(
