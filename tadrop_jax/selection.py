@@ -6,7 +6,9 @@ data with a tiny result that adds up over blocks, tensors and devices. A round o
 for float32, 5 or 6 for the 16-bit types.
 """
 
+import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,9 +25,9 @@ from tadrop_jax.workers import cores, side_by_side
 
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 BITS_PER_ROUND = 3
-# On the host: so many entries, by the bytes of one, are partitioned as they are (NumPy has vector code for that on some
-# processors); of more, one of so many is a sample, and blocks are counted.
-_PARTITION, _STRIDE, _BLOCK = {2: 1 << 24, 4: 1 << 22}, 64, 1 << 17
+# On the host: so many entries, by the bytes of one, are partitioned where NumPy has fast vector code for that, few
+# anywhere; of more, one of so many is a sample, and blocks are counted.
+_PARTITION, _FEW, _STRIDE, _BLOCK = {2: 1 << 24, 4: 1 << 22}, 1 << 16, 64, 1 << 17
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
@@ -343,11 +345,26 @@ def _lies_on_host(x: jax.Array) -> bool:
     return len(devices) == 1 and devices[0].platform == "cpu"
 
 
+@functools.cache
+def _partitions_fast(itemsize: int) -> bool:
+    """Whether NumPy partitions integers of so many bytes by vectors here, tried once: .1 to 1 ns an entry, or 4 to 8.
+
+    For some processors it has no code for 16 bits, and on some that is slow (:mod:`tadrop_jax.processors`).
+    """
+    keys = np.random.default_rng(0).integers(0, 1 << 8 * itemsize, 1 << 15, f"u{itemsize}")
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        np.partition(keys, keys.size // 2)
+        took.append(time.perf_counter() - start)
+    return min(took) < 2e-9 * keys.size
+
+
 def _on_host(x: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     """Magnitudes at ranks from 0, the smallest: faster than counting where NumPy can do it, with all cores."""
     uint = np.dtype(f"u{x.dtype.itemsize}").type
     bits, mask = np.ravel(x).view(uint), uint((1 << (8 * x.dtype.itemsize - 1)) - 1)
-    if bits.size <= _PARTITION[bits.itemsize]:
+    if bits.size <= _FEW or (bits.size <= _PARTITION[bits.itemsize] and _partitions_fast(bits.itemsize)):
         keys, known = bits & mask, [-1, bits.size]
         return np.array([place(keys, known, rank) for rank in ranks]).view(x.dtype)
     search = Selection(bits.size, [lambda found: np.array(ranks)[:, None]])

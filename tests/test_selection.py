@@ -93,7 +93,7 @@ def test_a_larger_matrix(dtype):
 @pytest.mark.parametrize("data", ["everything", "normal", "mostly zero"])
 def test_the_host_samples_and_counts(dtype, data, monkeypatch):
     """What runs outside jit on a CPU, beyond the sizes that are partitioned as they are; the bits of the other way."""
-    for name, value in {"_PARTITION": {2: 100, 4: 100}, "_STRIDE": 4, "_BLOCK": 256}.items():
+    for name, value in {"_PARTITION": {2: 100, 4: 100}, "_FEW": 100, "_STRIDE": 4, "_BLOCK": 256}.items():
         monkeypatch.setattr(selection, name, value)
     x = {
         "everything": lambda: np.tile(values_with_everything(dtype), 93).reshape(93, 33),
