@@ -10,35 +10,42 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 
 
 def print_methods(name: str | None) -> None:
-    """Prints the registry as tables: all methods, or all of one."""
+    """Prints the registry: of all methods what they do, or of one what each parameter means."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = Console(highlight=False)
     chosen = [registry.method(name)] if name else registry.METHODS.values()
-    for role, title in (("sparsifier", "Sparsifiers"), ("rule", "Merge rules")):
-        rows = [m for m in chosen if m.role == role]
-        if not rows:
-            continue
-        table = Table(title=title, title_justify="left", show_lines=True)
-        for column in ("name", "what it does", "parameters", "granularity", "result", "source"):
-            table.add_column(column, overflow="fold")
-        for m in rows:
-            described = [_described(p, bool(name)) for p in m.parameters]
-            table.add_row(m.name, m.about, "\n".join(described) or "-", m.granularity, m.output, m.source)
-        console.print(table)
+    for role, title in (("sparsifier", "Sparsifiers (--sparsify NAME)"), ("rule", "Merge rules (--method NAME)")):
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for m in (m for m in chosen if m.role == role):
+            facts = f"{m.granularity}; gives {m.output}; {m.source}" + "; from Python only" * bool(m.from_python)
+            given = [] if name else [", ".join(map(_default, m.parameters))]
+            table.add_row(m.name, Text.assemble(m.about, "\n", (facts, "dim"), *(f"\n{g}" for g in given if g), "\n"))
+        if table.row_count:
+            console.print(*[] if name else [title, ""], table, sep="\n", end="")
     if name is None:
-        console.print("'tadrop methods NAME' tells what each parameter means.", highlight=False)
+        console.print("'tadrop methods NAME' tells what each parameter means.")
+        return
+    parameters = Table.grid(padding=(0, 2, 0, 0))
+    parameters.add_column(no_wrap=True)
+    parameters.add_column()
+    for p in registry.method(name).parameters:
+        parameters.add_row(_default(p), _meaning(p))
+    console.print(parameters)
 
 
-def _described(parameter: registry.Parameter, full: bool) -> str:
-    default = "none" if parameter.default in (None, ()) else parameter.default
-    text = f"{parameter.name} = {default}"
-    if not full:
-        return text
+def _default(parameter: registry.Parameter) -> str:
+    return f"{parameter.name} = {'none' if parameter.default in (None, ()) else parameter.default}"
+
+
+def _meaning(parameter: registry.Parameter) -> str:
     options = [str(o) for o in parameter.options] + [parameter.bounds()] * bool(parameter.bounds())
     options += ["none"] * (parameter.optional and bool(options))
-    return f"{text}: {parameter.about}" + (f" ({', '.join(options)})" if options else "")
+    return parameter.about + (f" ({', '.join(options)})" if options else "")
 
 
 def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> None:
