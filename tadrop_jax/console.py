@@ -1,11 +1,13 @@
 """What the command line shows: tables, a progress bar, a summary. rich is imported where it is used."""
 
+import os
 import sys
 from pathlib import Path
 
 from tadrop_jax import registry
 from tadrop_jax.errors import MergeError
 
+_NUMBERS = 54  # columns of the terminal that an inspection needs beside the names of tensors
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -54,7 +56,13 @@ def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> Non
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
     title = f"{sparsifier} on {len(tasks)} task vectors (means over tasks)"
+    shared = ""
+    if max(map(len, rows), default=0) > console.width - _NUMBERS:  # what names begin with is said once
+        alike = os.path.commonprefix(list(rows))  # noqa: RUF071 (cut to whole parts in the next line)
+        shared = alike[: max(alike.rfind("."), alike.rfind("/")) + 1]
+        title += f"; tensors of {shared}" * bool(shared)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
     table.add_column("tensor", overflow="fold")
     table.add_column("shape")
@@ -63,8 +71,7 @@ def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> Non
     for name, row in rows.items():
         shape = "x".join(map(str, row["shape"])) or "scalar"
         means = (row[k].mean() for k in ("quantile_ratio", "sparsity", "norm", "norm_after", "sign_conflict"))
-        table.add_row(name, shape, *(f"{mean:.3g}" for mean in means))
-    console = Console()
+        table.add_row(name.removeprefix(shared), shape, *(f"{mean:.3g}" for mean in means))
     console.print(table)
     console.print(
         "ratio: quantile ratio of the magnitudes; norm, after: before and after the sparsifier; conflict: share of "

@@ -62,6 +62,16 @@ def test_table_and_plot(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("columns", "said"), [("200", ["a.weight", "a.bias"]), ("58", ["of a.", " weight ", " bias "])]
+)
+def test_what_names_begin_with_is_said_once_on_narrow_terminals(folders, capsys, monkeypatch, columns, said):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert inspect(folders[0], "--include", "^a") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(words in out for words in said)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--sparsify", "ties"), "ties is a rule"),
