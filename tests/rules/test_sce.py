@@ -50,6 +50,14 @@ def test_sce(given, make_stacks):
             np.testing.assert_allclose(merged[tensor], expected, rtol=1e-5, atol=1e-6 * factor, err_msg=tensor)
 
 
+def test_what_varies_most_is_told_with_many_tasks_of_which_the_first_is_far_off():
+    stack = np.random.default_rng(0).normal(size=(30, 4000)).astype(np.float32)
+    stack[0] *= 1000
+    changed = np.abs(tj.merge_task_vectors({"w": stack}, tj.sce(0.1))["w"]) > 0
+    variance = stack.astype(np.float64).var(axis=0)
+    assert set(np.flatnonzero(changed)) == set(np.argsort(-variance)[:400])
+
+
 def test_density_0_and_1(make_stacks):
     stack = {"w": make_stacks("exact", TASKS)["block/kernel"]}
     assert not np.any(tj.merge_task_vectors(stack, tj.sce(0.0))["w"])
