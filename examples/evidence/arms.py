@@ -142,6 +142,12 @@ def prune(stack: Stack, shares: Shares) -> Stack:
     return jax.tree.unflatten(jax.tree.structure(stack), leaves)
 
 
+def pruned_as(stack: Stack, other: Stack) -> Stack:
+    """Every tensor of a task pruned to one sparsity, so that as much of the task goes as another arm prunes of it."""
+    counts = [np.sum(_nonzero(tree), 0) for tree in (stack, other)]
+    return prune(stack, [1 - counts[1] / np.maximum(counts[0], 1)] * len(_leaves(stack)))
+
+
 def scaled_only(stack: Stack, pruned: Stack) -> Stack:
     """Nothing is pruned, but each tensor grows as it would have: the scaling alone."""
 

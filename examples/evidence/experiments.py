@@ -1,8 +1,8 @@
 """Every rule after every sparsifier: merged through the public API, tuned on validation data, reported on test data.
 
 The coefficient is tuned the same way for every arm, and does not see how large an arm's task vectors are: the merged
-vector is tried at lengths from .1 to 5.2 of the mean length of the task vectors, and what is best on validation data is
-tested. Per-task rules (EMR, T-Switch, TALL) have no coefficient.
+vector is tried at lengths from .03 to 17 of the mean length of the task vectors before anything was pruned, and what is
+best on validation data is tested. Per-task rules (EMR, T-Switch, TALL) have no coefficient.
 """
 
 import csv
@@ -20,7 +20,7 @@ from examples.evidence.arms import Stack
 from examples.evidence.suites import Suite, accuracy
 from examples.evidence.training import shuffled
 
-LENGTHS = tuple(round(0.35 * 1.35**i, 3) for i in range(-4, 10))
+LENGTHS = tuple(round(0.35 * 1.35**i, 3) for i in range(-8, 14))
 QUANTILES = ((0.25, 0.75), (0.5, 0.9), (0.75, 0.95), (0.9, 0.99), (0.95, 0.99), (0.98, 0.998))
 # TADrop's other choices that are ours, one at a time.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -128,6 +128,9 @@ def sparsifiers(
     found |= {"dominance": lambda: library(tj.dominance(arms.dominance_shares(stack, shares())))()}
     found |= {f"dominance {share}": library(tj.dominance(share)) for share in (0.3, 0.4, 0.5, 0.6, 0.8)}
     found |= {"dominance 0.5, no norm": library(tj.dominance(0.5, norm=None))}
+    found |= {
+        "uniform of dominance 0.5": lambda: _counted(stack, arms.pruned_as(stack, found["dominance 0.5"]().stack))
+    }
     for other in QUANTILES:
         if other != quantiles:
             found |= {f"{name} of {other[0]}/{other[1]}": spread(how, other) for name, how in arms.CONTROLS.items()}
@@ -167,28 +170,32 @@ def run(
     for done, (name, rule) in enumerate(wanted, start=1):
         if (*head, rule, name) not in there:
             arm, how = (Arm(stack, 0.0), OWN) if name == "own" else (arm_of(name), RULES)
-            result = LEARNED[rule](suite, arm.stack) if rule in LEARNED else judge(suite, arm.stack, how[rule]())
+            if rule in LEARNED:
+                result = LEARNED[rule](suite, arm.stack)
+            else:
+                result = judge(suite, arm.stack, how[rule](), mean_length(stack))
             line = (*head, rule, name, f"{arm.sparsity:.4f}", *_written(result))
             append(out, FIELDS, line)
         progress(done, len(wanted))
 
 
-def judge(suite: Suite, stack: Stack, rule: Any) -> Result:
+def judge(suite: Suite, stack: Stack, rule: Any, unit: float) -> Result:
     """Merges by a rule, chooses the length on validation data, and tests.
 
     Args:
         suite: a base and its fine-tunes.
         stack: their task vectors, sparsified.
         rule: of the library, on task vectors, its coefficient 1.
+        unit: of the lengths that are tried: the same for all arms, whatever is left of their task vectors.
     """
     merged = tj.merge_task_vectors(stack, rule, layout=suite.layout)
     if isinstance(merged, tj.Bundle):
         models = [added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
         return _judged(suite, models)
-    unit = _mean_length(stack) / max(_lengths(jax.tree.map(lambda leaf: leaf[None], merged))[0], 1e-30)
+    factor = unit / max(_lengths(jax.tree.map(lambda leaf: leaf[None], merged))[0], 1e-30)
 
     def model(length):
-        return [added(suite.base, merged, length * unit)] * len(suite.tuned)
+        return [added(suite.base, merged, length * factor)] * len(suite.tuned)
 
     length = best_length(lambda length: float(np.mean(accuracies(suite, model(length), "validation"))))
     return _judged(suite, model(length), length)
@@ -270,7 +277,8 @@ def _lengths(stack) -> jax.Array:
     return sum(jax.numpy.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in jax.tree.leaves(stack)) ** 0.5
 
 
-def _mean_length(stack) -> float:
+def mean_length(stack) -> float:
+    """The mean over tasks of the 2-norm of a whole task vector."""
     return float(jax.numpy.mean(_lengths(stack)))
 
 

@@ -32,8 +32,7 @@ def shares(
         size: inputs of each task a step.
     """
     leaves, tree = jax.tree.flatten(stack)
-    points = np.linspace(0, 1, _POINTS)
-    tables = [jnp.asarray(np.quantile(np.abs(leaf.reshape(len(leaf), -1)), points, axis=1).T) for leaf in leaves]
+    tables = [jnp.asarray([_quantiles(np.asarray(task)) for task in leaf], jnp.float32) for leaf in leaves]
     orders = [shuffled(len(tuned.task.validation.labels), size, seed=0) for tuned in suite.tuned]
 
     def loss(logits, batches):
@@ -84,6 +83,12 @@ def emr(pruned: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
         found.append(vectors)
     factor = own / jnp.maximum(shown, 1e-30)
     return [vectors * across(factor, vectors) for vectors in found]
+
+
+def _quantiles(tensor: np.ndarray) -> np.ndarray:
+    """Quantiles `(_POINTS,)` of the magnitudes that are not zero, which sparsities are shares of."""
+    sizes = np.abs(tensor[tensor != 0])
+    return np.quantile(sizes, np.linspace(0, 1, _POINTS)) if sizes.size else np.zeros(_POINTS)
 
 
 def _softly(leaf: jax.Array, table: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -46,6 +46,17 @@ def test_models_become_surer_of_their_answers():
     assert _entropy(suite, found, stack) < _entropy(suite, start, stack)
 
 
+def test_zeros_are_nothing_to_prune():
+    """What is learned is the share of the entries that are not zero, as for all arms."""
+    leaf = np.random.default_rng(0).normal(size=(1, 1000)).astype(np.float32)
+    leaf[0, :600] = 0
+    table = jnp.asarray(learned._quantiles(leaf[0]))[None]
+    _, there = learned._softly(jnp.asarray(leaf), table, jnp.array([0.5]))
+    kept = arms.prune({"w": leaf}, [np.array([0.5])])["w"] != 0
+    np.testing.assert_array_equal((np.asarray(there) >= 0.5)[0, 600:], kept[0, 600:])
+    assert not kept[0, :600].any()
+
+
 def test_a_task_without_a_task_vector_breaks_nothing():
     suite = _suite()
     stack = tj.task_vectors(suite.base, [suite.base, *(tuned.params for tuned in suite.tuned[1:])])
