@@ -28,7 +28,8 @@ def read(name: str) -> Lines:
 def accuracies(file: str, tasks: str) -> str:
     """Test accuracies: a row for each sparsifier, a column for each rule, the mean over seeds.
 
-    The number of seeds stands in brackets where it is smaller than the table's.
+    The number of seeds stands in brackets where it is smaller than the table's. Bold is the best of a column, of the
+    cells that have as many seeds as any.
     """
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rules = _ordered(line["rule"] for line in lines)
@@ -40,13 +41,15 @@ def accuracies(file: str, tasks: str) -> str:
         sparsity[line["sparsifier"]].append(float(line["sparsity"]))
     seeds = len({line["seed"] for line in lines})
     means = {key: f"{np.mean(values):.1f}" for key, values in cells.items()}
-    best = {rule: max((mean for (_, r), mean in means.items() if r == rule), key=float) for rule in rules}
+    most = {rule: max(len(values) for (_, r), values in cells.items() if r == rule) for rule in rules}
+    whole = [key for key, values in cells.items() if len(values) == most[key[1]]]
+    best = {rule: max((means[key] for key in whole if key[1] == rule), key=float) for rule in rules}
 
     def cell(name: str, rule: str) -> str:
         if (name, rule) not in means:
             return ""
         mean, count = means[name, rule], len(cells[name, rule])
-        text = f"**{mean}**" if mean == best[rule] else mean
+        text = f"**{mean}**" if (name, rule) in whole and mean == best[rule] else mean
         return text if count == seeds else f"{text} ({count})"
 
     rows = []
@@ -60,13 +63,21 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     """One arm minus others, in points: the mean over seeds and tasks, and its 95 % confidence interval.
 
     Differences are paired: the same fine-tunes, the same images. The interval is Student's over pairs of seed and task.
-    A file of `models` among the others stands for their probes; its tasks are in the order of the merge.
+    The number of seeds stands in brackets where it is smaller than the table's. A file of `models` among the others
+    stands for their probes; its tasks are in the order of the merge.
     """
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rules = _ordered(line["rule"] for line in lines)
     merges = lines + [line for name in others if name.endswith(".csv") for line in _probes(name, rules)]
     names = {other: "the probe" if other.endswith(".csv") else other for other in others}
-    columns = {rule: [interval(paired(merges, rule, arm, other)) for other in others] for rule in rules}
+    seeds = len({line["seed"] for line in lines})
+
+    def cell(rule: str, other: str) -> str:
+        values = paired(merges, rule, arm, other)
+        count = len(values) // int(tasks)
+        return interval(values) + f" ({count})" * (0 < count < seeds)
+
+    columns = {rule: [cell(rule, other) for other in others] for rule in rules}
     columns = {rule: cells for rule, cells in columns.items() if any(cells)}  # others were not compared
     rows = [[names[other], *cells] for other, *cells in zip(others, *columns.values(), strict=True)]
     return markdown([f"{arm} minus", *columns], rows) + "\n\n" + _seeds(lines)
@@ -80,6 +91,30 @@ def over_tasks(file: str, tasks: str, rule: str, arm: str, *others: str) -> str:
         means = paired(lines, rule, arm, other).reshape(-1, int(tasks)).mean(0).round(6)
         rows.append([other, interval(means), f"{np.sum(means > 0)}", f"{np.sum(means < 0)}"])
     return markdown([f"{arm} minus", rule, "tasks ahead", "behind"], rows) + "\n\n" + _seeds(lines)
+
+
+def suites(rule: str, *arguments: str) -> str:
+    """Differences for one rule in several suites, each judged as if new tasks were drawn and over pairs, see above.
+
+    Args:
+        rule: its name.
+        arguments: suites, `FILE TASKS`, and comparisons, `ARM > OTHER`.
+    """
+    files = [argument.split() for argument in arguments if ">" not in argument]
+    rows = []
+    for arm, other in (argument.split(" > ") for argument in arguments if ">" in argument):
+        row = [f"{arm} - {other}"]
+        for file, tasks in files:
+            lines = [line for line in read(file) if line["tasks"] == tasks]
+            values = paired(lines, rule, arm, other)
+            count, seeds = len(values) // int(tasks), len({line["seed"] for line in lines})
+            if not count:
+                row.append("")
+                continue
+            means = values.reshape(count, -1).mean(0)
+            row.append(f"{interval(means)}; ± {100 * half_width(values):.2f}" + f" ({count})" * (count < seeds))
+        rows.append(row)
+    return markdown([f"before {rule}", *(file.removesuffix(".csv") for file, _ in files)], rows)
 
 
 def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
@@ -175,6 +210,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "growth": growth,
     "lines": lines,
     "over_tasks": over_tasks,
+    "suites": suites,
     "models": models,
     "ratios": ratios,
 }

@@ -85,3 +85,24 @@ def test_lines_are_means_over_tasks_and_seeds(results):
 def test_the_picture_of_growth_is_drawn(results):
     pictures.main()
     assert "<svg" in (results / "x-growth.svg").read_text()
+
+
+def test_suites_have_both_intervals_and_say_where_seeds_are_fewer(results):
+    (results / "y.csv").write_text((results / "x-growth.csv").read_text().replace("2,1,EMR,none", "2,1,EMR,other"))
+    found = tables.suites("EMR", "x-growth.csv 2", "y.csv 2", "TADrop 0.75/0.95 > none").splitlines()
+    pairs, tasks = np.array([20.0, 10, 30, -10]), np.array([25.0, 0])
+    half = [scipy.stats.t.ppf(0.975, len(v) - 1) * scipy.stats.sem(v) for v in (tasks, pairs)]
+    assert found[0] == "| before EMR | x-growth | y |"
+    said = f"+12.50 ± {half[0]:.2f}; ± {half[1]:.2f}"
+    assert found[2] == f"| TADrop 0.75/0.95 - none | {said} | +15.00 ± 63.53; ± 63.53 (1) |"
+
+
+def test_differences_and_accuracies_say_where_seeds_are_fewer(results):
+    lines = (results / "x-growth.csv").read_text() + "2,0,EMR,other,0.5,,0,0.99,0.9 0.9\n"
+    (results / "z.csv").write_text(lines)
+    assert "| other | **-20.00 ± 0.00** (1) |" in tables.differences("z.csv", "2", "TADrop 0.75/0.95", "other")
+    assert "(1)" not in tables.differences("z.csv", "2", "TADrop 0.75/0.95", "none")
+    rows = tables.accuracies("z.csv", "2").splitlines()
+    assert [row for row in rows if row.startswith("| other")] == [
+        "| other | 0.50 | 99.0 (1) |"
+    ]  # not the best: one seed
