@@ -74,8 +74,9 @@ def merge(
         ``jit`` a tensor does not tell how it lies on a mesh of ``AxisType.Auto`` axes: so that only counts and sums
         cross devices there too, pass ``jax.tree.map(lambda x: x.sharding, base)`` of the concrete base.
       donate: use up the models: each merged tensor takes the place of the first model's, and the others' are freed one
-        tensor after another. Arrays that occur more than once among base and models are spared. Of a model whose
-        tensors were merged nothing may be used afterwards, also if the merge fails.
+        tensor after another. Arrays that occur more than once among base and models, or share memory there, are spared.
+        Of a model whose tensors were merged nothing may be used afterwards, also if the merge fails, nor arrays outside
+        that share its memory (as ``jax.device_put`` of an array to its own device does).
 
     Returns:
       Parameters of the type and dtypes of ``base``, or an :class:`~tadrop_jax.bundles.Bundle` for a per-task rule.
@@ -335,15 +336,24 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int)
 
 
 def _spare(base, models) -> frozenset[int]:
-    """The arrays of the models that nothing else holds, by ``id``.
+    """The arrays of the models whose memory nothing else in these trees holds, by ``id``.
+
+    Distinct arrays may share memory: ``jax.device_put`` copies nothing to where it lies already.
 
     Raises:
       MergeError: inside a transformation, where donation is the caller's.
     """
     if is_traced((base, models)):
         raise MergeError("donate=True is for calls outside jit; inside, donate the arguments of your own jit")
-    counts = Counter(id(leaf) for leaf in jax.tree.leaves((base, models)))
-    return frozenset(id(m) for m in jax.tree.leaves(models) if isinstance(m, jax.Array) and counts[id(m)] == 1)
+    counts = Counter(place for leaf in jax.tree.leaves((base, models)) for place in _memory(leaf))
+    return frozenset(id(m) for m in jax.tree.leaves(models) if (at := _memory(m)) and all(counts[p] == 1 for p in at))
+
+
+def _memory(leaf) -> list[tuple]:
+    """Where the parts of an array lie that this process has: device and address; none of what is not merged."""
+    if not (isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size):
+        return []
+    return [(part.device, part.data.unsafe_buffer_pointer()) for part in leaf.addressable_shards]
 
 
 def _by_name(tree) -> dict[str, Any]:

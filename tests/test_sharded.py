@@ -379,6 +379,21 @@ def test_donated_models(name, trees, on_one_device):
     assert [s.data.unsafe_buffer_pointer() for s in merged["kernel"].addressable_shards] == at
 
 
+def test_arrays_that_share_memory_are_not_donated():
+    """A frozen tensor that was put on all devices three times: three arrays, with one buffer where it lay before."""
+    frozen = jnp.ones(16)
+    base, *models = ({"moved": jnp.full((16, 8), float(i)), "frozen": frozen} for i in range(3))
+    everywhere = NamedSharding(jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,)), PartitionSpec())
+    base, *models = jax.device_put((base, *models), everywhere)
+    places = {tree["frozen"].addressable_shards[0].data.unsafe_buffer_pointer() for tree in (base, *models)}
+    assert len(places) == 1
+    merged = tj.merge(base, models, tj.average(), donate=True)
+    np.testing.assert_array_equal(merged["frozen"], np.ones(16))
+    np.testing.assert_array_equal(base["frozen"], frozen)
+    np.testing.assert_array_equal(merged["moved"], np.full((16, 8), 1.5))
+    assert all(model["moved"].is_deleted() for model in models)
+
+
 def test_memory_of_a_donated_merge():
     """By XLA's account the result takes no room of its own; what is temporary goes with the part, not the tensor."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
