@@ -21,6 +21,8 @@ METADATA = "_METADATA"
 # Where the tree lies below a directory: itself, an item of the v1 interface, of a CheckpointManager.
 _ITEMS = ("", "state", "default", "params", "model", "pytree")
 _GROUP_BYTES = 1 << 26
+# A process that wants part of a tensor reads the chunks that hold it: not all of it, as without this.
+_CHUNK_BYTES = 16 << 20
 
 
 def find(directory: Path) -> Path | None:
@@ -99,7 +101,9 @@ def write(directory: Path, tensors: Mapping[str, Any], group_bytes: int = _GROUP
     if dotted:
         raise ConversionError(f"{directory}: Orbax cannot tell '.' in a name from a path: {', '.join(dotted[:4])}")
     scratch = (directory / "orbax.writing").resolve()  # Orbax overlooks names that begin with a dot
-    with _quiet():
+    context = ocp.Context()
+    context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES)
+    with _quiet(), context:
         for group in _groups(tensors, group_bytes):
             tree: dict[str, Any] = {}
             for name in group:

@@ -216,6 +216,19 @@ def test_truncated_files(format, cut, tmp_path):
         read(tmp_path)
 
 
+def test_large_tensors_lie_in_chunks(tmp_path, monkeypatch):
+    """So that a process of many reads of a tensor what its devices hold."""
+    from orbax.checkpoint.experimental import v1
+
+    monkeypatch.setattr("converters.files.orbax._CHUNK_BYTES", 1 << 12)
+    tensors = {"large": np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32), "small": np.ones(3)}
+    write_tensors(tmp_path, tensors, "orbax", 1)
+    same(read(tmp_path), tensors)
+    found = v1.metadata(tmp_path).metadata
+    assert np.prod(found["large"].storage_metadata.chunk_shape) * 4 <= 1 << 12
+    assert found["small"].storage_metadata.chunk_shape == (3,)
+
+
 def test_damaged_orbax(tmp_path):
     write_tensors(tmp_path, TENSORS, "orbax", 1)
     metadata = (tmp_path / "_METADATA").read_text()
