@@ -14,12 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tadrop_jax import __version__, console, processors, registry
-from tadrop_jax.errors import ContentError, MergeError, MismatchError, checkpoint_errors
+from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, checkpoint_errors
 
+_PICTURES = (".png", ".svg", ".pdf")
+_EXCLUDE = " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks"
 _ADVICE = {
-    ContentError: " (--allow-nonfinite lets it pass)",
-    MismatchError: " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks; with a "
-    "method that gives one model per task --differing own lets them stay each task's own)",
+    ("merge", ContentError): " (--allow-nonfinite lets it pass)",
+    ("merge", MismatchError): f"{_EXCLUDE}; with a method that gives one model per task --differing own lets them stay "
+    "each task's own)",
+    ("merge", DtypeError): " (bring all models to one dtype first, for instance with transformers: "
+    "model.to(dtype).save_pretrained(DIR); --dtype is that of the result)",
+    ("inspect", MismatchError): f"{_EXCLUDE})",
 }
 
 
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except MergeError as error:
-        print(f"tadrop {options.command}: {error}{_ADVICE.get(type(error), '')}", file=sys.stderr)
+        print(f"tadrop {options.command}: {error}{_ADVICE.get((options.command, type(error)), '')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"tadrop {options.command}: interrupted", file=sys.stderr)
@@ -202,6 +207,9 @@ def _merge(options) -> int:
         raise MergeError("--process I and --processes N go together, and I is 0 to N - 1")
     # Of several processes others may have begun, or be done.
     out = _checked_out(options.out, options.resume, alone=processes in (None, 1))
+    left = out.with_name(out.name + ".partial")
+    if left.exists() and not options.resume and processes in (None, 1):
+        told.append(f"{left}: the work of an interrupted merge is begun anew; --resume would have gone on with it")
     size = console.bytes_in(options.max_shard_size)
     if options.workers is not None and options.workers < 1:
         raise MergeError(f"--workers must be at least 1, got {options.workers}")
@@ -255,6 +263,10 @@ def _inspect(options) -> int:
     for file in (options.plot, options.json):
         if file is not None and not file.resolve().parent.is_dir():
             raise MergeError(f"{file}: its parent directory does not exist")
+        if file is not None and file.is_dir():
+            raise MergeError(f"{file}: is a directory, not a file to write")
+    if options.plot is not None and options.plot.suffix not in _PICTURES:
+        raise MergeError(f"--plot writes a picture, {' or '.join(_PICTURES)}, got {str(options.plot)!r}")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise MergeError("--plot needs matplotlib: pip install 'tadrop-jax[plots]'")
     _start_jax()
@@ -296,7 +308,8 @@ def _recipe(options, tell) -> dict:
         ]
         given += ["--set"] * bool(options.set)
         if given:
-            raise MergeError(f"a recipe says what to merge: leave out {', '.join(given)}, or the recipe")
+            at = f"{str(options.recipe)!r} is taken for a recipe, which says what to merge"
+            raise MergeError(f"{at}: leave it out, or {', '.join(given)}")
         described = recipes.load(options.recipe, tell)
         for field in ("include", "exclude", "differing", "seed", "dtype"):
             value = getattr(options, field)
@@ -309,6 +322,8 @@ def _recipe(options, tell) -> dict:
         texts = list(options.set)
         for field in ("density", "coefficient"):
             if getattr(options, field) is not None:
+                if any(text.partition("=")[0] == field for text in texts):
+                    raise MergeError(f"{field} is given twice: by --{field} and by --set")
                 texts.append(f"{field}={getattr(options, field)}")
         described = recipes.normal(
             {

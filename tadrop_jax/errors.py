@@ -14,6 +14,10 @@ class MismatchError(MergeError):
     """Two models (or a model and the base) do not have the same tensors, shapes or dtypes."""
 
 
+class DtypeError(MismatchError):
+    """A tensor of a model has another dtype than the base's."""
+
+
 class ParameterError(MergeError):
     """A method got an unknown parameter, or one outside its range."""
 

@@ -92,7 +92,8 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
     if sparsify is not None:
         if isinstance(sparsify, Mapping):
             if sparsify.keys() - {"name", "parameters"} or "name" not in sparsify:
-                raise ParameterError(f"sparsify has a name and parameters, got {dict(sparsify)!r}")
+                form = "sparsify is {name: ..., parameters: {...}} or a text as for --sparsify"
+                raise ParameterError(f"{form}, got {dict(sparsify)!r}")
             name, values = str(sparsify["name"]), _mapping("parameters of sparsify", sparsify.get("parameters"))
         else:
             name, values = registry.parse_step(str(sparsify))

@@ -293,11 +293,18 @@ def per_task_patterns(step: AnyStep) -> tuple[str, ...]:
 
 
 def output_of(step: AnyStep) -> Output:
-    """What the last step of a chain puts out."""
+    """What the last step of a chain puts out.
+
+    Raises:
+      MergeError: for what is no step.
+    """
     while isinstance(step, Chain):
         if not step.parts:
             return "stack"
         step = step.parts[-1]
+    if not isinstance(step, Step | PerTasks):
+        call = f"; call it: tj.{getattr(step, '__name__', '')}()" if callable(step) else ""
+        raise MergeError(f"expected a rule or a sparsifier, such as tj.ties(0.2) or tj.tadrop(), got {step!r}{call}")
     return "stack" if isinstance(step, PerTasks) else step.output
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax.errors import MergeError, MismatchError
+from tadrop_jax.errors import DtypeError, MergeError, MismatchError
 from tadrop_jax.trees import is_mergeable, named_leaves
 
 
@@ -113,7 +113,8 @@ def check_alike(name: str, base: tuple, model: tuple, who: str, base_is: str = "
     for what, expected, found in zip(("shape", "dtype"), base, model, strict=True):
         if expected != found:
             show = list if what == "shape" else str
-            raise MismatchError(f"tensor {name!r} has {what} {show(found)} in {who} and {show(expected)} in {base_is}")
+            error = DtypeError if what == "dtype" else MismatchError
+            raise error(f"tensor {name!r} has {what} {show(found)} in {who} and {show(expected)} in {base_is}")
 
 
 def _some(names: list[str]) -> str:

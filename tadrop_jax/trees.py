@@ -42,12 +42,21 @@ def is_mergeable(leaf) -> bool:
     """Whether a leaf is a float tensor. Integer and boolean tensors and random keys come from the base.
 
     Raises:
-      MergeError: for complex tensors, whose order is not defined.
+      MergeError: for complex tensors, whose order is not defined, and for arrays of other libraries.
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype is None and isinstance(leaf, float):
         return True
-    if dtype is None or not jnp.issubdtype(dtype, np.number):
+    if dtype is None:
+        return False
+    try:
+        number = jnp.issubdtype(dtype, np.number)
+    except TypeError:
+        raise MergeError(
+            f"parameters are arrays of JAX or NumPy, got {type(leaf).__module__}.{type(leaf).__qualname__} "
+            "(converters.load reads PyTorch checkpoints)"
+        ) from None
+    if not number:
         return False
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise MergeError(f"complex tensors cannot be merged (shape {leaf.shape}, dtype {dtype})")

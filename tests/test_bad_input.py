@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tadrop_jax.cli import main
 from tests.converters.files.torch_files import Call, save_zip, tensor
@@ -147,6 +147,15 @@ def bare(file: Path):
     file.unlink()
 
 
+def adapter(file: Path):
+    (file.parent / "adapter_config.json").write_text("{}")
+    file.rename(file.with_name("adapter_model.safetensors"))
+
+
+def other_dtype(file: Path):
+    save_file({name: array.astype(np.float16) for name, array in load_file(file).items()}, file)
+
+
 def config(file: Path):
     (file.parent / "config.json").write_text("{")
 
@@ -163,6 +172,8 @@ DAMAGE = {
     nothing: ["m1", "no such file or directory"],
     bare: ["m1", "holds no safetensors file, torch pickle"],
     config: ["m1/config.json", "not valid JSON"],
+    adapter: ["m1", "is an adapter", "merge_and_unload", "tj.knots"],
+    other_dtype: ["has dtype float16", "one dtype first"],
 }
 
 

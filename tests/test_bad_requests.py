@@ -53,6 +53,8 @@ REQUESTS = {
     "shard size of nothing": (["--max-shard-size", "0"], "ties", ["--max-shard-size", "'0'"]),
     "shard size without end": (["--max-shard-size", "infGB"], "ties", ["--max-shard-size", "infGB"]),
     "workers": (["--workers", "0"], "ties", ["--workers", "at least 1", "0"]),
+    "a density twice": (["--density", ".2", "--set", "density=.3"], "ties", ["density is given twice"]),
+    "a second coefficient": (["--coefficient", ".5", ".3"], "ties", ["'.3' is taken for a recipe", "--coefficient"]),
     "nothing to resume": (["--resume"], "ties", ["out.partial", "nothing to resume"]),
 }
 

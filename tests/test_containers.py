@@ -332,3 +332,25 @@ def test_rules_on_weights_need_the_base(base, models):
 def test_a_model_that_equals_the_base_is_warned_of(base, models):
     with pytest.warns(tj.MergeWarning, match="model 1"):
         tj.merge(base, [models[0], base], tj.average())
+
+
+@pytest.mark.parametrize(
+    ("rule", "sparsifier", "said"),
+    [
+        ("ties", None, "expected a rule or a sparsifier.*got 'ties'"),
+        (tj.ties, None, r"call it: tj\.ties\(\)"),
+        (tj.average(), tj.tadrop, r"call it: tj\.tadrop\(\)"),
+    ],
+)
+def test_what_is_no_method(rule, sparsifier, said):
+    tree = {"w": np.ones(3)}
+    with pytest.raises(tj.MergeError, match=said):
+        tj.merge(tree, [tree], rule, sparsifier=sparsifier)
+
+
+def test_arrays_of_another_library_are_named():
+    class Foreign:
+        dtype, shape = type("float32", (), {})(), (3,)
+
+    with pytest.raises(tj.MergeError, match=r"arrays of JAX or NumPy, got .*Foreign .converters\.load"):
+        tj.merge({"w": Foreign()}, [{"w": Foreign()}], tj.average())

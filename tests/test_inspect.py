@@ -77,6 +77,8 @@ def test_what_names_begin_with_is_said_once_on_narrow_terminals(folders, capsys,
         (("--sparsify", "ties"), "ties is a rule"),
         (("--include", "nothing"), "matches none"),
         (("--json", "/no/such/folder/x.json"), "parent directory"),
+        (("--json", "/"), "is a directory"),
+        (("--plot", "/tmp/picture.txt"), "--plot writes a picture"),
     ],
 )
 def test_refusals(folders, capsys, options, said):

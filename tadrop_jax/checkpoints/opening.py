@@ -29,12 +29,19 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
     at = [k for k, source in enumerate(sources) if k and _differs(source, base)]
     if not at:
         return sources
-    with checkpoint_errors():
-        from converters.loading import open_all
+    try:
+        with checkpoint_errors():
+            from converters.loading import open_all
 
-        opened = dict(zip((0, *at), open_all([paths[k] for k in (0, *at)]), strict=True))
-        for k in at:
-            sources[k] = stack.enter_context(_in_layout_of(opened[k], opened[0]))
+            opened = dict(zip((0, *at), open_all([paths[k] for k in (0, *at)]), strict=True))
+            for k in at:
+                sources[k] = stack.enter_context(_in_layout_of(opened[k], opened[0]))
+    except CheckpointError as error:
+        if all(sources[k].tensors.keys() == base.tensors.keys() for k in at):
+            return sources  # of an architecture that is not known: which tensor does not fit is told later
+        names = " and ".join(repr(next(iter(source.tensors), "none")) for source in (sources[at[0]], base))
+        both = f"{paths[at[0]]}: its tensors have other names or axes than those of {paths[0]}, such as {names}"
+        raise CheckpointError(f"{both}, and cannot be brought into one layout: {error}") from error
     return sources
 
 
@@ -70,6 +77,11 @@ def open_model(path: Path) -> Source:
     from converters.files import open_tensors
     from tadrop_jax.checkpoints.leaves import LeafSource
 
+    if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
+        raise CheckpointError(
+            f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge LoRA "
+            "adapters from Python (tj.knots, tj.core_space)"
+        )
     try:
         with checkpoint_errors():
             stored = open_tensors(path)
@@ -79,10 +91,15 @@ def open_model(path: Path) -> Source:
 
 
 def _differs(source: Source, base: Source) -> bool:
-    """Whether names are of another layout: a tree's against a module's, or hardly any in common."""
+    """Whether names are of another layout: a tree's against a module's, or hardly any in common; or axes are.
+
+    Two trees of one model have the same names, whichever their axes: transformers 4 wrote some kernels turned.
+    """
     trees = [any("/" in name for name in s.tensors) for s in (source, base)]
-    common = len(source.tensors.keys() & base.tensors.keys())
-    return trees[0] != trees[1] or 2 * common < min(len(source.tensors), len(base.tensors))
+    common = source.tensors.keys() & base.tensors.keys()
+    shapes = [(source.tensors[name].shape, base.tensors[name].shape) for name in common]
+    turned = all(trees) and any(one != other and sorted(one) == sorted(other) for one, other in shapes)
+    return trees[0] != trees[1] or turned or 2 * len(common) < min(len(source.tensors), len(base.tensors))
 
 
 def _in_layout_of(model, base) -> Source:

@@ -144,3 +144,19 @@ def test_directories_of_flax_merge_as_those_of_pytorch_with_the_names_of_their_o
     assert after.keys() == before.keys()
     for name, want in before.items():
         np.testing.assert_array_equal(after[name], want, err_msg=name)
+
+
+def test_trees_with_other_axes_are_turned(root, tmp_path):
+    """msgpack has the axes of transformers 4, Orbax those of our modules, under the same names."""
+    for k, format in enumerate(("orbax", "orbax", "msgpack")):
+        converters.convert(root / f"gpt2-{k}", tmp_path / f"gpt2-{k}", to="flax", format=format)
+    for folder, out in ((root, tmp_path / "torch"), (tmp_path, tmp_path / "mixed")):
+        given = [str(folder / f"gpt2-{k}") for k in range(3)]
+        assert (
+            main(["merge", "--base", given[0], "--models", *given[1:], "--method", "average", "--out", str(out)]) == 0
+        )
+    converters.convert(tmp_path / "mixed", tmp_path / "back", to="torch")
+    before, after = read_model(tmp_path / "torch"), read_model(tmp_path / "back")
+    assert after.keys() == before.keys()
+    for name, want in before.items():
+        np.testing.assert_array_equal(after[name], want, err_msg=name)
