@@ -46,6 +46,8 @@ evidence: setup
 	for suite in vision language; do run $$suite --recipe frozen-head --seeds 0 --lines; done; \
 	run vision --recipe low-rate --seeds 0 --lines; \
 	run language --recipe frozen-head --count 4 --lines; \
+	run language --recipe frozen-head --count 4 --rules AdaMerging --sparsifiers none "TADrop 0.75/0.95"; \
+	run vision --recipe low-rate --count 7 --lines; \
 	run language --recipe sgd; \
 	run language --recipe lora --seeds 0; \
 	run language --base-seed 1 --seeds 0 --out $(OUT)/language-second

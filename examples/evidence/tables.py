@@ -98,12 +98,12 @@ def suites(rule: str, *arguments: str) -> str:
 
     Args:
         rule: its name.
-        arguments: suites, `FILE TASKS`, and comparisons, `ARM > OTHER`.
+        arguments: suites, `FILE TASKS`, and comparisons, `ARM minus OTHER`.
     """
-    files = [argument.split() for argument in arguments if ">" not in argument]
+    files = [argument.split() for argument in arguments if " minus " not in argument]
     rows = []
-    for arm, other in (argument.split(" > ") for argument in arguments if ">" in argument):
-        row = [f"{arm} - {other}"]
+    for arm, other in (argument.split(" minus ") for argument in arguments if " minus " in argument):
+        row = [f"{arm} minus {other}"]
         for file, tasks in files:
             lines = [line for line in read(file) if line["tasks"] == tasks]
             values = paired(lines, rule, arm, other)

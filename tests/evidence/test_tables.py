@@ -89,12 +89,12 @@ def test_the_picture_of_growth_is_drawn(results):
 
 def test_suites_have_both_intervals_and_say_where_seeds_are_fewer(results):
     (results / "y.csv").write_text((results / "x-growth.csv").read_text().replace("2,1,EMR,none", "2,1,EMR,other"))
-    found = tables.suites("EMR", "x-growth.csv 2", "y.csv 2", "TADrop 0.75/0.95 > none").splitlines()
+    found = tables.suites("EMR", "x-growth.csv 2", "y.csv 2", "TADrop 0.75/0.95 minus none").splitlines()
     pairs, tasks = np.array([20.0, 10, 30, -10]), np.array([25.0, 0])
     half = [scipy.stats.t.ppf(0.975, len(v) - 1) * scipy.stats.sem(v) for v in (tasks, pairs)]
     assert found[0] == "| before EMR | x-growth | y |"
     said = f"+12.50 ± {half[0]:.2f}; ± {half[1]:.2f}"
-    assert found[2] == f"| TADrop 0.75/0.95 - none | {said} | +15.00 ± 63.53; ± 63.53 (1) |"
+    assert found[2] == f"| TADrop 0.75/0.95 minus none | {said} | +15.00 ± 63.53; ± 63.53 (1) |"
 
 
 def test_differences_and_accuracies_say_where_seeds_are_fewer(results):
