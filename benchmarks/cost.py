@@ -175,6 +175,48 @@ def seconds(found: Passes, at: Machine, parameters: float, tensors: int, tasks: 
     return parts[bound], bound
 
 
+AGAINST_COLUMNS = {
+    "method": ("method", ""),
+    "paper": ("on paper", ".1f"),
+    "measured": ("measured", ".1f"),
+    "share": ("measured / on paper", ".1f"),
+}
+
+
+def streamed_against_paper(merge_gpt2: dict) -> tuple[dict, list[dict]]:
+    """What `merge_gpt2` measured without start-up, in passes of Task Arithmetic, beside the evaluations on paper.
+
+    Args:
+        merge_gpt2: the result of that benchmark.
+
+    Returns:
+        Columns and rows of a table.
+    """
+    tasks, rows = merge_gpt2["setting"]["models"], merge_gpt2["rows"]
+    took = {row["method"]: row["wall_s"] - row["start_s"] for row in rows if row["wall_s"] is not None}
+    unit = took.get("task_arithmetic", math.nan)
+    return AGAINST_COLUMNS, [
+        _compared(method, passes(build(method), tasks).blocks, wall / unit)
+        for method, wall in took.items()
+        if "@" not in method
+    ]
+
+
+def memory_against_paper(in_memory: dict) -> tuple[dict, list[dict]]:
+    """Bytes on paper over the least there is, beside what `in_memory` measured over its floor; as the last."""
+    tasks, itemsize = in_memory["setting"]["tasks"], 4 if in_memory["setting"]["dtype"] == "float32" else 2
+    least = (tasks + 2) * itemsize
+    return AGAINST_COLUMNS, [
+        _compared(rule, passes(build(rule), tasks).device_bytes(tasks, itemsize) / least, row["ours / floor"])
+        for row in in_memory["rows"]
+        for rule in (row["rule"],)
+    ]
+
+
+def _compared(method: str, paper: float, measured: float) -> dict:
+    return {"method": method, "paper": float(paper), "measured": measured, "share": measured / paper}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = measure.parser(__doc__)
