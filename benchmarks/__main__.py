@@ -13,7 +13,7 @@ from benchmarks import merges
 
 NAMES = (
     *("start_up", "selection", "in_memory", "merge_gpt2", "scaling", "larger_than_memory"),
-    *("sharded_memory", "converting", "linear_algebra", "cost"),
+    *("profiling", "sharded_memory", "converting", "linear_algebra", "cost"),
 )
 
 

@@ -91,28 +91,36 @@ def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> meas
     return taken
 
 
-def ours(
-    method: str, inputs: Sequence[Path], scratch: Path, limit_s: float | None = None, more: Sequence[str] = ()
-) -> measure.Measurement:
-    """One run of `tadrop merge`.
+def options(method: str) -> list[str]:
+    """Options of `tadrop merge` for a method.
 
     Args:
         method: ``METHOD``; ``METHOD+SPARSIFIER`` puts a sparsifier before it, ``METHOD@FLAVOUR`` is one of its presets.
-        inputs: the base and its fine-tunes.
-        scratch: where to write.
-        limit_s: seconds after which it is stopped.
-        more: further options.
     """
     rule, _, sparsifier = method.partition("+")
     rule, _, flavour = rule.partition("@")
     known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
     given = [word for name, value in VALUES.items() if name in known for word in ("--set", f"{name}={value}")]
     # A sparsifier replaces the rule's own trimming.
-    options = ["--sparsify", sparsifier] if sparsifier else given
+    more = ["--sparsify", sparsifier] if sparsifier else given
+    return ["--method", rule, *more, *(["--set", f"flavour={flavour}"] if flavour else [])]
+
+
+def ours(
+    method: str, inputs: Sequence[Path], scratch: Path, limit_s: float | None = None, more: Sequence[str] = ()
+) -> measure.Measurement:
+    """One run of `tadrop merge`.
+
+    Args:
+        method: see `options`.
+        inputs: the base and its fine-tunes.
+        scratch: where to write.
+        limit_s: seconds after which it is stopped.
+        more: further options.
+    """
     base, *models = map(str, inputs)
     command = [sys.executable, "-m", "tadrop_jax.cli", "merge", "--base", base, "--models", *models]
-    options += ["--set", f"flavour={flavour}"] if flavour else []
-    command += ["--method", rule, *options, *more, "--out", str(scratch / "ours")]
+    command += [*options(method), *more, "--out", str(scratch / "ours")]
     try:
         return measure.run(command, {}, scratch / "ours.log", limit_s)
     finally:

@@ -22,6 +22,7 @@ TINY = {
     "linear_algebra": ["--size", "8", "--tasks", "2"],
     "merge_gpt2": ["--size", "0.1M", "--methods", "task_arithmetic,slerp"],
     "cost": ["--methods", "ties,emr+tadrop,iso_c"],
+    "profiling": ["--size", "0.1M", "--methods", "ties"],
     "scaling": ["--sizes", "0.1M", "--task-size", "0.1M", "--tasks", "2"],
     "sharded_memory": ["--side", "32", "--tasks", "2"],
     "selection": ["--sizes", "1e3", "--dtypes", "bfloat16"],
