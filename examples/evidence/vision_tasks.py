@@ -31,13 +31,14 @@ THIRTY = (
     *("swapped_fashion_mnist", "pacs_photo", "caltech_0", "turned_gtsrb"),
 )
 
-# One question of different images: tasks that are related, as texts of opinion are.
+# One question of different images, as texts of opinion have one: of photos, and of drawings and letters too.
+TURNED_PHOTOS = ("turned_scenes", "turned_cifar10", "turned_gtsrb", "turned_pacs_photo")
 TURNS = (
     *("turned_fashion_mnist", "turned_scenes", "turned_cifar10", "turned_mnist"),
     *("turned_kmnist", "turned_gtsrb", "turned_pacs_photo"),
 )
 FAST = ("digits_odd", "digits_loops")  # of scikit-learn's digits, for tests
-GROUPS = {2: FAST, 7: TURNS, 8: EIGHT, 14: FOURTEEN, 20: TWENTY, 30: THIRTY}
+GROUPS = {2: FAST, 4: TURNED_PHOTOS, 7: TURNS, 8: EIGHT, 14: FOURTEEN, 20: TWENTY, 30: THIRTY}
 
 PRETRAINING_CLASSES = 140  # of Tiny ImageNet's 200; the others are tasks
 _SIGNS = {"speed": range(9), "priority": range(9, 18), "danger": range(18, 32), "mandatory": range(33, 41)}
