@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command += ["--json", str(options.out / f"{name}.json")]
         if name == "merge_gpt2":
             # What is asked of streaming, and mergekit where it is installed; with --quick one merge of each.
-            methods = "ties" if options.quick else "task_arithmetic,ties,ties@mergekit,task_arithmetic+tadrop,emr+tadrop"
+            methods = (
+                "ties" if options.quick else "task_arithmetic,ties,ties@mergekit,task_arithmetic+tadrop,emr+tadrop"
+            )
             command += ["--methods", methods, *["--peer"] * merges.peer_program().exists()]
         print(f"\n$ {' '.join(['python', *command[1:]])}", flush=True)
         subprocess.run(command, check=True)
