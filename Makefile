@@ -47,7 +47,7 @@ evidence: setup
 	run vision --recipe low-rate --seeds 0 --lines; \
 	run language --recipe frozen-head --count 4 --lines; \
 	run language --recipe frozen-head --count 4 --rules AdaMerging --sparsifiers none "TADrop 0.75/0.95"; \
-	for count in 4 7; do run vision --recipe low-rate --count $$count --seeds 0 1 --lines; done; \
+	run vision --recipe low-rate --count 4 --lines; run vision --recipe low-rate --count 7 --seeds 0 1; \
 	run language --recipe sgd; \
 	run language --recipe lora --seeds 0; \
 	run language --base-seed 1 --seeds 0 --out $(OUT)/language-second
