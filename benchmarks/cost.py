@@ -207,9 +207,12 @@ def memory_against_paper(in_memory: dict) -> tuple[dict, list[dict]]:
     tasks, itemsize = in_memory["setting"]["tasks"], 4 if in_memory["setting"]["dtype"] == "float32" else 2
     least = (tasks + 2) * itemsize
     return AGAINST_COLUMNS, [
-        _compared(rule, passes(build(rule), tasks).device_bytes(tasks, itemsize) / least, row["ours / floor"])
+        _compared(
+            row["rule"],
+            passes(build(row["rule"]), tasks).device_bytes(tasks, itemsize) / least,
+            row["ours / floor"],
+        )
         for row in in_memory["rows"]
-        for rule in (row["rule"],)
     ]
 
 

@@ -7,7 +7,6 @@ is what no thread of the merge takes: stretches that one thread works through al
 busy" is by the kernel's account of processor seconds. Inputs are in the page cache; start-up is not looked at.
 """
 
-import os
 import sys
 import tempfile
 import threading
@@ -117,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         merges.floor(inputs, scratch / "floor")  # into the page cache
         rows = []
         for method in options.methods.split(","):
-            profile(method, inputs, scratch / f"warm-{os.getpid()}")  # compiled
+            profile(method, inputs, scratch / "merged")  # compiled
             rows.append(profile(method, inputs, scratch / "merged"))
     setting = {"models": options.models, "size": options.size, "cores": cores()}
     measure.show("profiling", facts, setting, COLUMNS, rows, options.json)

@@ -158,7 +158,7 @@ def run(
     there = {(line["tasks"], line["seed"], line["rule"], line["sparsifier"]) for line in read(out)}
     head = (str(len(suite.tuned)), str(seed))
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
-    ways = sparsifiers(suite, stack)
+    unit, ways = _mean_length(stack), sparsifiers(suite, stack)
     wanted = [("own", rule) for rule in rules if rule in OWN]
     wanted += [
         (name, rule)
@@ -170,10 +170,7 @@ def run(
     for done, (name, rule) in enumerate(wanted, start=1):
         if (*head, rule, name) not in there:
             arm, how = (Arm(stack, 0.0), OWN) if name == "own" else (arm_of(name), RULES)
-            if rule in LEARNED:
-                result = LEARNED[rule](suite, arm.stack)
-            else:
-                result = judge(suite, arm.stack, how[rule](), mean_length(stack))
+            result = LEARNED[rule](suite, arm.stack) if rule in LEARNED else judge(suite, arm.stack, how[rule](), unit)
             line = (*head, rule, name, f"{arm.sparsity:.4f}", *_written(result))
             append(out, FIELDS, line)
         progress(done, len(wanted))
@@ -277,7 +274,7 @@ def _lengths(stack) -> jax.Array:
     return sum(jax.numpy.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in jax.tree.leaves(stack)) ** 0.5
 
 
-def mean_length(stack) -> float:
+def _mean_length(stack) -> float:
     """The mean over tasks of the 2-norm of a whole task vector."""
     return float(jax.numpy.mean(_lengths(stack)))
 

@@ -1,6 +1,5 @@
 r"""SCE: select, calculate, erase (FuseChat-3.0, arXiv 2408.07990)."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -95,9 +94,8 @@ def _spread(stack):
     The differences lose nothing to what all tasks have in common; since one of them is 0, at most a factor T of their
     precision cancels. The selects keep XLA from fusing a product into a sum: every executor has to round alike.
     """
-    apart = [task - stack[0] for task in stack[1:]]
-    total = functools.reduce(jnp.add, apart, jnp.zeros(stack.shape[1:], jnp.float32))
-    squares = functools.reduce(jnp.add, map(_squared, apart), jnp.zeros_like(total))
+    apart = stack - stack[:1]
+    total, squares = over_tasks(jnp.add, apart), over_tasks(jnp.add, _squared(apart))
     return jnp.where(squares == 0, 0, len(stack) * squares) - _squared(total)
 
 
