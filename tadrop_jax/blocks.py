@@ -25,7 +25,9 @@ class Site(NamedTuple):
       stop: (step, stage) that is asked for; None to finish.
       dtype: name of the storage dtype.
       out_dtype: name of the output dtype.
-      shape: S where a block is the whole tensor, since a step wants rows or all of it; None for flat blocks of any.
+      shape: S where a block is the whole tensor, since a step wants all of it; else None.
+      part: the shape of the rows, or slices, that a block is made of where a step wants whole ones; None for flat
+        blocks.
     """
 
     steps: tuple[Step, ...]
@@ -36,6 +38,7 @@ class Site(NamedTuple):
     dtype: str
     out_dtype: str
     shape: tuple[int, ...] | None = None
+    part: tuple[int, ...] | None = None
 
 
 def _reach(site: Site, raw, key, carries, start, valid, n):
@@ -52,14 +55,20 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
 
         return advance(site.steps, site.active, x, carries, whole, site.stop), aside
 
+    if site.part is not None:
+        values = values.reshape(len(values), -1, *site.part)
+    local = values.shape[1:]
+
     def position():
         low = start[1] + lax.iota(jnp.uint32, raw.shape[1])
-        return start[0] + (low < start[1]).astype(jnp.uint32), low
+        return (start[0] + (low < start[1]).astype(jnp.uint32)).reshape(local), low.reshape(local)
 
     stack = values[1:] - values[:1]
     x = Piece(stack, values[0], tuple(range(site.tasks)), key, position, valid)
 
     def missing(stage, x, carry):
+        if stage.scope == "row":
+            return reductions.reduce_stage(stage, x, carry, n)
         if not is_aside(stage):
             raise AssertionError("statistics come before the pass that needs them")
         aside.append(_partial(stage, x, carry, valid, n))

@@ -59,7 +59,8 @@ def is_local(step: Step, shape: Sequence[int], order: Sequence[int] | None, mesh
     In PyTorch order let the tensor have the shape ``s``, and each device ``l[a]`` of the ``s[a]`` entries along axis a.
 
     - ``piece="any"``: always. ``"tensor"``: never.
-    - ``"row"``: if the last axis is not split, so that a device holds whole rows.
+    - ``"row"``: if the last axis is not split, so that a device holds whole rows. ``"slice"``: if none but the first
+      is.
     - ``"group"`` of m: let b be the last axis that is split. A part is a number of runs of ``L = l[b] * s[b + 1] *
       ...`` neighbours in the row-major tensor, and each run starts at a multiple of L; a run ends where the neighbour
       lies on another device. So the groups lie on one device each, and are the groups of the part, exactly if m
@@ -79,7 +80,8 @@ def is_local(step: Step, shape: Sequence[int], order: Sequence[int] | None, mesh
     rows = not parts or parts[-1] == 1
     if any(stage.scope == "row" for stage in step.stages) and not (rows and axes == tuple(range(len(shape)))):
         return False
-    if step.piece == "tensor" or (step.piece == "row" and not rows):
+    whole = {"row": rows, "slice": all(many == 1 for many in parts[1:] or parts), "tensor": False}
+    if not whole.get(step.piece, True):
         return False
     split = [a for a, many in enumerate(parts) if many > 1]
     if step.group == 1 or not split:

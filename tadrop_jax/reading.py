@@ -91,7 +91,7 @@ class Reader:
         Args:
           block: which entries.
           width: of the result; zeros fill it up.
-          place: which of the thread's buffers of this width to overwrite; None for an array of its own.
+          place: which of the thread's buffers to overwrite; None for an array of its own.
           sample: whether this is no more than a sample, whose contents are looked at later.
 
         Returns:
@@ -102,11 +102,13 @@ class Reader:
         """
         stream, rows, uint = self.streams[block.at], self.tasks + 1, self.streams[block.at].bits
         held = self.buffers.__dict__.setdefault("held", {})
-        raw = held.get((width, uint, place))
-        if raw is None:
-            raw = _aligned((rows, width), uint)
+        count = rows * width * np.dtype(uint).itemsize
+        raw = held.get(place)
+        if raw is None or raw.size < count:
+            raw = _aligned(count)
             if place is not None:
-                held[width, uint, place] = raw
+                held[place] = raw
+        raw = raw[:count].view(uint).reshape(rows, width)
         for row in range(rows):
             values = raw[row, : block.size].view(stream.dtype)
             stream.read(row, block.start, block.stop, values)
@@ -137,9 +139,8 @@ def _all_finite(values: np.ndarray) -> bool:
     return not values.size or bool(signed.max() < infinite and unsigned.max() < infinite | 1 << 15)
 
 
-def _aligned(shape, dtype) -> np.ndarray:
-    """An uninitialised array aligned to 64 bytes."""
-    count = math.prod(shape) * np.dtype(dtype).itemsize
+def _aligned(count: int) -> np.ndarray:
+    """Uninitialised bytes, aligned to 64."""
     raw = np.empty(count + 64, np.uint8)
     skip = -raw.ctypes.data % 64
-    return raw[skip : skip + count].view(dtype).reshape(shape)
+    return raw[skip : skip + count]

@@ -131,7 +131,8 @@ class Step:
         of a per-task rule the parts that its ``kind`` lists, e.g. ``{"unified": S, "masks": bool (T, *S)}``.
       stages: statistics, in order; each sees the carry of those before.
       piece: what ``apply`` and the stages need in one piece: ``"any"`` block, ``"group"`` (a multiple of ``group``
-        entries), ``"row"`` or ``"tensor"``.
+        entries), ``"row"`` (the last axis), ``"slice"`` (all axes but the first, in PyTorch order) or ``"tensor"``. A
+        piece of rows or slices is of the shape ``(R, *part)``, or of the tensor's own.
       group: group length m, for ``piece="group"``.
       output: what apply returns.
       kind: what bundle a per-task rule leaves.
@@ -152,7 +153,7 @@ class Step:
 
     apply: Callable[[Piece, Carry], Any]
     stages: tuple[Stage, ...] = ()
-    piece: Literal["any", "group", "row", "tensor"] = "any"
+    piece: Literal["any", "group", "row", "slice", "tensor"] = "any"
     group: int = 1
     output: Output = "stack"
     kind: Kind | None = None

@@ -2,7 +2,8 @@
 
 The task vectors of all models are never held: each stage of statistics, and then the result, is one pass over blocks
 of a fixed size, so that a step compiles once whatever the shapes. Threads each take the next block: while one waits
-for the disk, the others compute. Steps that ask for rows or whole tensors get the tensor as one block.
+for the disk, the others compute. Steps that ask for rows get blocks of whole rows, and compile once for each length of
+a row; steps that ask for whole tensors get the tensor as one block.
 """
 
 import contextlib
@@ -135,21 +136,18 @@ class _Run:
         self.steps, self.streams, self.tasks, self.settings = steps, streams, tasks, settings
         self.active = [tuple(s.covers(t.name) and t.size > 0 for s in steps) for t in streams]
         self.chains = [tuple(s.for_tensor(t.name, t.shape, tasks) for s in steps) for t in streams]
-        self.whole = [
-            any(a and _wants_whole(s) for a, s in zip(active, chain, strict=True))
-            for active, chain in zip(self.active, self.chains, strict=True)
+        self.parts = [
+            _part_of(t.shape, [s for a, s in zip(active, chain, strict=True) if a])
+            for t, active, chain in zip(streams, self.active, self.chains, strict=True)
         ]
+        self.whole = [part == t.shape for t, part in zip(streams, self.parts, strict=True)]
         self.keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.name) for t in streams]
         self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in chain) for chain in self.chains]
         self.reader = Reader(streams, tasks, settings.check_finite, settings.progress)
         self.workers = settings.workers or cores()
         self.decomposing = threading.Lock()
-        group = math.lcm(*(s.group for s in steps if s.piece == "group"))
-        entries = BLOCK >> max(math.ceil(math.log2((tasks + 1) / 9)), 0)
-        self.block = max(entries // group, 1) * group
-        # Packed masks want starts at multiples of 8.
-        self.block *= 8 // math.gcd(8, self.block)
-        self.small = self.block if group > 1 else SMALL
+        group = math.lcm(*(s.group for s in steps))
+        self.widths = [_widths(t.size, part, group, tasks) for t, part in zip(streams, self.parts, strict=True)]
         # What stages aside found, by step and stage and by stream: a share for each block.
         self.shares: dict[tuple[int, int], dict[int, list[dict]]] = {}
 
@@ -194,7 +192,8 @@ class _Run:
         n = self.streams[k].size
         if self.whole[k]:
             return [Block(k, 0, n)]
-        return [Block(k, start, min(start + self.block, n)) for start in range(0, n, self.block)]
+        width = self.widths[k][1]
+        return [Block(k, start, min(start + width, n)) for start in range(0, n, width)]
 
     def bytes_held(self, k: int) -> int:
         key = np.dtype(np.uint32).itemsize
@@ -204,10 +203,10 @@ class _Run:
         """Raw bits of base and models, ``(T + 1, B)``, padded with zeros."""
         if kept is not None and block.start in kept:
             return kept[block.start]
-        whole = self.whole[block.at]
-        width = block.size if whole else self.small if block.size <= self.small else self.block
+        whole, (small, full) = self.whole[block.at], self.widths[block.at]
+        width = block.size if whole else small if block.size <= small else full
         # One thread goes through all blocks of a tensor that is held.
-        place = None if whole else 0 if kept is None else block.start // self.block + 1
+        place = None if whole else 0 if kept is None else block.start // full + 1
         raw = self.reader.read(block, width, place, sample)
         if kept is not None:
             kept[block.start] = raw
@@ -235,8 +234,9 @@ class _Run:
     def site(self, k: int, kind: str, stop=None) -> Site:
         stream = self.streams[k]
         out = (self.settings.dtype or stream.dtype).name
-        shape = stream.shape if self.whole[k] else None
-        return Site(self.chains[k], self.active[k], self.tasks, kind, stop, stream.dtype.name, out, shape)
+        shape, part = (stream.shape, None) if self.whole[k] else (None, self.parts[k])
+        chain, active = self.chains[k], self.active[k]
+        return Site(chain, active, self.tasks, kind, stop, stream.dtype.name, out, shape, part)
 
     def global_stage(self, stop):
         i, j = stop
@@ -271,7 +271,9 @@ class _Run:
             for j, stage in enumerate(step.stages):
                 if (i, j) == stop:
                     return
-                if self.active[k][i] and self.carries[k][i][j] is None and not is_aside(stage):
+                # What is of rows is found with each block of them.
+                here = self.active[k][i] and stage.scope != "row" and not is_aside(stage)
+                if here and self.carries[k][i][j] is None:
                     yield i, j
 
     def tensor_stages(self, k: int, stop, parallel, kept=None):
@@ -330,8 +332,10 @@ class _Run:
                 sums = sampling.tails(held, search.places, keys[tail.cut], tail.power)
                 settled[j + len(stages)] = jax.tree.map(jnp.asarray, sums)
         else:
-            if search.wants_sample and not any(self.whole[k] for k in at):
-                runs = [self.sample_block(at, where, n) for where in search.sample_starts(SMALL)]
+            # A sample is of runs that begin anywhere.
+            if search.wants_sample and all(self.parts[k] is None for k in at):
+                length = self.widths[k][0]
+                runs = [self.sample_block(at, where, length) for where in search.sample_starts(length)]
                 search.bracket(parallel(lambda b: self.call("keys", b, stop, sample=True)[0][:, : b.size], runs))
             while not search.settled:
                 search.update(parallel(lambda b: search.count(self.call("keys", b, stop)[0][:, : b.size]), blocks))
@@ -357,17 +361,17 @@ class _Run:
                 found[t] = np.uint32(b.start + 1 + np.flatnonzero(keys(b)[t] == cuts[t])[number])
         return {name: jnp.asarray(np.array(found))}
 
-    def sample_block(self, at, where: int, n: int) -> Block:
+    def sample_block(self, at, where: int, length: int) -> Block:
         """The block of a sample that begins at entry ``where`` of the streams laid end to end."""
         for k in at:
             size = self.streams[k].size
             if where < size:
-                return Block(k, where, min(where + SMALL, size))
+                return Block(k, where, min(where + length, size))
             where -= size
         raise AssertionError("a sample lies inside the tree")
 
     def selected_like(self, k, stop):
-        width = self.streams[k].size if self.whole[k] else 8
+        width = 8 if self.parts[k] is None else math.prod(self.parts[k])
         raw = jax.ShapeDtypeStruct((self.tasks + 1, width), self.streams[k].bits)
         held = (raw, self.keys[k], self.carries[k])
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held))
@@ -422,8 +426,23 @@ class _Run:
         return tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])
 
 
-def _wants_whole(step: Step) -> bool:
-    return step.piece in ("row", "tensor") or any(stage.scope == "row" for stage in step.stages)
+def _part_of(shape: tuple[int, ...], steps: Sequence[Step]) -> tuple[int, ...] | None:
+    """What blocks are made of, for these steps: rows, slices or the tensor; None if any entries will do."""
+    pieces = {s.piece for s in steps} | {g.scope for s in steps for g in s.stages if g.scope == "row"}
+    if "tensor" in pieces or not shape:
+        return shape if pieces & {"row", "slice", "tensor"} else None
+    if "slice" in pieces and len(shape) > 1:
+        return shape[1:]
+    return shape[-1:] if pieces & {"row", "slice"} else None
+
+
+def _widths(size: int, part: tuple[int, ...] | None, group: int, tasks: int) -> tuple[int, int]:
+    """Entries of a block of a tensor of this size: if it has no more than the first, and else."""
+    # Packed masks want starts at multiples of 8.
+    unit = math.lcm(8, group, math.prod(part or ()) or 1)
+    unit = unit if part is None else min(unit, size)
+    block = BLOCK >> max(math.ceil(math.log2((tasks + 1) / 9)), 0)
+    return max(SMALL // unit, 1) * unit, max(block // unit, 1) * unit
 
 
 _serial = functools.partial(side_by_side, workers=1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from tadrop_jax import wide
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.selection import magnitude
-from tadrop_jax.sparsifiers.ranking import each, row_ranks, tie_order
+from tadrop_jax.sparsifiers.ranking import between_ranks, tie_order
 from tadrop_jax.steps import Ranks, Step, floor_times, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
@@ -91,22 +91,16 @@ def _limits(density, gamma, n, first: str):
 
 
 def _of_rows(limits) -> dict[str, Any]:
-    """By the exact rank of each entry in its row."""
+    """By two order statistics of each row, and the ties before them."""
 
     def apply(x, carry):
         values = x.in_torch_order()
         if values.ndim == 1:
             return x.stack
-        ranks = row_ranks(magnitude(values))
-        start, stop = (x.per_task(each(_small, v)) for v in limits(values.shape[-1]))
-        return x.from_torch_order(jnp.where((ranks >= start) & (ranks < stop), values, 0))
+        stays = between_ranks(magnitude(values), *limits(values.shape[-1]))
+        return x.from_torch_order(jnp.where(stays, values, 0))
 
     return {"apply": apply, "piece": "row"}
-
-
-def _small(rank):
-    """A rank in a row as a number that float32 holds."""
-    return rank if isinstance(rank, int) else rank.high * 65536.0 + rank.low
 
 
 def _of_tensors(limits) -> dict[str, Any]:

@@ -17,7 +17,8 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {"granularity": "row", "rescale": "entry"},
     "mergekit": {"granularity": "second_axis", "rescale": "l1"},
 }
-GRANULARITIES = ("row", "second_axis", "tensor")
+# And what of a tensor each needs in one piece.
+GRANULARITIES: dict[str, Any] = {"row": "row", "second_axis": "slice", "tensor": "tensor"}
 
 
 def della(
@@ -65,7 +66,7 @@ def della(
     """
     choice("della", "flavour", flavour, (None, *FLAVOURS))
     preset = FLAVOURS[flavour or "authors"]
-    together: str = choice("della", "granularity", granularity or preset["granularity"], GRANULARITIES)
+    together: str = choice("della", "granularity", granularity or preset["granularity"], tuple(GRANULARITIES))
     rescale = choice("della", "rescale", rescale, ("flavour", "entry", "l1", None))
     rescale = preset["rescale"] if rescale == "flavour" else rescale
     density, epsilon = number("della", "density", density, 0, 1), number("della", "epsilon", epsilon, 0, 0.5)
@@ -90,7 +91,7 @@ def della(
     return Step(
         stages=(Sums(sums),) if rescale == "l1" else (),
         apply=apply,
-        piece="row" if together == "row" else "tensor",
+        piece=GRANULARITIES[together],
         random=True,
         lengths=lengths(density=density, epsilon=epsilon),
         spec=spec("della", density=density, epsilon=epsilon, granularity=together, rescale=rescale),

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from tadrop_jax import selection, wide
+from tadrop_jax import reductions, selection, wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.steps import Ranks
+from tadrop_jax.wide import Wide
 
 NEVER = np.uint32(2**32 - 1)
 
@@ -27,12 +29,66 @@ def row_ranks(values: jax.Array) -> jax.Array:
     """
     columns = values.shape[-1]
     keys = jnp.reshape(selection.ordered_bits(values), (-1, columns))
-    order = jnp.argsort(keys, axis=-1, stable=True)
+    order = _order(keys)
     rows = jnp.arange(keys.shape[0])[:, None]
     # A scatter inverts the permutation at half the price of a second sort.
     counted = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), keys.shape)
     ranks = jnp.zeros(keys.shape, jnp.int32).at[rows, order].set(counted, unique_indices=True)
     return jnp.reshape(ranks, values.shape)
+
+
+def _order(keys: jax.Array) -> jax.Array:
+    """The stable order of keys ``(R, C)`` along the last axis.
+
+    XLA on CPU sorts one array of integers six times faster than it sorts pairs (and stably faster than not). So the
+    lower halves of the keys are sorted together with their positions, in one integer each, then the upper halves with
+    the places that they have then.
+    """
+    if keys.shape[-1] > 1 << 16 or keys.dtype != jnp.uint32:
+        return jnp.argsort(keys, axis=-1, stable=True)
+
+    def by(halves):
+        at = lax.broadcasted_iota(jnp.uint32, keys.shape, 1)
+        return lax.sort(halves << 16 | at, dimension=1, is_stable=True) & 0xFFFF
+
+    lower = by(keys & 0xFFFF)
+    upper = by(jnp.take_along_axis(keys >> 16, lower, axis=1))
+    return jnp.take_along_axis(lower, upper, axis=1)
+
+
+def between_ranks(values: jax.Array, start, stop) -> jax.Array:
+    """Which entries have a rank from ``start`` up to but without ``stop``, as :func:`row_ranks` counts. No sort.
+
+    Args:
+      values: float array ``(T, ..., C)``, C below 2^31.
+      start: the same for all, or a tuple of one per task; an int or a Wide.
+      stop: the same; C lies above all entries.
+
+    Returns:
+      Boolean array of the same shape; constant for gradients.
+    """
+    keys = selection.ordered_bits(values)
+    lead, tasks = (2, -1, *(1,) * (keys.ndim - 1)), len(keys)
+    columns, kept = keys.shape[-1], (2, *keys.shape[:-1], 1)
+    _, largest = reductions.from_the_top({"start": start, "stop": stop}, columns, tasks)
+    largest = Wide(*(jnp.broadcast_to(jnp.reshape(limb, lead), kept) for limb in largest))
+    cuts = selection.order_statistic(keys, largest, (keys.ndim - 1,))
+    rank = columns - ((largest.high << 16) | largest.low)
+    first, end = (_reach(keys, cut, r) for cut, r in zip(cuts, rank, strict=True))
+    return first & ~end
+
+
+def _reach(keys: jax.Array, cut: jax.Array, rank: jax.Array) -> jax.Array:
+    """Which keys have at least a rank along the last axis, given the key at that rank."""
+    below = jnp.sum(keys < cut, axis=-1, keepdims=True, dtype=jnp.uint32)
+
+    def parted():
+        ties = keys == cut
+        before = jnp.cumsum(ties, axis=-1, dtype=jnp.uint32) - ties
+        return ties & (below + before >= rank)
+
+    # As a rule the entry at the rank has no equal before it.
+    return (keys > cut) | lax.cond(jnp.any(below < rank), parted, lambda: keys == cut)
 
 
 def tie_order(x, values: jax.Array, cut: jax.Array, *, descending: bool = False) -> jax.Array:

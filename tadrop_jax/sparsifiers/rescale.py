@@ -106,7 +106,7 @@ def _joined(steps: tuple[Step, ...]) -> Step:
             again=stage.again,
         )
 
-    pieces = ("any", "group", "row", "tensor")
+    pieces = ("any", "group", "row", "slice", "tensor")
     known = all(s.spec is not None for s in steps)
     return dataclasses.replace(
         first,
