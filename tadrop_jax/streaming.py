@@ -437,12 +437,12 @@ def _part_of(shape: tuple[int, ...], steps: Sequence[Step]) -> tuple[int, ...] |
 
 
 def _widths(size: int, part: tuple[int, ...] | None, group: int, tasks: int) -> tuple[int, int]:
-    """Entries of a block of a tensor of this size: if it has no more than the first, and else."""
+    """Entries of a block of a tensor of this size: if the first are enough for all of it, and else."""
+    row = math.prod(part or ()) or 1
     # Packed masks want starts at multiples of 8.
-    unit = math.lcm(8, group, math.prod(part or ()) or 1)
-    unit = unit if part is None else min(unit, size)
+    unit = min(math.lcm(8, group, row), max(size, 8))
     block = BLOCK >> max(math.ceil(math.log2((tasks + 1) / 9)), 0)
-    return max(SMALL // unit, 1) * unit, max(block // unit, 1) * unit
+    return max(SMALL // row, 1) * row, max(block // unit, 1) * unit
 
 
 _serial = functools.partial(side_by_side, workers=1)

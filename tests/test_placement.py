@@ -51,4 +51,7 @@ def test_where_groups_and_rows_are_local(shape):
                 step = tj.Step(apply=lambda x, c: x.stack, piece="row")
                 whole = lengths[order[-1]] == shape[order[-1]]
                 assert placement.is_local(step, shape, order, mesh, spec) == whole
+                step = tj.Step(apply=lambda x, c: x.stack, piece="slice")
+                whole = all(lengths[a] == shape[a] for a in order[1:] or order)
+                assert placement.is_local(step, shape, order, mesh, spec) == whole
     assert seen == {True, False}
