@@ -36,8 +36,11 @@ COLUMNS = {
     "gigabytes": ("inputs, GB", ".1f"),
     "anonymous_mb": ("anonymous MB", ".0f"),
     "ours / floor": ("ours / floor", ".2f"),
+    "mergekit / ours": ("mergekit / ours", ".1f"),
     "wall_s": ("ours, s", ".1f"),
     "cpu_s": ("ours, cpu s", ".1f"),
+    "mergekit_s": ("mergekit, s", ".1f"),
+    "mergekit_mb": ("mergekit MB", ".0f"),
     "floor_s": ("floor, s", ".1f"),
 }
 Shapes = dict[str, tuple[int, ...]]
@@ -65,7 +68,9 @@ def llama(parameters: float) -> Shapes:
 def make(folder: Path, models: int, shapes: Shapes) -> list[Path]:
     """Writes a base and its fine-tunes."""
     base = np.random.default_rng(0).standard_normal(gpt2_directories.DRAWN, np.float32) * gpt2_directories.BASE_SCALE
-    described = json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": DTYPE.name})
+    # mergekit merges what it does not know by the names of its tensors.
+    known = "LlamaForCausalLM" if "model.norm.weight" in shapes else "OneTensor"
+    described = json.dumps({"architectures": [known], "model_type": "llama", "torch_dtype": DTYPE.name})
     plan = {name: (DTYPE, shape) for name, shape in shapes.items()}
     paths = [folder / name for name in ("base", *(f"model_{i}" for i in range(1, models + 1)))]
     for number, path in enumerate(paths):
@@ -125,6 +130,7 @@ def rows(kind: str, shapes: Shapes, models: int, options: argparse.Namespace) ->
                     "wall_s": measure.fastest(runs["ours"]),
                     "cpu_s": measure.processor(runs["ours"]),
                     "floor_s": measure.fastest(runs["floor"]),
+                    **merges.beside_peer(method, inputs, scratch, DTYPE.name, runs["ours"], options),
                 }
             )
             print(json.dumps(found[-1]), flush=True)  # the next one may take half an hour
@@ -141,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", type=measure.numbers, help="numbers of fine-tunes (30; 3)")
     parser.add_argument("--task-parameters", type=float, help="size of each of many models (1e7; 1e6)")
     parser.add_argument("--leave", type=float, default=5e9, help="bytes of the disk that stay free (5e9)")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds after which a merge is stopped (3600)")
+    merges.add_peer_options(parser)
     parser.add_argument("--dir", type=Path, help="where inputs are made and deleted (a temporary directory)")
     options = measure.chosen(
         parser.parse_args(arguments),
@@ -152,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tasks=([30], [3]),
         task_parameters=(1e7, 1e6),
     )
+    merges.check_peer(options)
     # What was made is deleted then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     facts, found = measure.machine(), []

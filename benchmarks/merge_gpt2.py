@@ -42,24 +42,17 @@ def row(method: str, inputs: Sequence[Path], tiny: Sequence[Path], scratch: Path
         "start": lambda: merges.ours(method, tiny, scratch, options.limit),
         "ours": lambda: merges.ours(method, inputs, scratch, options.limit),
     }
-    asked = options.peer and method.partition("@")[0] in merges.PEERS
     runs: dict[str, list[measure.Measurement]] = {}
     note = ""
     try:
         merges.ours(method, tiny, scratch, options.limit)  # the compilation cache fills
         runs = measure.in_turns(turns, options.rounds)
     except RuntimeError as error:
-        note = _last_line(error)
-    if asked and runs:
-        try:
-            theirs = {"mergekit": lambda: merges.peer(method, inputs, scratch, options.dtype, options.limit)}
-            runs |= measure.in_turns(theirs, options.peer_rounds)
-        except RuntimeError as error:
-            note = f"mergekit: {_last_line(error)}"
+        note = merges.last_line(error)
+    peer = merges.beside_peer(method, inputs, scratch, options.dtype, runs.get("ours"), options)
     start = measure.fastest(runs.get("start"))
     return {
         "method": method,
-        "mergekit / ours": measure.ratio(runs.get("mergekit", []), runs.get("ours")),
         "ours / floor": measure.ratio(runs.get("ours", []), runs.get("floor")),
         "without": measure.ratio(runs.get("ours", []), runs.get("floor"), less=start),
         "cpu": measure.ratio(
@@ -69,16 +62,10 @@ def row(method: str, inputs: Sequence[Path], tiny: Sequence[Path], scratch: Path
         "start_s": start,
         "cpu_s": measure.processor(runs.get("ours")),
         "anonymous_mb": measure.memory(runs.get("ours")),
-        "mergekit_s": measure.fastest(runs.get("mergekit")),
-        "mergekit_mb": measure.memory(runs.get("mergekit")),
         "floor_s": measure.fastest(runs.get("floor")),
-        "note": note,
+        **peer,
+        "note": note or peer["note"],
     }
-
-
-def _last_line(error: RuntimeError) -> str:
-    command, *said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return said[-1] if said else "ended" + command.rpartition(" ended")[2].rstrip(":")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,13 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--methods", default="ties", help="comma-separated; METHOD, METHOD+SPARSIFIER, METHOD@FLAVOUR or all (ties)"
     )
-    parser.add_argument("--peer", action="store_true", help="measure mergekit as well, on methods that both have")
-    parser.add_argument("--peer-rounds", type=int, default=1, help="runs of mergekit; each takes minutes (1)")
-    parser.add_argument("--limit", type=float, default=900, help="seconds after which a run is stopped (900)")
+    merges.add_peer_options(parser)
     parser.add_argument("--dir", type=Path, help="keep the models there for the next run (a temporary directory)")
     options = measure.chosen(parser.parse_args(arguments), rounds=(3, 1), models=(7, 2), size=("124M", "1M"))
-    if options.peer and not merges.peer_program().exists():
-        raise SystemExit(f"{merges.peer_program()} does not exist; --peer needs mergekit in this environment.")
+    merges.check_peer(options)
     methods = merges.rules(options.models) if options.methods == "all" else options.methods.split(",")
     if options.dir:
         options.dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """One merge of directories on disk, by us, by mergekit, and the floor: what the benchmarks of streamed merges share."""
 
+import argparse
 import os
 import shutil
 import sys
@@ -138,6 +139,53 @@ def peer(
         return measure.run(command, {"HF_HUB_OFFLINE": "1"}, scratch / "peer.log", limit_s)
     finally:
         remove(scratch / "peer")
+
+
+def add_peer_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that set mergekit beside ours."""
+    parser.add_argument("--peer", action="store_true", help="measure mergekit as well, on methods that both have")
+    parser.add_argument("--peer-rounds", type=int, default=1, help="runs of mergekit; each takes minutes (1)")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which a run is stopped (3600)")
+
+
+def check_peer(options: argparse.Namespace) -> None:
+    """Ends the program if mergekit is asked for and is not there."""
+    if options.peer and not peer_program().exists():
+        raise SystemExit(f"{peer_program()} does not exist; --peer needs mergekit in this environment.")
+
+
+def beside_peer(
+    method: str, inputs: Sequence[Path], scratch: Path, dtype: str, ours: list[measure.Measurement] | None, options
+) -> dict[str, Any]:
+    """What a row says of mergekit: nothing where it is not asked for, or lacks the method; a note where it fails.
+
+    Args:
+        method: see `options`.
+        inputs: the base and its fine-tunes.
+        scratch: where to write.
+        dtype: of the result.
+        ours: our runs.
+        options: those of `add_peer_options`.
+    """
+    runs, note = [], ""
+    if options.peer and ours and method.partition("@")[0] in PEERS:
+        turns = {"mergekit": lambda: peer(method, inputs, scratch, dtype, options.limit)}
+        try:
+            runs = measure.in_turns(turns, options.peer_rounds)["mergekit"]
+        except RuntimeError as error:
+            note = f"mergekit: {last_line(error)}"
+    return {
+        "mergekit / ours": measure.ratio(runs, ours),
+        "mergekit_s": measure.fastest(runs),
+        "mergekit_mb": measure.memory(runs),
+        "note": note,
+    }
+
+
+def last_line(error: RuntimeError) -> str:
+    """The last thing that a program said that was run and failed."""
+    command, *said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return said[-1] if said else "ended" + command.rpartition(" ended")[2].rstrip(":")
 
 
 def peer_recipe(method: str, inputs: Sequence[Path], dtype: str) -> dict[str, Any]:
