@@ -43,9 +43,9 @@ def by_rows(mesh: jax.sharding.Mesh):
     return lies
 
 
-def merge(base, models: Sequence, out, rule, sparsifier=None, seed: int = 0) -> None:
-    """Restores, merges and saves: the same lines as on one device, but for the shardings."""
-    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+def merge(base, models: Sequence, out, rule, sparsifier=None, seed: int = 0, axis: AxisType = AxisType.Auto) -> None:
+    """Restores, merges and saves: the same lines as on one device, but for the shardings. Any type of axis will do."""
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(axis,))
     began = time.perf_counter()
     start, *tuned = (orbax.restore(path, by_rows(mesh)) for path in (base, *models))
     restored = time.perf_counter()

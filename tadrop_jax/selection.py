@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from tadrop_jax import wide
 from tadrop_jax.errors import MergeError, ParameterError
@@ -252,9 +253,7 @@ def kth_largest_magnitude(x, k, axis=None) -> jax.Array:
             raise ParameterError(f"k must lie in [1, {n}], got {k}")
         if axes == tuple(range(x.ndim)):
             return _array(_select(x, (k,))[0])
-    shape = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
-    rank = Wide(*(jnp.broadcast_to(limb, (1, *shape)) for limb in wide.wide(k)))
-    return jnp.squeeze(order_statistic(magnitude(x), rank, axes)[0], axes)
+    return _select_over(x, wide.wide(k), axes, _one_pass(x))
 
 
 def magnitude_quantile(x, q, method: str = "linear") -> jax.Array:
@@ -331,13 +330,29 @@ def _select(x, ks) -> list:
     if not is_traced((x, ks)) and x.dtype.itemsize in (2, 4) and _lies_on_host(x):
         return list(_on_host(np.asarray(x), [x.size - wide.to_int(k) for k in ks]))
     limbs = zip(*(wide.wide(k) for k in ks), strict=True)
-    return list(_select_all(x, Wide(*(jnp.stack(limb) for limb in limbs))))
+    return list(_select_all(x, Wide(*(jnp.stack(limb) for limb in limbs)), _one_pass(x)))
 
 
-@jax.jit
-def _select_all(x, k):
+@functools.partial(jax.jit, static_argnums=2)
+def _select_all(x, k, one_pass: bool):
     k = Wide(*(jnp.reshape(limb, (-1,) + (1,) * x.ndim) for limb in k))
-    return jnp.ravel(order_statistic(magnitude(x), k, tuple(range(x.ndim))))
+    return jnp.ravel(order_statistic(magnitude(x), k, tuple(range(x.ndim)), one_pass=one_pass))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _select_over(x, k, axes: tuple[int, ...], one_pass: bool):
+    shape = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
+    rank = Wide(*(jnp.broadcast_to(limb, (1, *shape)) for limb in k))
+    return jnp.squeeze(order_statistic(magnitude(x), rank, axes, one_pass=one_pass)[0], axes)
+
+
+def _one_pass(x) -> bool:
+    """What :func:`count_at_least` wants to know: whether an array is on one device, as far as can be seen."""
+    if not is_traced(x):
+        return len(x.devices()) == 1
+    axes = jax.typeof(x).sharding.mesh.axis_types
+    inside = bool(axes) and all(a == AxisType.Manual for a in axes)  # of shard_map: what this device holds
+    return inside or jax.device_count() == 1
 
 
 def _lies_on_host(x: jax.Array) -> bool:

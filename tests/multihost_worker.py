@@ -25,9 +25,10 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def main(coordinator: str, processes: str, process: str, root: str, *methods: str) -> None:
+def main(coordinator: str, processes: str, process: str, root: str, kind: str, *methods: str) -> None:
     join(coordinator, int(processes), int(process))
-    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    axis = jax.sharding.AxisType[kind]
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(axis,))
     folder = Path(root)
     orbax.restore(folder / "m0", by_rows(mesh))  # reads the modules that restoring takes
     before = bytes_read()
@@ -36,7 +37,7 @@ def main(coordinator: str, processes: str, process: str, root: str, *methods: st
     print("said", json.dumps(said), flush=True)
     models = [folder / "m0", folder / "m1"]
     for name in methods:
-        merge(folder / "base", models, folder / f"{name}-{processes}", *METHODS[name]())
+        merge(folder / "base", models, folder / f"{name}-{processes}", *METHODS[name](), axis=axis)
 
 
 if __name__ == "__main__":

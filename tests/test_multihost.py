@@ -41,7 +41,7 @@ def folder(trees, tmp_path_factory):
     return root
 
 
-def launch(processes: int, devices: int, folder, methods) -> list[dict]:
+def launch(processes: int, devices: int, folder, kind: str, methods) -> list[dict]:
     """Runs the worker in so many processes, and gives what each said of its reading."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -56,7 +56,7 @@ def launch(processes: int, devices: int, folder, methods) -> list[dict]:
     logs = [folder / f"log-{i}" for i in range(processes)]
     workers = []
     for i, log in enumerate(logs):
-        argv = [coordinator, str(processes), str(i), str(folder), *methods]
+        argv = [coordinator, str(processes), str(i), str(folder), kind, *methods]
         with log.open("w") as output:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "tests.multihost_worker", *argv],
@@ -83,12 +83,13 @@ def launch(processes: int, devices: int, folder, methods) -> list[dict]:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts the bytes that a process reads")
 @pytest.mark.parametrize(
-    ("processes", "devices", "methods"), [(2, 2, ("ties", "dare", "n_m", "emr", "iso_c")), (4, 1, ("ties_by_tensor",))]
+    ("processes", "devices", "kind", "methods"),
+    [(2, 2, "Auto", ("ties", "dare", "n_m", "emr", "iso_c")), (4, 1, "Explicit", ("ties_by_tensor", "ties"))],
 )
-def test_processes_merge_as_one(processes, devices, methods, trees, folder):
+def test_processes_merge_as_one(processes, devices, kind, methods, trees, folder):
     base, models = trees
     of_each = base["kernel"].nbytes // processes
-    for said in launch(processes, devices, folder, methods):
+    for said in launch(processes, devices, folder, kind, methods):
         assert said["holds"] == of_each
         # Its own shards, and the few kilobytes that describe the tree; not those of the others.
         assert said["read"] < of_each + 100_000 < base["kernel"].nbytes

@@ -1,5 +1,7 @@
 """Order statistics of magnitudes against NumPy."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,21 @@ def test_the_host_samples_and_counts(dtype, data, monkeypatch):
         assert same_bits(tj.kth_largest_magnitude(x, k), expected[-k], dtype)
     for q in (0.0, 0.3, 0.75, 1.0):
         assert same_bits(tj.magnitude_quantile(x, q, method="lower"), expected[int(q * 3068)], dtype)
+
+
+@pytest.mark.parametrize("size", [1 << 21, 1 << 23])
+def test_the_host_takes_no_more_memory_for_more_entries(size, monkeypatch):
+    """NumPy tells tracemalloc of its arrays: a sample, what is near the rank, and a block for each thread."""
+    monkeypatch.setattr(selection, "_PARTITION", {2: 1 << 18, 4: 1 << 18})
+    x = jnp.asarray(RNG.normal(size=size).astype(np.float32))
+    tj.kth_largest_magnitude(x, size // 5)
+    tracemalloc.start()
+    try:
+        tj.kth_largest_magnitude(x, size // 5)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20
 
 
 @given(hnp.arrays(np.float32, (33,), elements=st.floats(width=32, allow_nan=False)), st.integers(1, 33))

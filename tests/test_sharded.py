@@ -410,6 +410,23 @@ def test_donation_is_refused_inside_jit(trees):
         jax.jit(lambda b, *m: tj.merge(b, list(m), tj.average(), donate=True))(base, *models)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", ["4x2", "partly"])
+def test_selections_of_a_sharded_array(kind, layout):
+    x = np.random.default_rng(0).normal(size=SHAPES["kernel"]).astype(np.float32)
+    placed, sizes = spread({"kernel": x}, layout, kind)["kernel"], np.abs(x)
+    selections = {
+        "k-th": (lambda x: tj.kth_largest_magnitude(x, 100), np.sort(sizes, axis=None)[-100]),
+        "of rows": (lambda x: tj.kth_largest_magnitude(x, 7, axis=1), np.sort(sizes)[:, -7]),
+        "quantile": (lambda x: tj.magnitude_quantile(x, 0.75, "lower"), np.quantile(sizes, 0.75, method="lower")),
+    }
+    for name, (select, expected) in selections.items():
+        np.testing.assert_array_equal(select(placed), expected, err_msg=name)
+        compiled = jax.jit(select).lower(placed).compile()
+        np.testing.assert_array_equal(compiled(placed), expected, err_msg=name)
+        assert not operations(compiled.as_text(), "all-gather") + operations(compiled.as_text(), "all-to-all"), name
+
+
 def test_the_check_sees_a_gather():
     """The pattern that the test above looks for does occur in a program that gathers."""
     x = spread({"kernel": np.zeros((64, 48), np.float32)}, "4x2")["kernel"]
