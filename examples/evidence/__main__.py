@@ -5,21 +5,25 @@
     python -m examples.evidence vision --fast --out DIR                    # a minute, no data needed
 
 Each step is skipped when its result is there: take a directory away, or a line of the table, and it is made anew.
+What the others took is added to hours.csv.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
 import importlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SUITES = ("vision", "language", "multimodal")
+HOURS = "hours.csv"
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -67,15 +71,17 @@ def main(arguments: list[str] | None = None) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         base = functools.partial(suite.pretrain, chosen.data, chosen.out, settings=settings, bfloat16=chosen.bfloat16)
-        train(bar, "pretraining", chosen.out / "base", base)
+        train(bar, chosen.out, "pretraining", chosen.out / "base", base)
         for seed in chosen.seeds:
             for name in names:
                 tune = functools.partial(
                     suite.finetune, chosen.data, chosen.out, name, recipe, seed, bfloat16=chosen.bfloat16
                 )
-                train(bar, f"{name}, seed {seed}", suite.place(chosen.out, recipe, seed, name), tune)
+                title = f"{name}, {recipe}, seed {seed}"
+                train(bar, chosen.out, title, suite.place(chosen.out, recipe, seed, name), tune)
             models = suite.load(chosen.data, chosen.out, recipe, seed, names)
-            experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
+            with metered(chosen.out / HOURS, f"merging {recipe}, seed {seed}"):
+                experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
             experiments.describe(models, table.with_name(f"{recipe}-ratios.csv"))
             if chosen.lines:
                 lines.walk(models, table.with_name(f"{recipe}-lines.csv"), seed, told(bar, f"between, seed {seed}"))
@@ -112,10 +118,27 @@ def write_models(path: Path, models: Path, names: Sequence[str]) -> None:
             writer.writerow((seed, found.stem, f"{said['probe']:.4f}", f"{said['tuned']:.4f}"))
 
 
-def train(bar: Progress, title: str, result: Path, run: Callable[..., None]) -> None:
+def train(bar: Progress, out: Path, title: str, result: Path, run: Callable[..., None]) -> None:
     """Runs a training with a progress bar, unless its result is there."""
     if not result.exists():
-        run(progress=told(bar, title))
+        with metered(out / HOURS, title):
+            run(progress=told(bar, title))
+
+
+@contextlib.contextmanager
+def metered(table: Path, step: str) -> Iterator[None]:
+    """Adds to a table the hours that a step took, by the clock and of the processor, even if it is stopped."""
+    began, busy = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        first = not table.exists()
+        with table.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if first:
+                writer.writerow(("step", "hours", "processor hours"))
+            spent = time.perf_counter() - began, time.process_time() - busy
+            writer.writerow((step, *(f"{seconds / 3600:.4f}" for seconds in spent)))
 
 
 def told(bar: Progress, title: str) -> Callable[[int, int], None]:

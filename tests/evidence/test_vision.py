@@ -49,6 +49,13 @@ def test_the_table_and_what_is_not_made_twice(run, out, monkeypatch):
     assert between["0.0", "alone"] == between["0.0", "together"]
     assert between["1.0", "alone"] != between["1.0", "together"]
 
+    with (out / "hours.csv").open() as file:
+        spent = list(csv.DictReader(file))
+    assert [row["step"] for row in spent][::3] == ["pretraining", "merging fast, seed 0"]
+    assert len(spent) == 2 + len(models)
+    assert all(float(row["hours"]) >= 0 and float(row["processor hours"]) >= 0 for row in spent)
+    assert float(spent[0]["hours"]) > 0
+
     kept = table.read_text().splitlines(keepends=True)
     table.write_text("".join(kept[:-1]))
     judged = []
