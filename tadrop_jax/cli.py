@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the result (default: the base's)"
     )
-    merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
+    merge.add_argument("--max-shard-size", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
     merge.add_argument("--resume", action="store_true", help="go on from what an interrupted merge left in DIR.partial")
     merge.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity in the inputs pass")
     merge.add_argument(
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     task.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory of the bundle")
     task.add_argument("--task", required=True, metavar="NAME", help="the task: the name of its model's directory")
-    task.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
+    task.add_argument("--max-shard-size", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
     task.add_argument("--quiet", action="store_true", help="no summary")
     task.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory")
     task.set_defaults(run=_task)
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "--architecture", metavar="NAME", help="write the layout of this architecture (default: that of SRC)"
     )
     convert.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, if SRC has none")
-    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
+    convert.add_argument("--max-shard-size", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
     convert.add_argument("--quiet", action="store_true", help="no summary")
     convert.set_defaults(run=_convert)
 
@@ -210,7 +210,7 @@ def _merge(options) -> int:
     left = out.with_name(out.name + ".partial")
     if left.exists() and not options.resume and processes in (None, 1):
         told.append(f"{left}: the work of an interrupted merge is begun anew; --resume would have gone on with it")
-    size = console.bytes_in(options.max_shard_size)
+    size = console.shard_size(options.max_shard_size, out)
     if options.workers is not None and options.workers < 1:
         raise MergeError(f"--workers must be at least 1, got {options.workers}")
     _start_jax()
@@ -347,7 +347,9 @@ def _task(options) -> int:
     _start_jax()
     from tadrop_jax.checkpoints.bundles import write_task
 
-    size = write_task(options.bundle, options.task, options.out, console.bytes_in(options.max_shard_size))
+    size = write_task(
+        options.bundle, options.task, options.out, console.shard_size(options.max_shard_size, options.out)
+    )
     if not options.quiet:
         print(f"{options.out}: the model of task {options.task!r}, {console.size(size)}")
     return 0
@@ -355,7 +357,9 @@ def _task(options) -> int:
 
 def _convert(options) -> int:
     _checked_out(options.out, resume=False)
-    size = console.bytes_in(options.max_shard_size)
+    size = console.shard_size(
+        options.max_shard_size, options.out, options.format or ("orbax" if options.to == "flax" else "safetensors")
+    )
     _start_jax()
     import converters
 

@@ -154,12 +154,25 @@ def print_conversion(opened, out: Path, to: str) -> None:
         )
 
 
-def bytes_in(text: str) -> int:
-    """The size that ``--max-shard-size`` names, in bytes.
+def shard_size(text: str | None, out: Path, format: str = "safetensors") -> int:
+    """The size that ``--max-shard-size`` names, in bytes; 5 GB if it is not given.
+
+    Args:
+      text: what was given.
+      out: where the result goes.
+      format: of its files.
 
     Raises:
-      MergeError: if it names none.
+      MergeError: if it names no size, or there would be no shards.
     """
+    size = _bytes_in("5GB" if text is None else text)
+    if text is not None and (format != "safetensors" or out.suffix == ".safetensors"):
+        what = f"{out} is one file" if out.suffix == ".safetensors" else f"{format} has no shards of a size"
+        raise MergeError(f"--max-shard-size is for directories of safetensors files, and {what}")
+    return size
+
+
+def _bytes_in(text: str) -> int:
     number, unit = text.strip().upper(), 1
     for suffix, factor in _UNITS.items():
         if number.endswith(suffix):

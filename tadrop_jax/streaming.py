@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax import randomness, reductions, sampling, selection
+from tadrop_jax import cutting, randomness, reductions, sampling, selection
 from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
 from tadrop_jax.steps import Step, Sums, global_stages, is_aside, merge_stages
@@ -27,9 +27,6 @@ from tadrop_jax.workers import cores, side_by_side
 
 __all__ = ["NonFinite", "Outcome", "Settings", "Stream", "measure", "run"]
 
-# Of up to 8 tasks; more have blocks of a half, a quarter, ..., so that memory does not go with their number.
-BLOCK = 1 << 18
-SMALL = 1 << 13
 # A tensor is read once, and kept while its stages run, if it fits in here: the bits of all models, and the keys that
 # ranks are found among.
 KEEP_BYTES = 144 << 20
@@ -137,7 +134,7 @@ class _Run:
         self.active = [tuple(s.covers(t.name) and t.size > 0 for s in steps) for t in streams]
         self.chains = [tuple(s.for_tensor(t.name, t.shape, tasks) for s in steps) for t in streams]
         self.parts = [
-            _part_of(t.shape, [s for a, s in zip(active, chain, strict=True) if a])
+            cutting.part_of(t.shape, [s for a, s in zip(active, chain, strict=True) if a])
             for t, active, chain in zip(streams, self.active, self.chains, strict=True)
         ]
         self.whole = [part == t.shape for t, part in zip(streams, self.parts, strict=True)]
@@ -147,7 +144,7 @@ class _Run:
         self.workers = settings.workers or cores()
         self.decomposing = threading.Lock()
         group = math.lcm(*(s.group for s in steps))
-        self.widths = [_widths(t.size, part, group, tasks) for t, part in zip(streams, self.parts, strict=True)]
+        self.widths = [cutting.widths(t.size, part, group, tasks) for t, part in zip(streams, self.parts, strict=True)]
         # What stages aside found, by step and stage and by stream: a share for each block.
         self.shares: dict[tuple[int, int], dict[int, list[dict]]] = {}
 
@@ -424,25 +421,6 @@ class _Run:
 
     def found(self, k: int) -> Carries:
         return tuple({n: np.asarray(v) for n, v in merge_stages(c).items()} for c in self.carries[k])
-
-
-def _part_of(shape: tuple[int, ...], steps: Sequence[Step]) -> tuple[int, ...] | None:
-    """What blocks are made of, for these steps: rows, slices or the tensor; None if any entries will do."""
-    pieces = {s.piece for s in steps} | {g.scope for s in steps for g in s.stages if g.scope == "row"}
-    if "tensor" in pieces or not shape:
-        return shape if pieces & {"row", "slice", "tensor"} else None
-    if "slice" in pieces and len(shape) > 1:
-        return shape[1:]
-    return shape[-1:] if pieces & {"row", "slice"} else None
-
-
-def _widths(size: int, part: tuple[int, ...] | None, group: int, tasks: int) -> tuple[int, int]:
-    """Entries of a block of a tensor of this size: if the first are enough for all of it, and else."""
-    row = math.prod(part or ()) or 1
-    # Packed masks want starts at multiples of 8.
-    unit = min(math.lcm(8, group, row), max(size, 8))
-    block = BLOCK >> max(math.ceil(math.log2((tasks + 1) / 9)), 0)
-    return max(SMALL // row, 1) * row, max(block // unit, 1) * unit
 
 
 _serial = functools.partial(side_by_side, workers=1)

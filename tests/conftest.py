@@ -102,10 +102,10 @@ def make_stacks():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Streamed blocks of a thousandth of the usual size, and as little for a search to collect."""
-    from tadrop_jax import sampling, streaming
+    from tadrop_jax import cutting, sampling, streaming
 
-    monkeypatch.setattr(streaming, "BLOCK", 128)
-    monkeypatch.setattr(streaming, "SMALL", 128)
+    monkeypatch.setattr(cutting, "BLOCK", 128)
+    monkeypatch.setattr(cutting, "SMALL", 128)
     monkeypatch.setattr(streaming, "KEEP_BYTES", 1 << 14)
     monkeypatch.setattr(sampling, "_COLLECT", 300)
     monkeypatch.setattr(sampling, "_SHARE", 4)

@@ -95,6 +95,13 @@ def test_an_output_that_is_not_empty(root, capsys):
     assert not (root / "out.partial").exists()
 
 
+def test_shards_of_one_file(root, capsys):
+    assert merge(root, "--out", str(root / "out.safetensors"), "--max-shard-size", "1GB") == 2
+    assert f"--max-shard-size is for directories of safetensors files, and {root / 'out.safetensors'} is one file" in (
+        capsys.readouterr().err
+    )
+
+
 def test_an_output_that_is_a_file(root, capsys):
     (root / "out.safetensors").write_text("keep me")
     assert merge(root, "--out", str(root / "out.safetensors")) == 2

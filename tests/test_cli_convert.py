@@ -80,6 +80,13 @@ def test_shards(root):
     assert module(np.ones((1, 8, 8, 1), np.float32)).shape == (1, 2)
 
 
+def test_shards_of_what_has_none(root, capsys):
+    size = ("--max-shard-size", "1KB")
+    refused(root, capsys, convert(root, "vit", "out", "--to", "flax", *size), "--max-shard-size", "orbax has no shards")
+    alone = root / "out.safetensors"
+    refused(root, capsys, convert(root, "vit", alone.name, "--to", "torch", *size), f"{alone} is one file")
+
+
 def test_what_is_wrong(root, capsys):
     refused(root, capsys, convert(root, "absent", "out", "--to", "flax"), "absent", "no such file or directory")
     code = convert(root, "vit", "out", "--to", "torch", "--format", "npz")

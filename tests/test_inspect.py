@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import tadrop_jax as tj
-from tadrop_jax import cli, streaming
+from tadrop_jax import cli, cutting
 
 pytestmark = pytest.mark.optimised
 
@@ -35,8 +35,8 @@ def inspect(root, *options):
 
 @pytest.mark.parametrize("sparsifier", ["tadrop:q_low=.5,q_high=.9", "magnitude:density=.3", "dare:density=.5"])
 def test_the_numbers_of_explain(folders, tmp_path, monkeypatch, sparsifier):
-    monkeypatch.setattr(streaming, "BLOCK", 512)
-    monkeypatch.setattr(streaming, "SMALL", 64)
+    monkeypatch.setattr(cutting, "BLOCK", 512)
+    monkeypatch.setattr(cutting, "SMALL", 64)
     root, trees = folders
     assert inspect(root, "--sparsify", sparsifier, "--quiet", "--json", str(tmp_path / "said.json")) == 0
     said = json.loads((tmp_path / "said.json").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from tadrop_jax import streaming
+from tadrop_jax import cutting
 from tests.helpers import REPOSITORY, command, files_of, merge, read_model, report_of, save_family
 
 pytestmark = pytest.mark.optimised
@@ -33,8 +33,8 @@ class Interrupted(KeyboardInterrupt):
 @pytest.mark.parametrize("method", ["ties", "emr", "t_switch", "tsv_c"])
 @pytest.mark.parametrize("after", [1, 4])
 def test_resume_gives_the_same_bytes(after, method, root, capsys, monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK", 64)
-    monkeypatch.setattr(streaming, "SMALL", 64)
+    monkeypatch.setattr(cutting, "BLOCK", 64)
+    monkeypatch.setattr(cutting, "SMALL", 64)
     assert merge(root, "--sparsify", "tadrop", method=method, out="whole") == 0
     real, calls = os.pwritev, []
 

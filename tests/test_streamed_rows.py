@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
-from tadrop_jax import streaming
+from tadrop_jax import cutting, streaming
 from tadrop_jax.steps import expand
 from tests.helpers import family, run_streamed, streams_of
 
@@ -34,8 +34,8 @@ RULES = {
 
 @pytest.fixture(params=[40, 256])
 def small_blocks(monkeypatch, request):
-    monkeypatch.setattr(streaming, "BLOCK", request.param)
-    monkeypatch.setattr(streaming, "SMALL", 16)
+    monkeypatch.setattr(cutting, "BLOCK", request.param)
+    monkeypatch.setattr(cutting, "SMALL", 16)
 
 
 def assert_alike(found, wanted, name):
@@ -96,8 +96,8 @@ def test_statistics_of_rows(small_blocks):
 @pytest.mark.parametrize("method", [tj.della(0.5), tj.della(0.5, flavour="mergekit"), tj.breadcrumbs(0.5)])
 def test_no_more_is_read_at_once_than_a_block(method, monkeypatch):
     """Memory does not grow with the tensor: what a thread holds is a block, or one row where that is longer."""
-    monkeypatch.setattr(streaming, "BLOCK", 64)
-    monkeypatch.setattr(streaming, "SMALL", 16)
+    monkeypatch.setattr(cutting, "BLOCK", 64)
+    monkeypatch.setattr(cutting, "SMALL", 16)
     monkeypatch.setattr(streaming, "KEEP_BYTES", 0)
     base, models = family(2, {"tall": (500, 8), "long": (16, 100)})
     read: dict[str, int] = {}

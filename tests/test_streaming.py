@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
-from tadrop_jax import streaming
+from tadrop_jax import cutting, streaming
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.merging import with_sparsifier
 from tests.helpers import DTYPES, family, run_streamed, streams_of
@@ -147,8 +147,8 @@ def flat(value) -> dict[str, np.ndarray]:
 def test_the_block_size_does_not_matter(name, block, monkeypatch):
     base, models = family(3)
     reference, _, _ = run_streamed(base, models, CHAINS[name])
-    monkeypatch.setattr(streaming, "BLOCK", block)
-    monkeypatch.setattr(streaming, "SMALL", min(block, 512))
+    monkeypatch.setattr(cutting, "BLOCK", block)
+    monkeypatch.setattr(cutting, "SMALL", min(block, 512))
     merged, _, _ = run_streamed(base, models, CHAINS[name])
     for tensor in base:
         for part, value in flat(merged[tensor]).items():
