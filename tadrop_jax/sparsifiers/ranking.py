@@ -38,18 +38,27 @@ def row_ranks(values: jax.Array) -> jax.Array:
 
 
 def _order(keys: jax.Array) -> jax.Array:
-    """The stable order of keys ``(R, C)`` along the last axis.
+    """The stable order of keys ``(R, C)`` along the last axis, as int32."""
+
+    def sorted_pairs(keys):
+        return jnp.argsort(keys, axis=-1, stable=True)
+
+    if keys.shape[-1] > 1 << 16 or keys.dtype != jnp.uint32:
+        return sorted_pairs(keys)
+    return lax.platform_dependent(keys, cpu=_sorted_halves, default=sorted_pairs)
+
+
+def _sorted_halves(keys: jax.Array) -> jax.Array:
+    """The same for rows of at most 2^16 keys, by two sorts of one integer an entry.
 
     XLA on CPU sorts one array of integers six times faster than it sorts pairs (and stably faster than not). So the
     lower halves of the keys are sorted together with their positions, in one integer each, then the upper halves with
     the places that they have then.
     """
-    if keys.shape[-1] > 1 << 16 or keys.dtype != jnp.uint32:
-        return jnp.argsort(keys, axis=-1, stable=True)
 
     def by(halves):
         at = lax.broadcasted_iota(jnp.uint32, keys.shape, 1)
-        return lax.sort(halves << 16 | at, dimension=1, is_stable=True) & 0xFFFF
+        return (lax.sort(halves << 16 | at, dimension=1, is_stable=True) & 0xFFFF).astype(jnp.int32)
 
     lower = by(keys & 0xFFFF)
     upper = by(jnp.take_along_axis(keys >> 16, lower, axis=1))
