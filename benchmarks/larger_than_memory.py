@@ -121,19 +121,17 @@ def rows(kind: str, shapes: Shapes, models: int, options: argparse.Namespace) ->
                 ),
             }
             runs = measure.in_turns(turns, options.rounds)
-            found.append(
-                {
-                    **about,
-                    "method": method,
-                    "anonymous_mb": measure.memory(runs["ours"]),
-                    "ours / floor": measure.ratio(runs["ours"], runs["floor"]),
-                    "wall_s": measure.fastest(runs["ours"]),
-                    "cpu_s": measure.processor(runs["ours"]),
-                    "floor_s": measure.fastest(runs["floor"]),
-                    **merges.beside_peer(method, inputs, scratch, DTYPE.name, runs["ours"], options),
-                }
-            )
-            print(json.dumps(found[-1]), flush=True)  # the next one may take half an hour
+            row = {
+                **about,
+                "method": method,
+                "anonymous_mb": measure.memory(runs["ours"]),
+                "ours / floor": measure.ratio(runs["ours"], runs["floor"]),
+                "wall_s": measure.fastest(runs["ours"]),
+                "cpu_s": measure.processor(runs["ours"]),
+                "floor_s": measure.fastest(runs["floor"]),
+                **merges.beside_peer(method, inputs, scratch, DTYPE.name, runs["ours"], options),
+            }
+            found.append(measure.said(row))
     return sorted(found, key=lambda row: list(wanted).index(row["method"]))
 
 

@@ -230,6 +230,12 @@ def _cell(value: Any, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
+def said(row: dict[str, Any]) -> dict[str, Any]:
+    """Prints a row as it was measured, since the next one may take half an hour, and gives it back."""
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def show(
     name: str,
     facts: Mapping[str, Any],

@@ -100,7 +100,7 @@ def _rows(methods: Sequence[str], scratch: Path, options: argparse.Namespace) ->
         made.append([base, *models])
     inputs, tiny = made
     merges.floor(inputs, scratch / "floor")  # brings the inputs into the page cache
-    return [row(method, inputs, tiny, scratch, options) for method in methods]
+    return [measure.said(row(method, inputs, tiny, scratch, options)) for method in methods]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def rows(size: str, tasks: int, options: argparse.Namespace) -> list[dict[str, A
             made[name] = [base, *models]
         inputs, tiny = made[size], made["0.1M"]
         merges.floor(inputs, scratch / "floor")  # brings the inputs into the page cache
-        return [_row(method, size, tasks, inputs, tiny, scratch, options) for method in options.methods.split(",")]
+        methods = options.methods.split(",")
+        return [measure.said(_row(method, size, tasks, inputs, tiny, scratch, options)) for method in methods]
 
 
 def _row(method, size, tasks, inputs, tiny, scratch, options) -> dict[str, Any]:

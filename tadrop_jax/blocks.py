@@ -64,7 +64,7 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
         return (start[0] + (low < start[1]).astype(jnp.uint32)).reshape(local), low.reshape(local)
 
     stack = values[1:] - values[:1]
-    x = Piece(stack, values[0], tuple(range(site.tasks)), key, position, valid)
+    x = Piece(stack, values[0], tuple(range(site.tasks)), key, position, valid, true=valid > 0)
 
     def missing(stage, x, carry):
         if stage.scope == "row":

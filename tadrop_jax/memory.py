@@ -254,7 +254,7 @@ def _whole(site: _Site, raw, key) -> Piece:
             jnp.uint32(0) if entry is None else (lax.axis_index(entry) * size).astype(jnp.uint32)
             for entry, size in zip(site.spec, local, strict=True)
         ]
-    return piece_of(raw, site.order, site.tasks, key, site.shape, offsets)
+    return piece_of(raw, site.order, site.tasks, key, site.shape, offsets, look=site.one_pass)
 
 
 def _advance(site: _Site, raw, key, carries, stop=None):

@@ -10,7 +10,6 @@ from jax import lax
 
 from tadrop_jax import randomness
 from tadrop_jax.errors import MergeError
-from tadrop_jax.trees import is_traced
 
 
 class Piece(NamedTuple):
@@ -29,6 +28,7 @@ class Piece(NamedTuple):
       valid: how many entries of the flattened piece are real (blocks are padded); an int or a traced scalar.
       order: permutation that brings S into PyTorch order, or None.
       given: the stack as it came, before any step.
+      true: a boolean that is true, though XLA cannot know it; None where there is none.
     """
 
     stack: jax.Array
@@ -39,6 +39,7 @@ class Piece(NamedTuple):
     valid: Any = None
     order: tuple[int, ...] | None = None
     given: jax.Array | None = None
+    true: jax.Array | None = None
 
     def per_task(self, values) -> jax.Array:
         """Brings a number, or one number per task, into a shape that broadcasts against the stack."""
@@ -56,11 +57,9 @@ class Piece(NamedTuple):
 
         XLA on CPU fuses what it is made of into what looks at it, and makes it anew for each task: a sum over tasks
         then costs the square of their number. It does not fuse across a conditional whose outcome it cannot know (an
-        optimization barrier is gone before it fuses). In memory, where all is known, the array is as it was.
+        optimization barrier is gone before it fuses).
         """
-        if not is_traced(self.valid):
-            return array
-        return lax.cond(self.valid > 0, lambda a: a, jnp.zeros_like, array)
+        return array if self.true is None else lax.cond(self.true, lambda a: a, jnp.zeros_like, array)
 
     def uniform(self) -> jax.Array:
         """One uniform number in [0, 1) for each entry and task, a function of key, task and position alone."""
@@ -98,8 +97,18 @@ class Piece(NamedTuple):
         return jnp.transpose(array, (*range(lead), *(a + lead for a in inverse)))
 
 
-def piece_of(raw, site_order, tasks: int, key, shape, offsets=None) -> Piece:
-    """The piece that a step sees: task vectors in float32, whatever the storage dtype."""
+def piece_of(raw, site_order, tasks: int, key, shape, offsets=None, look: bool = False) -> Piece:
+    """The piece that a step sees: task vectors in float32, whatever the storage dtype.
+
+    Args:
+      raw: base and models of this piece.
+      site_order: permutation into PyTorch order, or None.
+      tasks: T.
+      key: of this tensor, or None.
+      shape: S of the whole tensor.
+      offsets: where the piece begins, along each axis.
+      look: whether an entry may be looked at by itself; of an array that may be sharded out of sight it may not.
+    """
     base, models = raw
     if base is None:
         stack = models[0].astype(jnp.float32)
@@ -111,7 +120,11 @@ def piece_of(raw, site_order, tasks: int, key, shape, offsets=None) -> Piece:
     def position():
         return positions(local, shape, site_order, offsets)
 
-    return Piece(stack, base, tuple(range(tasks)), key, position, math.prod(local), site_order)
+    true = None
+    if look and stack.size and jax.default_backend() == "cpu":
+        bits = lax.bitcast_convert_type(lax.stop_gradient(stack[(0,) * stack.ndim]), jnp.uint32)
+        true = (bits & 1) < 2
+    return Piece(stack, base, tuple(range(tasks)), key, position, math.prod(local), site_order, true=true)
 
 
 def positions(local, shape, order=None, offsets=None):

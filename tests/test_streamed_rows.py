@@ -32,9 +32,9 @@ RULES = {
 }
 
 
-@pytest.fixture(params=[40, 256])
-def small_blocks(monkeypatch, request):
-    monkeypatch.setattr(cutting, "BLOCK", request.param)
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(cutting, "BLOCK", 40)
     monkeypatch.setattr(cutting, "SMALL", 16)
 
 
