@@ -29,7 +29,7 @@ class Passes(NamedTuple):
         ranks: stages of order statistics of one tensor.
         tree_ranks: stages of order statistics of the whole tree.
         sums: stages that add up.
-        whole: whether a step wants whole tensors or rows; then its arithmetic is not counted here.
+        whole: whether a step wants whole tensors; then its arithmetic is not counted here, nor is a sort of rows.
         bundle: bytes an entry of what a rule with one model a task leaves; 0 for rules that leave one model.
     """
 
@@ -134,10 +134,11 @@ def passes(step: AnyStep, tasks: int, path: str = "weight", shape: tuple[int, ..
     """
     steps = [s.for_tensor(path, shape, tasks) for s in expand(step, tasks)]
     every = [stage for s in steps for stage in s.stages]
-    # What one read of the files serves together with the stage before, or with what the chain puts out.
-    stages = [stage for stage in every if not is_aside(stage) and not getattr(stage, "again", False)]
+    # The others are served by a read for the stage before, for what the chain puts out, or for the rows of a block.
+    alone = [stage for stage in every if not is_aside(stage) and stage.scope != "row"]
+    stages = [stage for stage in alone if not getattr(stage, "again", False)]
     of_tree = [at for at, stage in enumerate(stages) if stage.scope == "global"]
-    whole = any(s.piece in ("row", "tensor") or any(stage.scope == "row" for stage in s.stages) for s in steps)
+    whole = any(s.piece == "tensor" for s in steps)
     ranks, tree_ranks = (
         sum(isinstance(stage, Ranks) and (stage.scope == "global") == tree for stage in every) for tree in (False, True)
     )

@@ -103,7 +103,7 @@ def test_recipes_of_the_peer_are_for_the_same_rule(method):
 
 
 @pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "task_arithmetic+tadrop", "emr+tadrop"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "task_arithmetic+tadrop", "emr+tadrop", "della_linear"])
 def test_streamed_merges_read_no_more_than_the_paper_says(method, kept, monkeypatch):
     if not kept:
         monkeypatch.setattr(streaming, "KEEP_BYTES", 0)
