@@ -68,9 +68,7 @@ def llama(parameters: float) -> Shapes:
 def make(folder: Path, models: int, shapes: Shapes) -> list[Path]:
     """Writes a base and its fine-tunes."""
     base = np.random.default_rng(0).standard_normal(gpt2_directories.DRAWN, np.float32) * gpt2_directories.BASE_SCALE
-    # mergekit merges what it does not know by the names of its tensors.
-    known = "LlamaForCausalLM" if "model.norm.weight" in shapes else "OneTensor"
-    described = json.dumps({"architectures": [known], "model_type": "llama", "torch_dtype": DTYPE.name})
+    described = json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": DTYPE.name})
     plan = {name: (DTYPE, shape) for name, shape in shapes.items()}
     paths = [folder / name for name in ("base", *(f"model_{i}" for i in range(1, models + 1)))]
     for number, path in enumerate(paths):

@@ -136,7 +136,11 @@ def peer(
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [str(peer_program()), str(scratch / "recipe.yaml"), str(scratch / "peer"), "--no-write-model-card"]
     try:
-        return measure.run(command, {"HF_HUB_OFFLINE": "1"}, scratch / "peer.log", limit_s)
+        taken = measure.run(command, {"HF_HUB_OFFLINE": "1"}, scratch / "peer.log", limit_s)
+        wanted, written = size_bytes(inputs[0]), size_bytes(scratch / "peer")
+        if written < 0.9 * wanted:
+            raise RuntimeError(f"{command[0]} ended\nwrote {written:,} bytes, a model has {wanted:,}")
+        return taken
     finally:
         remove(scratch / "peer")
 
