@@ -160,8 +160,8 @@ def test_refused(root, capsys):
         refused(root, capsys, 2, "--process I and --processes N")
     assert by(root, 0, 6, "out") == 2
     refused(root, capsys, 2, "5 tensors, too few for 6 processes")
-    assert by(root, 0, 2, "out.safetensors") == 2
-    refused(root, capsys, 2, "must be a directory")
+    alone = ("--processes", "2", "--process", "0", "--out", str(root / "out.safetensors"))
+    refused(root, capsys, merge(root, *alone), "must be a directory")
     (root / "out.partial").mkdir()
     (root / "out.partial" / "journal.jsonl").write_text("")
     assert by(root, 0, 2, "out") == 2
