@@ -10,8 +10,6 @@ from tadrop_jax import cutting, streaming
 from tadrop_jax.steps import expand
 from tests.helpers import family, run_streamed, streams_of
 
-pytestmark = pytest.mark.optimised
-
 SHAPES = {
     "matrix": (50, 33),
     "even": (64, 8),
