@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--methods", default="ties", help="comma-separated; METHOD, METHOD+SPARSIFIER, METHOD@FLAVOUR or all (ties)"
     )
-    merges.add_peer_options(parser)
+    merges.add_peer_options(parser, limit_s=900)
     parser.add_argument("--dir", type=Path, help="keep the models there for the next run (a temporary directory)")
     options = measure.chosen(parser.parse_args(arguments), rounds=(3, 1), models=(7, 2), size=("124M", "1M"))
     merges.check_peer(options)

@@ -145,11 +145,13 @@ def peer(
         remove(scratch / "peer")
 
 
-def add_peer_options(parser: argparse.ArgumentParser) -> None:
-    """Options of benchmarks that set mergekit beside ours."""
+def add_peer_options(parser: argparse.ArgumentParser, limit_s: int = 3600) -> None:
+    """Options of benchmarks that set mergekit beside ours; a run is stopped after ``limit_s`` seconds."""
     parser.add_argument("--peer", action="store_true", help="measure mergekit as well, on methods that both have")
     parser.add_argument("--peer-rounds", type=int, default=1, help="runs of mergekit; each takes minutes (1)")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds after which a run is stopped (3600)")
+    parser.add_argument(
+        "--limit", type=float, default=limit_s, help=f"seconds after which a run is stopped ({limit_s})"
+    )
 
 
 def check_peer(options: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ def test_rules_of_a_few_models(rule, small_blocks):
         assert_alike(found[tensor] - start, np.asarray(expected[tensor]) - start, tensor)
 
 
-def largest_of_rows(scope="row") -> tj.Step:
+def largest_of_rows() -> tj.Step:
     """A user's sparsifier: statistics of rows, then one of the tensor that uses them."""
 
     def relative(x, c, n):

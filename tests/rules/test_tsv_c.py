@@ -21,7 +21,7 @@ def test_formula(tasks, share, rank, make_stacks, nest, flatten):
     for t in range(tasks):
         for name, vector in flatten(bundle.task_vector(t)).items():
             wanted = truncated(stacks[name][t], rank) if name == "block/kernel" else stacks[name][t]
-            np.testing.assert_allclose(vector, wanted, rtol=1e-5, atol=5e-6, err_msg=name)
+            np.testing.assert_allclose(vector, wanted, atol=2e-6, err_msg=name)
     kept = bundle.parts[1]
     assert {n: v.shape for n, v in kept.items()} == {"u": (tasks, 7, rank), "s": (tasks, rank), "vt": (tasks, rank, 5)}
 
@@ -31,7 +31,7 @@ def test_more_tasks_than_the_rank(make_stacks, nest):
     stack = np.random.default_rng(0).normal(size=(7, 7, 5)).astype(np.float32)
     bundle = tj.merge_task_vectors({"w": stack}, tj.tsv_c())
     for t in range(7):
-        np.testing.assert_allclose(bundle.task_vector(t)["w"], truncated(stack[t], 1), rtol=1e-5, atol=5e-6)
+        np.testing.assert_allclose(bundle.task_vector(t)["w"], truncated(stack[t], 1), atol=5e-6)
 
 
 def test_the_layout_does_not_matter(make_stacks):
