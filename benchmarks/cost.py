@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from benchmarks import measure, merges
 from tadrop_jax import registry, selection
-from tadrop_jax.steps import AnyStep, Ranks, Step, chain, expand, is_aside
+from tadrop_jax.advancing import is_aside
+from tadrop_jax.steps import AnyStep, Ranks, Step, chain, expand
 
 # Rounds of counting of a selection in memory, each one read of the keys and one all-reduce.
 ROUNDS = -(-32 // selection.BITS_PER_ROUND)
@@ -109,11 +110,9 @@ COLUMNS = {
 
 
 def build(method: str) -> AnyStep:
-    """The chain of ``METHOD`` or ``METHOD+SPARSIFIER``, as the command line makes it."""
-    rule, _, sparsifier = method.partition("+")
-    known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
-    values = {"density": None} if sparsifier and "density" in known else {}
-    step = registry.build(rule, values or {n: v for n, v in merges.VALUES.items() if n in known}, "rule")
+    """The chain of a method, as the command line makes it; see `merges.parts`."""
+    rule, _, sparsifier = merges.parts(method)
+    step = registry.build(rule, merges.parameters(method), "rule")
     return chain(registry.build(sparsifier, {}, "sparsifier"), step) if sparsifier else step
 
 
@@ -199,7 +198,7 @@ def streamed_against_paper(merge_gpt2: dict) -> tuple[dict, list[dict]]:
     return AGAINST_COLUMNS, [
         _compared(method, passes(build(method), tasks).blocks, wall / unit)
         for method, wall in took.items()
-        if "@" not in method
+        if not merges.parts(method)[1]
     ]
 
 

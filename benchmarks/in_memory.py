@@ -16,7 +16,7 @@ import numpy as np
 
 import tadrop_jax as tj
 from benchmarks import gpt2_directories, measure, merges
-from tadrop_jax import registry
+from benchmarks.cost import build
 
 COLUMNS = {
     "rule": ("rule", ""),
@@ -39,14 +39,8 @@ def tree(size: gpt2_directories.Size, model: int, dtype: np.dtype) -> dict[str, 
 
 def ours(name: str) -> Callable:
     """A function of base and models."""
-    rule, _, sparsifier = name.partition("+")
-    known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
-    off = {"density": None} if sparsifier and "density" in known else {}
-    values = off or {n: v for n, v in merges.VALUES.items() if n in known}
-    step = registry.build(rule, values, "rule")
-    before = registry.build(sparsifier, {}, "sparsifier") if sparsifier else None
-    key = jax.random.key(0)
-    return lambda base, models: tj.merge(base, models, step, sparsifier=before, key=key)
+    step, key = build(name), jax.random.key(0)
+    return lambda base, models: tj.merge(base, models, step, key=key)
 
 
 def peft(name: str, base: Mapping[str, np.ndarray], models: Sequence[Mapping[str, np.ndarray]]) -> Callable | None:

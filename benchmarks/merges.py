@@ -54,18 +54,17 @@ def rules(models: int) -> list[str]:
     ]
 
 
-def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> measure.Measurement:
+def floor(inputs: Sequence[Path], out: Path) -> measure.Measurement:
     """Reads every entry of every input once and writes one model's bytes: what no merge can be faster than.
 
     Args:
         inputs: directories of equal structure, the base first.
         out: file to write; not synced to the disk, and removed.
-        threads: readers and writers; None means one a core.
 
     Returns:
         The measurement; memory is not measured.
     """
-    threads = threads or cores()
+    threads = cores()
     sources = [open_source(path) for path in inputs]
     tensors, places, end = sources[0].tensors.values(), {}, 0
     for info in tensors:
@@ -92,19 +91,27 @@ def floor(inputs: Sequence[Path], out: Path, threads: int | None = None) -> meas
     return taken
 
 
-def options(method: str) -> list[str]:
-    """Options of `tadrop merge` for a method.
+def parts(method: str) -> tuple[str, str, str]:
+    """Rule, flavour and sparsifier of ``METHOD@FLAVOUR+SPARSIFIER``: a preset, and what goes before; "" for none."""
+    named, _, sparsifier = method.partition("+")
+    rule, _, flavour = named.partition("@")
+    return rule, flavour, sparsifier
 
-    Args:
-        method: ``METHOD``; ``METHOD+SPARSIFIER`` puts a sparsifier before it, ``METHOD@FLAVOUR`` is one of its presets.
-    """
-    rule, _, sparsifier = method.partition("+")
-    rule, _, flavour = rule.partition("@")
+
+def parameters(method: str) -> dict[str, Any]:
+    """What the rule of a method is run with; a sparsifier takes the place of its own trimming."""
+    rule, flavour, sparsifier = parts(method)
     known = {parameter.name for parameter in registry.method(rule, "rule").parameters}
-    given = [word for name, value in VALUES.items() if name in known for word in ("--set", f"{name}={value}")]
-    # A sparsifier replaces the rule's own trimming.
-    more = ["--sparsify", sparsifier] if sparsifier else given
-    return ["--method", rule, *more, *(["--set", f"flavour={flavour}"] if flavour else [])]
+    values = {name: None if sparsifier else value for name, value in VALUES.items() if name in known}
+    return values | ({"flavour": flavour} if flavour else {})
+
+
+def options(method: str) -> list[str]:
+    """Options of `tadrop merge` for a method; see `parts`."""
+    rule, _, sparsifier = parts(method)
+    # Without a value for its density, the rule's own trimming is off as soon as there is a sparsifier.
+    given = [w for n, v in parameters(method).items() if v is not None for w in ("--set", f"{n}={v}")]
+    return ["--method", rule, *given, *(["--sparsify", sparsifier] if sparsifier else [])]
 
 
 def ours(
@@ -113,7 +120,7 @@ def ours(
     """One run of `tadrop merge`.
 
     Args:
-        method: see `options`.
+        method: see `parts`.
         inputs: the base and its fine-tunes.
         scratch: where to write.
         limit_s: seconds after which it is stopped.
@@ -166,7 +173,7 @@ def beside_peer(
     """What a row says of mergekit: nothing where it is not asked for, or lacks the method; a note where it fails.
 
     Args:
-        method: see `options`.
+        method: see `parts`.
         inputs: the base and its fine-tunes.
         scratch: where to write.
         dtype: of the result.
@@ -174,7 +181,7 @@ def beside_peer(
         options: those of `add_peer_options`.
     """
     runs, note = [], ""
-    if options.peer and ours and method.partition("@")[0] in PEERS:
+    if options.peer and ours and parts(method)[0] in PEERS and not parts(method)[2]:
         turns = {"mergekit": lambda: peer(method, inputs, scratch, dtype, options.limit)}
         try:
             runs = measure.in_turns(turns, options.peer_rounds)["mergekit"]
@@ -196,7 +203,7 @@ def last_line(error: RuntimeError) -> str:
 
 def peer_recipe(method: str, inputs: Sequence[Path], dtype: str) -> dict[str, Any]:
     """mergekit's recipe for a rule of ours."""
-    theirs, each, whole = PEERS[method.partition("@")[0]]
+    theirs, each, whole = PEERS[parts(method)[0]]
     models = [{"model": str(model), **({"parameters": each} if each else {})} for model in inputs[1:]]
     if theirs in ("slerp", "linear", "karcher"):  # to them the base is a model like the others
         models = [{**models[0], "model": str(inputs[0])}, *models]

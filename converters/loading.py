@@ -24,7 +24,6 @@ class Opened(NamedTuple):
         entry: the architecture.
         package: its family's package.
         config: the family's Config.
-        raw: the contents of `config.json`; empty where there is none.
         leaves: the module's parameters by their paths.
         rows: the table that the files go by.
         origin: what a module has to remember of the files.
@@ -34,7 +33,6 @@ class Opened(NamedTuple):
     entry: families.Architecture
     package: Any
     config: Any
-    raw: Mapping[str, Any]
     leaves: dict[str, Any]
     rows: Sequence[Row]
     origin: Origin
@@ -107,7 +105,7 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
         problems += more
     if problems:
         raise ConversionError(f"{source}: cannot be loaded as {entry.name}:", problems)
-    return Opened(entry, package, config, raw, leaves, rows, origin, stored)
+    return Opened(entry, package, config, leaves, rows, origin, stored)
 
 
 _Reading = tuple[dict[str, Any], list[str], Sequence[Row]]

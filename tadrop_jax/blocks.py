@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 
 from tadrop_jax import memory, reductions, selection
+from tadrop_jax.advancing import advance, is_aside
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.steps import Max, Min, Piece, Step, Sums, advance, is_aside
+from tadrop_jax.steps import Max, Min, Piece, Step, Sums
 
 
 class Site(NamedTuple):
@@ -96,7 +97,7 @@ def selected_like(site: Site, leaves: tuple, tree) -> tuple[Any, int]:
 
     def values(raw, key, carries):
         start, size = np.zeros(2, np.uint32), raw.shape[1]
-        reached, _ = _reach(site, raw, key, carries, start, np.int32(size), np.float32(size))
+        reached, _ = _reach(site, raw, key, carries, start, np.uint32(size), np.float32(size))
         return _flat(stage_of(site).of(reached.x, reached.carry))
 
     found = jax.eval_shape(values, raw, key, carries)
@@ -114,7 +115,7 @@ def _partial(stage: Sums, x: Piece, carry, valid, n) -> dict[str, jax.Array]:
 
     def reduced(array):
         array = _flat(reductions.statistic(stage, array))
-        real = lax.iota(jnp.int32, array.shape[1]) < valid
+        real = lax.iota(jnp.uint32, array.shape[1]) < valid
         return reduce(jnp.where(real, array, neutral), axis=1)
 
     return {k: reduced(a) for k, a in stage.of(x, carry, n).items()}

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tadrop_jax.errors import MergeError
 from tadrop_jax.kinds import Kind
 from tadrop_jax.placement import axis_names, entries_of, gathered, place, sharding_of
-from tadrop_jax.trees import named_leaves
+from tadrop_jax.trees import as_dtype_of, named_leaves
 
 
 def pack(masks: jax.Array) -> jax.Array:
@@ -169,7 +169,9 @@ class Bundle:
         out = []
         for name, leaf, vector in zip(names, leaves, vectors, strict=True):
             if vector is not None:
-                out.append((jnp.asarray(leaf).astype(jnp.float32) + _beside(vector, leaf)).astype(leaf.dtype))
+                ours = jnp.asarray(leaf)
+                value = (ours.astype(jnp.float32) + _beside(vector, leaf)).astype(ours.dtype)
+                out.append(as_dtype_of(leaf, value))
             else:
                 out.append(own.get(name, leaf))
         return jax.tree_util.tree_unflatten(treedef, out)

@@ -244,10 +244,9 @@ def _merge(options) -> int:
             report = merge_directories(request, progress)
     except (MergeFailed, KeyboardInterrupt) as error:
         said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        print(
-            f"tadrop merge: {said}\nThe work so far is in {out}.partial; the same command with --resume goes on.",
-            file=sys.stderr,
-        )
+        print(f"tadrop merge: {said}", file=sys.stderr)
+        if Path(f"{out}.partial").exists():
+            print(f"The work so far is in {out}.partial; the same command with --resume goes on.", file=sys.stderr)
         return 1
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)

@@ -15,15 +15,16 @@ import numpy as np
 
 from converters.files.sidecars import sidecars
 from tadrop_jax import processes
+from tadrop_jax.advancing import global_stages
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.opening import open_models, pytorch_places
-from tadrop_jax.checkpoints.safetensors import Sink, Source, open_sink
+from tadrop_jax.checkpoints.safetensors import Sink, Source, check_directory, open_sink
 from tadrop_jax.checkpoints.turned import Back, Turned
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
 from tadrop_jax.planning import Plan, Request, implausible, make_plan, refuse_same_file, task_names
-from tadrop_jax.report import REPORT, TensorLog, describe_input, versions
-from tadrop_jax.steps import expand, global_stages, output_of
+from tadrop_jax.report import LINES, REPORT, TensorLog, describe_input, versions
+from tadrop_jax.steps import expand, output_of
 from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, measure, run
 
 DTYPES = {
@@ -61,6 +62,8 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         refuse_same_file(sources[1:])
         steps = expand(request.chain, len(request.models))
         bundle = output_of(request.chain) == "bundle"
+        if bundle:
+            check_directory(request.out, "one model per task makes a bundle of several files")
         tasks = task_names(request.models)
         plan = make_plan(sources, request)
         layout = (
@@ -119,7 +122,7 @@ def inspect_directories(
         refuse_same_file(sources[1:])
         steps = explaining_steps(request.chain, len(request.models))
         plan = make_plan(sources, request)
-        turned = Turned(sources, pytorch_places(sources[0]))
+        turned = Turned(sources, pytorch_places(sources[0]), request.workers)
         streams = [s for s in (_stream(turned, name) for name in plan.merged) if s.size]
         settings = _settings(request, _counter(progress, _bytes_to_read(steps, sources, plan)))
         with _naming_files(turned):
@@ -135,7 +138,7 @@ def _merge(
     request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool, share, layout, fingerprint, progress
 ) -> dict:
     base = sources[0]
-    turned = Turned(sources, {} if bundle else pytorch_places(base))
+    turned = Turned(sources, {} if bundle else pytorch_places(base), request.workers)
     back = Back(turned, sink.write)
     streams = [_stream(turned, name) for name in plan.merged]
     total = _bytes_to_read(steps, sources, plan)
@@ -205,7 +208,7 @@ def _merge(
         "versions": versions(),
         "tasks": list(tasks),
         "scalars": {k: v.tolist() for k, v in scalars.items()},
-        "tensors": log.close(),
+        "tensors": log.rows(),
     }
     several = share.among is not None
     # A resumed merge has not seen all of its tensors, nor has one of several processes.
@@ -218,7 +221,7 @@ def _merge(
         _add_files(request, sink, tasks, steps[-1].kind, scalars, report, sources, plan, layout)
     sink.add_file(REPORT, json.dumps(report, indent=1).encode())
     progress(total, total)
-    sink.finish()
+    sink.finish(without=[LINES])
     return report
 
 

@@ -1,6 +1,9 @@
 """Errors that a user of the library can act on."""
 
 import contextlib
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 
 class MergeError(ValueError):
@@ -32,6 +35,12 @@ class CheckpointError(MergeError):
 
 class MergeWarning(UserWarning):
     """Something that is most likely not what the user wants, though it can be done."""
+
+
+def meant(name: Any, names: Iterable[str]) -> str:
+    """``" (did you mean 'ties'?)"`` for what is nearly one of the names, or nothing."""
+    near = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @contextlib.contextmanager

@@ -246,27 +246,6 @@ def not_null(s, largest=None) -> jax.Array:
     return (s > NULL * (s[..., :1] if largest is None else largest)) & (s > 0)
 
 
-def solve_right(b, a, cutoff: float = NULL) -> jax.Array:
-    """``b`` times the pseudo-inverse of the positive semi-definite ``a``.
-
-    Args:
-      b: float32 ``(..., m, n)``.
-      a: float32 ``(..., n, n)``, symmetric, no negative eigenvalues but for rounding.
-      cutoff: eigenvalues up to this share of the largest count as zero.
-
-    Returns:
-      float32 ``(..., m, n)``: the x of least norm among those that make ``x a`` nearest to ``b``.
-
-    Example:
-      >>> solve_right(jnp.array([[2.0, 3.0]]), jnp.diag(jnp.array([4.0, 0.0]))).tolist()
-      [[0.5, 0.0]]
-    """
-    values, vectors = eigh(a)
-    real = (values > cutoff * values[..., -1:]) & (values > 0)
-    inverse = jnp.where(real, 1 / jnp.where(real, values, 1), 0)
-    return matmul(matmul(b, vectors) * inverse[..., None, :], _t(vectors))
-
-
 def _t(a):
     return jnp.swapaxes(a, -1, -2)
 

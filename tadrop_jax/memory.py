@@ -17,10 +17,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tadrop_jax import randomness, selection, wide
+from tadrop_jax.advancing import advance, global_stages, merge_stages
 from tadrop_jax.pieces import piece_of
 from tadrop_jax.placement import AnyMesh, axis_names, entries_of, is_local, place, sharding_of
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
-from tadrop_jax.steps import Piece, Step, Sums, advance, global_stages, merge_stages
+from tadrop_jax.steps import Piece, Step, Sums
 from tadrop_jax.trees import check_patterns, is_traced
 from tadrop_jax.wide import Wide
 

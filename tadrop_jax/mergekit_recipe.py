@@ -249,7 +249,10 @@ def _parameters(where: Mapping[str, Any]) -> dict[str, Any]:
 def _check_all_layers(path: str, layers: Any) -> None:
     """Refuses a slice that is not the whole model."""
     config = Path(path) / "config.json"
-    described = json.loads(config.read_text()) if config.is_file() else {}
+    try:
+        described = json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise MergeError(f"{config}: is not valid JSON: {error}") from None
     depth = described.get("num_hidden_layers", described.get("n_layer"))
     if depth is None or layers != [0, depth]:
         raise MergeError(

@@ -14,7 +14,7 @@ from tadrop_jax.bundles import Bundle, pack
 from tadrop_jax.errors import ContentError, MergeError, MergeWarning
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import single
 from tadrop_jax.placement import shardings_by_name
 from tadrop_jax.selection import attached, magnitude
 from tadrop_jax.steps import (
@@ -28,7 +28,7 @@ from tadrop_jax.steps import (
     per_task_patterns,
 )
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import check_patterns, is_mergeable, is_traced, named_leaves, selected
+from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected
 
 
 class Layout(NamedTuple):
@@ -101,7 +101,8 @@ def merge(
     own = {n for n in floats if per_task and selected(n, per_task)}
     kept = {n for n in floats if n not in own and not selected(n, include, exclude)}
     columns = match(names, leaves, models, skip=frozenset(own | kept))
-    at = [i for i, n in enumerate(names) if n in set(floats) - own - kept]
+    merged = set(floats) - own - kept
+    at = [i for i, name in enumerate(names) if name in merged]
     if not at:
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])
@@ -250,9 +251,7 @@ def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
       >>> tj.quantile_ratios({"w": jnp.array([[1.0, -2.0, 3.0, -8.0]])}, q_low=0.5, q_high=1.0)["w"].tolist()
       [0.25]
     """
-    step = ratio_step(
-        number("quantile_ratios", "q_low", q_low, 0, 1), number("quantile_ratios", "q_high", q_high, 0, 1)
-    )
+    step = ratio_step(*(single("quantile_ratios", n, q, 0, 1) for n, q in (("q_low", q_low), ("q_high", q_high))))
     treedef, at, leaves, results, tasks = _run_tensors(stack, (step,), None)
     for i, result in zip(at, results, strict=True):
         (carry,) = result.carries
@@ -374,12 +373,6 @@ def laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]
     return (None if order == tuple(range(ndim)) else order), torch_name
 
 
-def as_dtype_of(leaf, value):
-    """The base's dtype, also float64 where JAX has none."""
-    dtype = getattr(leaf, "dtype", None)
-    return value if dtype is None or dtype == value.dtype else np.asarray(value).astype(dtype)
-
-
 @jax.jit
 def _contents(base, models):
     """Which of base and models hold NaN or infinity, and which models differ from the base."""
@@ -387,8 +380,12 @@ def _contents(base, models):
     return finite, [] if base is None else [jnp.any(m != base) for m in models]
 
 
-def check_contents(rows) -> None:
+def check_contents(rows, alone: str = "the stack") -> None:
     """Refuses NaN and infinity, and warns of a model that equals the base; concrete inputs only.
+
+    Args:
+      rows: name, base or None, and what is compared with it, of each tensor.
+      alone: what it is called where there is no base.
 
     Raises:
       ContentError: naming the tensor and the model.
@@ -401,7 +398,7 @@ def check_contents(rows) -> None:
     for (name, base, column), (finite, _) in zip(rows, found, strict=True):
         who = (["the base"] if base is not None else []) + [f"model {t}" for t in range(len(column))]
         if base is None:
-            who = ["the stack"]
+            who = [alone]
         for ok, one in zip(finite, who, strict=True):
             if not ok:
                 raise ContentError(f"tensor {name!r} holds NaN or infinity in {one}")

@@ -65,11 +65,7 @@ class Piece(NamedTuple):
         """One uniform number in [0, 1) for each entry and task, a function of key, task and position alone."""
         if self.key is None or self.position is None:
             raise MergeError("this method is random: pass key=jax.random.key(seed)")
-        key, (high, low) = self.key, self.position()
-        if len(self.tasks) == 1:
-            return randomness.uniform(key, self.tasks[0], high, low)[None]
-        # A loop: of the generator's many arrays those of one task are held, and it is compiled once.
-        return lax.map(lambda task: randomness.uniform(key, task, high, low), jnp.array(self.tasks, jnp.uint32))
+        return randomness.uniform(self.key, self.tasks, *self.position())
 
     def groups(self, m: int) -> jax.Array:
         """The stack as ``(T, G, m)``: groups of m consecutive entries in PyTorch order, padded with zeros."""

@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tadrop_jax.checkpoints.safetensors import count_shards
+from converters.files.safetensors import INDEX, index
+from tadrop_jax.checkpoints.safetensors import check_directory, count_shards
 from tadrop_jax.errors import CheckpointError, MergeError
 from tadrop_jax.report import REPORT
-
-_INDEX = "model.safetensors.index.json"
 
 
 class Share(NamedTuple):
@@ -58,8 +57,7 @@ def share_of(request, layout: Mapping[str, tuple], tensor_of: Mapping[str, str],
     """
     if request.processes == 1:
         return Share(request.out, frozenset(work), dict(layout), None)
-    if request.out.suffix == ".safetensors":
-        raise MergeError(f"{request.out}: several processes write several files, so it must be a directory")
+    check_directory(request.out, "several processes write several files")
     if len(work) < request.processes:
         raise MergeError(f"there are {len(work)} tensors, too few for {request.processes} processes")
     home, load = dict[str, int](), [0] * request.processes
@@ -127,11 +125,10 @@ def join(request, fingerprint: str) -> dict | None:
                 whole.rename(out)
             shutil.rmtree(folder, ignore_errors=True)
     except FileNotFoundError:
-        if not _report(out):  # if it is there, another process was faster, on a disk without locks
-            raise
+        pass  # on a disk without locks another process was faster, and is at it still or done
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror}") from error
-    return _report(out)
+    return _report(out) or None
 
 
 def abandon(request) -> None:
@@ -144,19 +141,18 @@ def _assemble(parts: Sequence[Path], whole: Path, report: dict[str, Any]) -> Non
     weights: dict[str, str] = {}
     total = 0
     for part in parts:
-        index = json.loads((part / _INDEX).read_text())
-        weights |= index["weight_map"]
-        total += index["metadata"]["total_size"]
+        described = json.loads((part / INDEX).read_text())
+        weights |= described["weight_map"]
+        total += described["metadata"]["total_size"]
         for file in sorted(f for f in part.rglob("*") if f.is_file()):
             name = file.relative_to(part)
-            if str(name) not in (_INDEX, REPORT):
+            if str(name) not in (INDEX, REPORT):
                 (whole / name).parent.mkdir(parents=True, exist_ok=True)
                 file.rename(whole / name)
     missing = sorted(name for name in set(weights.values()) if not (whole / name).is_file())
     if missing:
         raise CheckpointError(f"{whole}: {missing[0]} is missing; start afresh without resume")
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
-    for name, content in ((_INDEX, json.dumps(index, indent=2)), (REPORT, json.dumps(report, indent=1))):
+    for name, content in ((INDEX, index(weights, total)), (REPORT, json.dumps(report, indent=1))):
         with (whole / name).open("w") as file:
             file.write(content)
             file.flush()

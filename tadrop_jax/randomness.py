@@ -7,12 +7,15 @@ under ``jax_threefry_partitionable``.
 """
 
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p, threefry_prng_impl
+from jax.extend.random import threefry_prng_impl
 
 from tadrop_jax.errors import MergeError
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def check_key(key) -> jax.Array:
@@ -52,18 +55,37 @@ def tensor_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def uniform(key: jax.Array, task: int | jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    """Uniform float32 in [0, 1) with 24 random bits for each position.
+def uniform(key: jax.Array, tasks: Sequence[int], high: jax.Array, low: jax.Array) -> jax.Array:
+    """Uniform float32 in [0, 1) with 24 random bits for each task and position.
 
     Args:
       key: typed key of the tensor.
-      task: index of the task.
-      high: uint32, upper half of the positions.
+      tasks: indices of T tasks.
+      high: uint32 of shape S, upper half of the positions.
       low: uint32, lower half, of the same shape.
 
     Returns:
-      float32 array of the shape of ``low``.
+      float32 array ``(T, *S)``, elementwise in S: what is compared with it need not hold it.
     """
-    k1, k2 = jax.random.key_data(jax.random.fold_in(key, task))
-    a, b = threefry2x32_p.bind(*(jnp.broadcast_to(v, low.shape) for v in (k1, k2)), high, low)
+    of_task = jax.vmap(lambda task: jax.random.key_data(jax.random.fold_in(key, task)))(jnp.array(tasks, jnp.uint32))
+    a, b = _threefry(jnp.reshape(of_task.T, (2, -1, *(1,) * low.ndim)), high, low)
     return ((a ^ b) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def _threefry(key, high, low) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 of 20 rounds (Salmon et al. 2011), unrolled: JAX's own is a loop on CPU, and goes through memory.
+
+    Args:
+      key: uint32 ``(2, ...)``.
+      high: uint32, the first word of the counters.
+      low: uint32, the second.
+    """
+    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    a, b = high + keys[0], low + keys[1]
+    for i in range(5):
+        for turn in _ROTATIONS[i % 2]:
+            a += b
+            b = ((b << turn) | (b >> (32 - turn))) ^ a
+        a += keys[(i + 1) % 3]
+        b += keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    return a, b

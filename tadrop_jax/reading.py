@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tadrop_jax.checkpoints.safetensors.source import aligned_empty
 from tadrop_jax.errors import ContentError, MergeError
 
 _UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -105,7 +106,7 @@ class Reader:
         count = rows * width * np.dtype(uint).itemsize
         raw = held.get(place)
         if raw is None or raw.size < count:
-            raw = _aligned(count)
+            raw = aligned_empty(count, np.dtype(np.uint8))
             if place is not None:
                 held[place] = raw
         raw = raw[:count].view(uint).reshape(rows, width)
@@ -137,10 +138,3 @@ def _all_finite(values: np.ndarray) -> bool:
     infinite = int(np.array(ml_dtypes.finfo(values.dtype).max, values.dtype).view(np.uint16)) + 1
     signed, unsigned = values.view(np.int16), values.view(np.uint16)
     return not values.size or bool(signed.max() < infinite and unsigned.max() < infinite | 1 << 15)
-
-
-def _aligned(count: int) -> np.ndarray:
-    """Uninitialised bytes, aligned to 64."""
-    raw = np.empty(count + 64, np.uint8)
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + count]

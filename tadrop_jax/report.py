@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from tadrop_jax.checkpoints.safetensors import journal
+
 REPORT = "merge_report.json"
-_LINES = "merge_report.jsonl"
+# Goes when the result appears.
+LINES = "merge_report.jsonl"
 
 
 class TensorLog:
@@ -18,27 +21,21 @@ class TensorLog:
 
     def __init__(self, folder: Path, fresh: bool):
         """Opens the log in ``folder``; a fresh one forgets what an earlier run said."""
-        self.file = folder / _LINES
+        self.file = folder / LINES
         self._lock = threading.Lock()
-        if fresh:
+        if fresh or not self.file.exists():
             self.file.write_text("")
+        journal.complete_lines(self.file)
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Notes a tensor."""
         with self._lock, self.file.open("a") as file:
             file.write(json.dumps({"name": name, **row}) + "\n")
 
-    def close(self) -> dict[str, dict[str, Any]]:
-        """All rows by name, the last word on each; the file goes."""
-        rows: dict[str, dict[str, Any]] = {}
-        for line in self.file.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the line that a kill cut off: its tensor is done again
-            rows[row.pop("name")] = row
-        self.file.unlink()
-        return rows
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """All rows by name, the last word on each."""
+        found = [json.loads(line) for line in self.file.read_text().splitlines()]
+        return {row.pop("name"): row for row in found}
 
     @staticmethod
     def describe(stream, carries, steps, tasks: int) -> dict[str, Any]:

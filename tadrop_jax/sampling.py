@@ -53,9 +53,10 @@ class Selection:
         self.places: list[list[int]] = []
         self.collected = 0
         self.lock = threading.Lock()
-        # By round, rank and row: bracket (both ends belong to it); entries below it, and those inside.
+        # By round, rank and row: bracket (both ends belong to it); entries below it, and those inside: all of them, or
+        # one key and how often it is there.
         self.brackets: dict[tuple[int, int, int], tuple[Any, Any]] = {}
-        self.inside: dict[tuple[int, int, int], tuple[int, np.ndarray | int]] = {}
+        self.inside: dict[tuple[int, int, int], tuple[int, np.ndarray | tuple[Any, int]]] = {}
         # The wide brackets of ranks that were given narrow ones.
         self.spare: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         # What brackets missed, with the upper half of its key (None: not known yet), the entries below that, and one
@@ -147,7 +148,8 @@ class Selection:
                 found.append((0, np.empty(0, row.dtype)))
             else:
                 below, inside = _collect(row, low, high)
-                self.collected += inside.size  # a rough count will do: threads may lose an update
+                with self.lock:
+                    self.collected += inside.size
                 found.append((below, inside))
         return found
 
@@ -162,10 +164,10 @@ class Selection:
         if self.missed:
             self._narrow()
         else:
-            for i, at in enumerate(self.brackets):
+            for i, (at, (low, _)) in enumerate(self.brackets.items()):
                 below, inside = sum(part[i][0] for part in parts), [part[i][1] for part in parts]
                 if isinstance(inside[0], int):
-                    self.inside[at] = below, sum(inside)
+                    self.inside[at] = below, (low, sum(inside))
                 elif self.collected <= _MOST:
                     self.inside[at] = below, np.concatenate(inside)
         self._settle()
@@ -195,10 +197,10 @@ class Selection:
     def _answer(self, at, rank: int) -> np.uint32 | None:
         """The key at a rank of a row, if what was collected of the row, first of all for this rank, tells it."""
         for other in (at, *(o for o in self.inside if o[2] == at[2])):
-            below, inside = self.inside.get(other, (0, 0))
-            place, size = rank - below, inside if isinstance(inside, int) else inside.size
+            below, inside = self.inside.get(other, (0, (_TOP, 0)))
+            place, size = rank - below, inside[1] if isinstance(inside, tuple) else inside.size
             if 0 <= place < size:
-                return self.brackets[other][0] if isinstance(inside, int) else np.partition(inside, place)[place]
+                return inside[0] if isinstance(inside, tuple) else np.partition(inside, place)[place]
         return None
 
     def _narrow(self):
@@ -212,7 +214,7 @@ class Selection:
                 continue
             key = np.uint32((prefix << 16) | bin_)
             del self.missed[at]
-            self.brackets[at], self.inside[at] = (key, key), (int(ranks[at[1:]]), 1)
+            self.inside[at] = int(ranks[at[1:]]), (key, 1)
         self.bins = {}
 
 

@@ -26,6 +26,8 @@ from tadrop_jax.workers import cores, side_by_side
 
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 BITS_PER_ROUND = 3
+# The most that 32 bits count.
+_COUNTED = (1 << 32) - 1
 # On the host: so many entries, by the bytes of one, are partitioned where NumPy has fast vector code for that, few
 # anywhere; of more, one of so many is a sample, and blocks are counted.
 _PARTITION, _FEW, _STRIDE, _BLOCK = {2: 1 << 24, 4: 1 << 22}, 1 << 16, 64, 1 << 17
@@ -199,13 +201,11 @@ def bits_per_round(one_pass: bool) -> int:
 
 def exact_count(keys, pivots, axes, one_pass: bool = True) -> Wide:
     """:func:`count_at_least` as exact integers, also beyond 2^32 entries."""
-    if math.prod(keys.shape[a] for a in axes) < 1 << 32:
+    if math.prod(keys.shape[a] for a in axes) <= _COUNTED:
         return wide.wide(count_at_least(keys, pivots, axes, one_pass=one_pass))
-    # More entries than 32 bits count: leave the first reduced axis, and add its slices as Wide.
-    first, rest = axes[0], axes[1:]
-    partial = wide.wide(count_at_least(keys, pivots, rest, one_pass=one_pass))
-    total = Wide(*(jnp.sum(limb, axis=first + 1, keepdims=True, dtype=jnp.uint32) for limb in partial))
-    return wide.add(Wide(total.high, jnp.zeros_like(total.low)), wide.wide(total.low))
+    longest = max(axes, key=lambda a: keys.shape[a])
+    halves = jnp.split(keys, [keys.shape[longest] // 2], axis=longest)
+    return wide.add(*(exact_count(half, pivots, axes, one_pass) for half in halves))
 
 
 def _reduced_axes(x, axis) -> tuple[int, ...]:
@@ -306,13 +306,12 @@ def magnitude_quantile(x, q, method: str = "linear") -> jax.Array:
 
 
 def _fraction(q, n: int):
-    """``q * n - floor(q * n)`` for float32 q to 22 bits, from the exact floor of ``q * n * 2^22``."""
-    if n << 22 > wide.MAX:
-        return (q * n) % 1
-    whole, scaled = wide.wide(wide.floor_times(q, n)), wide.wide(wide.floor_times(q, n << 22))
-    # scaled mod 2^22, from its two limbs.
-    rest = (((scaled.high << 16) | scaled.low) - ((whole.high << 16 | whole.low) << 22)) & jnp.uint32((1 << 22) - 1)
-    return rest.astype(jnp.float32) / (1 << 22)
+    """``q * n - floor(q * n)`` for float32 q to 22 bits, or as many as 48 leave beside n, from exact floors."""
+    digits = min(22, 48 - n.bit_length())
+    whole, scaled = wide.wide(wide.floor_times(q, n)), wide.wide(wide.floor_times(q, n << digits))
+    # scaled mod 2^digits, from its two limbs.
+    rest = ((scaled.high << 16) | scaled.low) - ((whole.high << 16 | whole.low) << digits)
+    return (rest & jnp.uint32((1 << digits) - 1)).astype(jnp.float32) / (1 << digits)
 
 
 def _array(x) -> jax.Array:

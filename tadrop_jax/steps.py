@@ -9,7 +9,8 @@ one merged vector, merged parameters, or the parts of a per-task bundle.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -219,7 +220,6 @@ class PerTasks:
     """Steps that can be written down only when the number of tasks T is known."""
 
     build: Callable[[int], tuple[Step, ...]]
-    spec: tuple | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -271,11 +271,16 @@ def masked(step: AnyStep, *, include=(), exclude=()) -> AnyStep:
         return Chain(tuple(masked(part, include=include, exclude=exclude) for part in step.parts))
     if step.include and include:
         # Both have to hold: one lookahead for each.
-        both = tuple(f"(?=.*(?:{a}))(?=.*(?:{b}))" for a in step.include for b in include)
-        include = tuple(f"^{p}" for p in both)
+        include = tuple(f"^(?=.*{_inside(a)})(?=.*{_inside(b)})" for a in step.include for b in include)
     else:
         include = step.include or include
     return dataclasses.replace(step, include=include, exclude=(*step.exclude, *exclude))
+
+
+def _inside(pattern: str) -> str:
+    """A regular expression as a group of another one; flags at its beginning are the group's."""
+    flags = re.match(r"\(\?([aimsx]+)\)", pattern)
+    return f"(?:{pattern})" if flags is None else f"(?{flags[1]}:{pattern[flags.end() :]})"
 
 
 def patterns(given) -> tuple[str, ...]:
@@ -333,75 +338,6 @@ def _check_models(method: str, least: int, most: int | None, tasks: int) -> None
     if tasks < least or (most is not None and tasks > most):
         wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         raise ParameterError(f"{method}: merges {wanted} fine-tuned model{'s' * (most != 1)}, got {tasks}")
-
-
-def merge_stages(results) -> dict[str, jax.Array]:
-    """The carry: what the stages found, in one dictionary."""
-    return {name: value for found in results if found is not None for name, value in found.items()}
-
-
-def global_stages(steps: Sequence[Step], aside: bool = True) -> list[tuple[int, int]]:
-    """Where statistics of the whole tree are needed: (step, stage), in order; with or without those aside."""
-    return [
-        (i, j)
-        for i, s in enumerate(steps)
-        for j, stage in enumerate(s.stages)
-        if stage.scope == "global" and (aside or not is_aside(stage))
-    ]
-
-
-def is_aside(stage: Stage) -> bool:
-    """Whether no step looks at what the stage finds."""
-    return isinstance(stage, Sums) and stage.aside
-
-
-class Reached(NamedTuple):
-    """How far :func:`advance` came.
-
-    Attributes:
-      x: the piece, as the steps before left it.
-      value: what the last step put out; None if it stopped at a stage, or if a rule leaves the tensor alone.
-      carry: what the stages of the step where it stopped found so far.
-      carries: for each step, what each of its stages found.
-    """
-
-    x: Piece
-    value: Any
-    carry: dict[str, jax.Array]
-    carries: tuple
-
-
-def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, reduce, stop=None) -> Reached:
-    """Applies a chain to a piece: the one loop that every executor runs.
-
-    Args:
-      steps: the chain.
-      active: which steps are for this tensor.
-      x: the piece.
-      carries: for each step, what each of its stages found, or None.
-      reduce: ``(stage, x, carry) -> found``, called for the stages that are missing.
-      stop: (step, stage) before which to stop, or None for the whole chain.
-    """
-    carries = list(carries)
-    x = x._replace(given=x.stack)
-    for i, step in enumerate(steps):
-        if not active[i]:
-            continue
-        found = list(carries[i])
-        for j, stage in enumerate(step.stages):
-            carry = merge_stages(found[:j])
-            if stop == (i, j):
-                carries[i] = tuple(found)
-                return Reached(x, None, carry, tuple(carries))
-            if found[j] is None:
-                found[j] = reduce(stage, x, carry)
-        carries[i] = tuple(found)
-        value = step.apply(x, merge_stages(found))
-        if step.output != "stack":
-            return Reached(x, value, {}, tuple(carries))
-        x = x._replace(stack=value)
-    rule = bool(steps) and steps[-1].output != "stack"
-    return Reached(x, None if rule else x.stack, {}, tuple(carries))
 
 
 def spec(name: str, /, **parameters) -> tuple | None:

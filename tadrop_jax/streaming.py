@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax import cutting, randomness, reductions, sampling, selection
+from tadrop_jax.advancing import global_stages, is_aside, merge_stages
 from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
-from tadrop_jax.steps import Step, Sums, global_stages, is_aside, merge_stages
+from tadrop_jax.steps import Step, Sums
 from tadrop_jax.trees import check_patterns
 from tadrop_jax.workers import cores, side_by_side
 
@@ -97,11 +98,7 @@ def run(
       ContentError: for NaN or infinity, naming file, tensor and entry.
       MergeError: if a random step has no key, or a pattern matches nothing.
     """
-    steps = tuple(steps)
-    names = [s.name for s in streams]
-    check_patterns([p for s in steps for p in s.named], names)
-    key = randomness.check_needed(any(s.random for s in steps), settings.key)
-    return _Run(steps, tuple(streams), tasks, key, settings).go(write, done, frozenset(skip))
+    return _Run(steps, streams, tasks, settings).go(write, done, frozenset(skip))
 
 
 def measure(steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settings: Settings) -> list[Carries]:
@@ -119,18 +116,16 @@ def measure(steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settin
     Raises:
       As :func:`run`.
     """
-    steps = tuple(steps)
-    check_patterns([p for s in steps for p in s.named], [s.name for s in streams])
-    return _Run(
-        steps, tuple(streams), tasks, randomness.check_needed(any(s.random for s in steps), settings.key), settings
-    ).measure()
+    return _Run(steps, streams, tasks, settings).measure()
 
 
 class _Run:
     """One run: what the passes share. The statistics found so far are its only state."""
 
-    def __init__(self, steps, streams, tasks, key, settings: Settings):
-        self.steps, self.streams, self.tasks, self.settings = steps, streams, tasks, settings
+    def __init__(self, steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settings: Settings):
+        check_patterns([p for s in steps for p in s.named], [t.name for t in streams])
+        key = randomness.check_needed(any(s.random for s in steps), settings.key)
+        self.steps, self.streams, self.tasks, self.settings = tuple(steps), tuple(streams), tasks, settings
         self.active = [tuple(s.covers(t.name) and t.size > 0 for s in steps) for t in streams]
         self.chains = [tuple(s.for_tensor(t.name, t.shape, tasks) for s in steps) for t in streams]
         self.parts = [
@@ -165,13 +160,20 @@ class _Run:
         for (i, j), shares in self.shares.items():
             if i == last:
                 ordered = [share for k in sorted(shares) for share in shares[k]]
-                carry |= reductions.combine(self.steps[i].stages[j], ordered)
+                carry |= reductions.combine(self.steps[i].stages[j], ordered)  # type: ignore[arg-type]
         return Outcome(carry, tuple(self.reader.differs))
 
     def measure(self) -> list[Carries]:
         for stop in global_stages(self.steps, aside=False):
             self.global_stage(stop)
-        self.each(lambda k, parallel: self.tensor_stages(k, None, parallel, self.keep(k)), range(len(self.streams)))
+
+        def stages(k, parallel):
+            if self.whole[k]:
+                self.call("finish", self.blocks(k)[0])
+            else:
+                self.tensor_stages(k, None, parallel, self.keep(k))
+
+        self.each(stages, range(len(self.streams)))
         return [self.found(k) for k in range(len(self.streams))]
 
     def each(self, fn, streams: Iterable[int]) -> dict[int, Any]:
@@ -220,7 +222,7 @@ class _Run:
                 self.keys[k],
                 self.carries[k],
                 start,
-                np.int32(block.size),
+                np.uint32(block.size),
                 np.float32(self.streams[k].size),
             )
             if carries is not None:

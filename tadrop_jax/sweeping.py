@@ -98,7 +98,8 @@ def sweep(
     if not grid:
         raise ParameterError("sweep: the grid is empty")
     for name, values in grid.items():
-        if isinstance(values, (str, Mapping)) or not hasattr(values, "__len__") or np.shape(values)[:1] == (0,):
+        several = np.ndim(values) > 0 if hasattr(values, "shape") else isinstance(values, (list, tuple))
+        if not several or len(values) == 0:
             raise ParameterError(f"sweep: {name} must be an array or a list of settings, got {values!r}")
     arrays = {n: jnp.asarray(v) for n, v in grid.items() if isinstance(v, (jax.Array, np.ndarray))}
     lists = {n: list(v) for n, v in grid.items() if n not in arrays}

@@ -95,8 +95,9 @@ def check_names(
     Raises:
       MismatchError: with the names.
     """
-    missing = [n for n in base if n not in set(model) and n not in skip]
-    extra = [n for n in model if n not in set(base) and n not in skip]
+    ours, theirs = set(base), set(model)
+    missing = [n for n in base if n not in theirs and n not in skip]
+    extra = [n for n in model if n not in ours and n not in skip]
     if missing or extra:
         said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)}, which {base_is} lacks"] * bool(
             extra

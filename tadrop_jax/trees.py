@@ -63,6 +63,12 @@ def is_mergeable(leaf) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
+def as_dtype_of(leaf, value):
+    """The base's dtype, also float64 where JAX has none."""
+    dtype = getattr(leaf, "dtype", None)
+    return value if dtype is None or dtype == value.dtype else np.asarray(value).astype(dtype)
+
+
 def selected(name: str, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> bool:
     """Whether regular expressions select a name: none to include means all; exclude beats include."""
     include = tuple(include)

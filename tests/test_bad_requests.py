@@ -102,6 +102,12 @@ def test_shards_of_one_file(root, capsys):
     )
 
 
+def test_one_file_for_one_model_a_task(root, capsys):
+    assert merge(root, method="emr", out="out.safetensors") == 2
+    assert "out.safetensors: one model per task makes a bundle of several files" in capsys.readouterr().err
+    assert not list(root.glob("out*"))
+
+
 def test_an_output_that_is_a_file(root, capsys):
     (root / "out.safetensors").write_text("keep me")
     assert merge(root, "--out", str(root / "out.safetensors")) == 2

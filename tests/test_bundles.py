@@ -187,9 +187,20 @@ def test_tasks_that_are_not_there(bundle):
         bundle.mask("mnist")
 
 
+def test_the_dtypes_of_the_base_also_where_jax_has_none():
+    base = {"number": 1.0, "wide": np.full(3, 0.5, np.float64)}
+    models = [{"number": 2.0, "wide": np.ones(3)}, {"number": 1.0, "wide": np.full(3, 0.25)}]
+    found = tj.merge(base, models, tj.emr()).task_params(0)
+    assert float(found["number"]) == 2.0
+    assert found["wide"].dtype == np.float64
+    np.testing.assert_allclose(found["wide"], 1.0)
+
+
 def test_refusals(bundle, trees, tmp_path):
     with pytest.raises(MergeError, match="'safetensors' or 'orbax', got 'pickle'"):
         bundle.save(tmp_path / "bundle", "pickle")
+    with pytest.raises(CheckpointError, match="must be a directory"):
+        bundle.save(tmp_path / "bundle.safetensors")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
     for form in ("safetensors", "orbax"):

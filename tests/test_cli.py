@@ -72,7 +72,7 @@ def test_methods_lists_every_method_and_parameter():
 
 def test_an_unknown_method_or_no_command(capsys):
     assert main(["methods", "tise"]) == 2
-    assert "there is no method 'tise'; there are tadrop" in capsys.readouterr().err
+    assert "there is no method 'tise' (did you mean 'ties'?); there are tadrop" in capsys.readouterr().err
     assert main([]) == 2
     assert "usage: tadrop" in capsys.readouterr().out
     assert main(["mrge"]) == 2
@@ -242,6 +242,17 @@ def test_single_files_in_and_out(root, tmp_path):
     for name, value in read_model(root / "one.safetensors").items():
         assert value.tobytes() == read_model(root / "out")[name].tobytes()
     assert report_of(root / "out")["tasks"] == ["model", "m1"]
+
+
+def test_what_lies_beside_a_single_file_is_not_overwritten(root, capsys):
+    (root / "one.config.json").write_text("of something else")
+    assert merge(root, out="one.safetensors") == 1
+    assert "one.config.json: exists already" in capsys.readouterr().err
+    assert (root / "one.config.json").read_text() == "of something else"
+    assert not (root / "one.safetensors").exists()
+    (root / "one.config.json").unlink()
+    assert merge(root, "--resume", out="one.safetensors") == 0
+    assert sorted(f.name for f in root.glob("one*")) == ["one.config.json", "one.merge_report.json", "one.safetensors"]
 
 
 def test_configuration_and_tokenizer_come_along(root):

@@ -168,6 +168,15 @@ def test_a_masked_pattern_that_matches_nothing_is_refused(base, models):
         tj.sparsify(tj.task_vectors(base, models), tj.masked(tj.tadrop(), include="nowhere"))
 
 
+def test_masks_of_masks_may_begin_with_flags(base, models):
+    stack = tj.task_vectors(base, models)
+    inner = tj.masked(tj.uniform(1.0, norm=None), include="(?i)KERNEL")
+    pruned = tj.sparsify(stack, tj.masked(inner, include="head"))
+    assert not np.any(pruned["head"]["kernel"])
+    untouched = {"head": {"kernel": stack["head"]["kernel"]}}
+    assert_equal(pruned | {"head": pruned["head"] | untouched["head"]}, stack)
+
+
 def test_other_linen_collections_keep_their_name(base, models):
     """Only a leading `params/` is left out of a name."""
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tadrop_jax import cutting
+from tadrop_jax.report import LINES, TensorLog
 from tests.helpers import REPOSITORY, command, files_of, merge, read_model, report_of, save_family
 
 pytestmark = pytest.mark.optimised
@@ -56,6 +57,45 @@ def test_resume_gives_the_same_bytes(after, method, root, capsys, monkeypatch):
     assert files_of(root / "out") == files_of(root / "whole")
     assert report_of(root / "out") == report_of(root / "whole")
     assert not (root / "out.partial").exists()
+
+
+@pytest.mark.parametrize("excluded", [[], ["--exclude", "bias"]], ids=["all", "one kept"])
+def test_one_that_broke_off_while_it_was_made_durable(excluded, root, capsys, monkeypatch):
+    assert merge(root, *excluded, out="whole") == 0
+
+    def stop(fd):
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", stop)
+        assert merge(root, *excluded) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert merge(root, *excluded, "--resume") == 0
+    assert files_of(root / "out") == files_of(root / "whole")
+    said, whole = report_of(root / "out"), report_of(root / "whole")
+    assert said["tensors"] == whole["tensors"]
+    assert sorted(said["tensors"]) == sorted(SHAPES)
+    assert sorted(f.name for f in (root / "out").iterdir()) == sorted(f.name for f in (root / "whole").iterdir())
+
+
+def test_an_interruption_before_there_is_any_work(root, capsys, monkeypatch):
+    def stop(*args):
+        raise Interrupted
+
+    monkeypatch.setattr("tadrop_jax.directories.open_models", stop)
+    assert merge(root) == 1
+    said = capsys.readouterr().err
+    assert "interrupted" in said
+    assert "--resume" not in said
+
+
+def test_a_line_of_the_log_that_was_cut_off_does_not_take_the_next_with_it(tmp_path):
+    TensorLog(tmp_path, fresh=True).add("one", {"norm": [1.0]})
+    with (tmp_path / LINES).open("a") as file:
+        file.write('{"name": "two", "nor')
+    log = TensorLog(tmp_path, fresh=False)
+    log.add("two", {"norm": [2.0]})
+    assert log.rows() == {"one": {"norm": [1.0]}, "two": {"norm": [2.0]}}
 
 
 @pytest.fixture

@@ -190,9 +190,12 @@ def test_the_command_line_tells_and_merges(folder, capsys):
         ("nearswap", "base_model: base\nmodels: [{model: base}]\nparameters: {t: 1}", "no model to merge besides"),
         ("karcher", "slices: [{sources: [{model: m0, layer_range: [0, 2]}]}, {}]", "slices that put a model together"),
         ("karcher", "slices: [{sources: [{model: m0, layer_range: [0, 1]}]}]", "a slice must be the whole model"),
+        ("karcher", "slices: [{sources: [{model: broken, layer_range: [0, 1]}]}]", "is not valid JSON"),
     ],
 )
 def test_refusals(method, rest, said, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
     file = written(tmp_path, method, rest)
     with pytest.raises(MergeError, match=f"recipe.yaml: .*{said}"):
         recipe.load(file)

@@ -127,7 +127,9 @@ def test_none_is_refused_where_it_is_no_value():
 def test_broken_assignments_are_refused():
     with pytest.raises(tj.ParameterError, match="write NAME=VALUE, got 'density'"):
         parse(METHODS["ties"], ["density"])
-    with pytest.raises(tj.ParameterError, match="ties has no parameter 'densty'; it has density, coefficient"):
+    with pytest.raises(
+        tj.ParameterError, match=r"no parameter 'densty' \(did you mean 'density'\?\); it has density, coeff"
+    ):
         parse(METHODS["ties"], ["densty=0.2"])
     with pytest.raises(tj.ParameterError, match="average has no parameter 'x'; it has weights"):
         registry.build("average", {"x": 1})

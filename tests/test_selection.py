@@ -1,6 +1,7 @@
 """Order statistics of magnitudes against NumPy."""
 
 import tracemalloc
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -236,3 +237,32 @@ def test_gradients_are_finite():
     for select in (lambda x: tj.kth_largest_magnitude(x, 5), lambda x: tj.magnitude_quantile(x, 0.3)):
         gradient = jax.grad(lambda x, select=select: jnp.sum(x) * select(x))(x)
         assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
+def test_counts_beyond_what_one_sum_holds(axes, one_pass, monkeypatch):
+    monkeypatch.setattr(selection, "_COUNTED", 10)
+    keys = RNG.integers(0, 9, (7, 5, 6), np.uint32)
+    kept = tuple(1 if a in axes else s for a, s in enumerate(keys.shape))
+    pivots = jnp.asarray(np.stack([np.full(kept, 3, np.uint32), np.full(kept, 7, np.uint32)]))
+    found = selection.exact_count(jnp.asarray(keys), pivots, axes, one_pass)
+    expected = [np.sum(keys >= pivot, axes, keepdims=True) for pivot in (3, 7)]
+    np.testing.assert_array_equal(np.asarray(found.high).astype(int) << 16 | np.asarray(found.low), expected)
+
+
+@pytest.mark.parametrize("upper", [1, 2])
+def test_a_quantile_between_a_value_that_many_have_and_one_that_the_sample_misses(upper, monkeypatch):
+    for name, value in {"_PARTITION": {2: 100, 4: 100}, "_FEW": 100, "_STRIDE": 4, "_BLOCK": 256}.items():
+        monkeypatch.setattr(selection, name, value)
+    x = np.zeros(4096, np.float32)
+    x[1::2] = upper  # a sample of every fourth entry is all zeros
+    assert float(tj.magnitude_quantile(jnp.asarray(x), 0.5)) == np.quantile(x, 0.5)
+
+
+@pytest.mark.parametrize("n", [1000, (1 << 26) + 3, (1 << 35) + 1])
+def test_fractions_of_traced_quantiles(n):
+    q = np.float32(0.7)
+    exact = float(Fraction(float(q)) * n % 1)
+    digits = min(22, 48 - n.bit_length())
+    assert 0 <= exact - float(selection._fraction(jnp.asarray(q), n)) < 2.0**-digits

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
+from tadrop_jax.sparsifiers.n_m import group_counts
 from tests import oracles
 
 TASKS = 5
@@ -213,3 +214,10 @@ def test_dare_l1_with_every_entry_dropped_is_zero():
 def test_dare_needs_a_key(make_stacks, nest):
     with pytest.raises(tj.MergeError, match="key"):
         tj.sparsify(nest(make_stacks("normal", 2)), tj.dare(0.5))
+
+
+def test_groups_of_tensors_beyond_31_bits():
+    half = 1 << 30
+    for valid in (2 * half + 5, jnp.uint32(2 * half + 5)):
+        assert group_counts(4, valid, 2, half, "ceil").tolist() == [2, 2, 1, 0]
+        assert group_counts(4, valid, 2, half, "drop").tolist() == [2, 2, 0, 0]

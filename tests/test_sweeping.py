@@ -90,6 +90,11 @@ def test_any_python_without_arrays(problem):
         tj.sweep(lambda c: c, {"c": [float("nan")]}, lambda c: c).best()
 
 
+def test_a_list_of_settings_of_several_shapes():
+    found = tj.sweep(lambda c: c, {"c": [0.3, [0.2, 0.4]]}, lambda c: np.sum(c))
+    assert [row["c"] for row in found] == [0.3, [0.2, 0.4]]
+
+
 @pytest.mark.parametrize(
     ("grid", "evaluate", "said"),
     [
@@ -97,6 +102,7 @@ def test_any_python_without_arrays(problem):
         ({"c": 0.5}, None, "must be an array or a list"),
         ({"c": "abc"}, None, "must be an array or a list"),
         ({"c": []}, None, "must be an array or a list"),
+        ({"c": np.array(0.5)}, None, "must be an array or a list"),
         ({"c": [1.0]}, lambda c: np.ones(2), "must be one number"),
         ({"c": np.ones(2)}, lambda c: {"c": c}, "c is a hyper-parameter"),
     ],

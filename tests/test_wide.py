@@ -54,10 +54,11 @@ def test_out_of_range():
 def test_uniform_is_jax_random_bits():
     key = randomness.tensor_key(jax.random.key(7), "layer/kernel")
     n = 1000
-    found = randomness.uniform(key, 2, jnp.zeros(n, jnp.uint32), jnp.arange(n, dtype=jnp.uint32))
-    bits = jax.random.bits(jax.random.fold_in(key, 2), (n,), "uint32")
-    np.testing.assert_array_equal(found, (np.asarray(bits) >> 8).astype(np.float32) / 2**24)
-    assert 0.45 < float(found.mean()) < 0.55
+    found = randomness.uniform(key, (2, 0), jnp.zeros(n, jnp.uint32), jnp.arange(n, dtype=jnp.uint32))
+    for task, row in zip((2, 0), found, strict=True):
+        bits = jax.random.bits(jax.random.fold_in(key, task), (n,), "uint32")
+        np.testing.assert_array_equal(row, (np.asarray(bits) >> 8).astype(np.float32) / 2**24)
+        assert 0.45 < float(row.mean()) < 0.55
 
 
 def test_positions_are_64_bits():

@@ -1,5 +1,6 @@
 """safetensors: one file, or shards that an index names."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from converters.files import header
 from converters.files.mapped import mapped
 from converters.leaves import Leaf
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Header(NamedTuple):
@@ -63,9 +64,7 @@ def read(file: Path) -> dict[str, Leaf]:
     return {name: mapped(file, len(head) + e.begin, e.dtype, e.shape) for name, e in entries.items()}
 
 
-def write(
-    directory: Path, tensors: Mapping[str, Any], max_shard_size: int = 5_000_000_000, name: str = "model"
-) -> None:
+def write(directory: Path, tensors: Mapping[str, Any], max_shard_size: int = 5_000_000_000) -> None:
     """Writes tensors one after another into `model.safetensors`, or into shards with an index.
 
     A single file has the bytes that the safetensors library writes.
@@ -74,30 +73,47 @@ def write(
         directory: where to.
         tensors: arrays or leaves by name; each is read when its turn comes.
         max_shard_size: bytes of tensors in a shard.
-        name: the beginning of the files' names.
 
     Raises:
         ConversionError: for a dtype that the format does not have.
     """
-    import json
+    sizes = {name: array.nbytes for name, array in tensors.items()}
+    shards, where = split(sizes, max_shard_size), dict[str, str]()
+    for number, names in enumerate(shards, 1):
+        file = shard_name(number, len(shards))
+        _write_file(directory / file, {name: tensors[name] for name in names})
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        (directory / INDEX).write_text(index(where, sum(sizes.values())))
 
-    groups: list[dict[str, Any]] = [{}]
+
+def split(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
+    """Names of tensors, in order, shard by shard; a tensor that is larger than a shard gets one of its own.
+
+    Args:
+        sizes: bytes of each tensor.
+        max_shard_size: bytes of tensors in a shard.
+    """
+    shards: list[list[str]] = [[]]
     filled = 0
-    for key, array in tensors.items():
-        if groups[-1] and filled + array.nbytes > max_shard_size:
-            groups.append({})
+    for name, nbytes in sizes.items():
+        if shards[-1] and filled + nbytes > max_shard_size:
+            shards.append([])
             filled = 0
-        groups[-1][key] = array
-        filled += array.nbytes
-    where, count = {}, len(groups)
-    for number, group in enumerate(groups, 1):
-        file = f"{name}.safetensors" if count == 1 else f"{name}-{number:05}-of-{count:05}.safetensors"
-        _write_file(directory / file, group)
-        where |= dict.fromkeys(group, file)
-    if count > 1:
-        total = sum(array.nbytes for array in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file of shard `number`, from 1, of `count`, as transformers names it."""
+    return SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def index(where: Mapping[str, str], size: int) -> str:
+    """The contents of the index: each tensor's file, and the bytes of all tensors."""
+    described = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    return json.dumps(described, indent=2) + "\n"
 
 
 def _write_file(file: Path, tensors: Mapping[str, Any]) -> None:

@@ -253,8 +253,8 @@ def _judged(suite: Suite, models: list, length: float | None = None) -> Result:
 
 
 def _counted(before: Stack, after: Stack) -> Arm:
-    zeros = [sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (before, after)]
-    return Arm(after, 1 - zeros[1] / max(zeros[0], 1))
+    there = [sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(tree)) for tree in (before, after)]
+    return Arm(after, 1 - there[1] / max(there[0], 1))
 
 
 def unstacked(stack: Stack) -> list:

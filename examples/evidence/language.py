@@ -58,7 +58,7 @@ def pretrain(
 ) -> None:
     """Trains the base to predict the next token and saves it as a Hugging Face directory `out`/base."""
     texts = language_tasks.corpus(data)
-    if not _files(out)[-1].exists():
+    if not _files(out)[0].exists():
         words.write(_files(out)[0].parent, words.learn(texts, settings.vocabulary))
     tokenizer = words.read(_files(out)[0].parent)
     train, held = _windows(words.stream(tokenizer, texts), settings.context + 1)

@@ -60,7 +60,7 @@ def corpus(data: Path | None) -> list[str]:
 @functools.cache
 def _texts(data: Path | None, name: str) -> Task:
     """A task whose inputs are strings (N, 2)."""
-    return cut(name, *(_generated(name) if data is None else _read(data, name)), most=(200, 1000))
+    return cut(name, *(_generated(name) if data is None else _read(data, name)))
 
 
 def _read(data: Path, name: str) -> tuple[Part, Part]:

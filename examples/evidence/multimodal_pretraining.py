@@ -88,7 +88,7 @@ def pretrain(
         bfloat16: train in mixed precision.
     """
     files = [out / "tokenizer" / name for name in words.FILES]
-    if not files[-1].exists():
+    if not files[0].exists():
         words.write(files[0].parent, _learn(data, settings))
     tokenizer = words.read(files[0].parent)
     config = settings.config(words.number(tokenizer, words.PAD))

@@ -15,6 +15,7 @@ import converters
 Params = Any  # a pytree of arrays: the part of the model that all tasks share
 Inputs = Any  # what the backbone takes: a pytree of arrays (N, ...)
 Encode = Callable[[Params, Inputs], jax.Array]
+MOST = (200, 1000)  # at most so many to validate and to test a task on
 
 
 class Part(NamedTuple):
@@ -38,20 +39,19 @@ class Task(NamedTuple):
     classes: int
 
 
-def cut(name: str, train: Part, test: Part, *, most: tuple[int, int] = (200, 1000), by_order: bool = False) -> Task:
+def cut(name: str, train: Part, test: Part, *, by_order: bool = False) -> Task:
     """Cuts validation data from the training data; draws what is validated and tested on once and for all.
 
     Args:
         name: of the task.
         train: to cut from.
         test: to report on.
-        most: at most so many to validate and to test on.
         by_order: hold out the last fifth of each class, where neighbours are alike, and not a tenth at random.
     """
     rng = np.random.default_rng(0)
     validation = _held_out(train.labels, rng, by_order=by_order)
     parts = (train.take(~validation), train.take(validation), test)
-    few = [part.take(rng.permutation(len(part.labels))[:m]) for part, m in zip(parts[1:], most, strict=True)]
+    few = [part.take(rng.permutation(len(part.labels))[:m]) for part, m in zip(parts[1:], MOST, strict=True)]
     return Task(name, parts[0], *few, classes=int(max(part.labels.max() for part in parts)) + 1)
 
 
@@ -155,11 +155,6 @@ def calmed(head: Head, seen: np.ndarray) -> Head:
     """
     scale = float((seen @ head.kernel + head.bias).std())
     return Head(head.kernel / scale, head.bias / scale)
-
-
-def read_head(tensors: dict[str, np.ndarray], name: str) -> Head:
-    """A head from the tensors of a PyTorch checkpoint: `NAME.weight` (classes, features) and `NAME.bias`."""
-    return Head(tensors[f"{name}.weight"].T, tensors[f"{name}.bias"])
 
 
 def place(out: Path, recipe: str, seed: int, name: str) -> Path:

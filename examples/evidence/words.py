@@ -41,7 +41,7 @@ def learn(texts: Iterable[str], size: int) -> Tokenizer:
 
 
 def write(directory: Path, tokenizer: Tokenizer) -> None:
-    """Writes the two files that transformers' `AutoTokenizer` looks for."""
+    """Writes the two files that transformers' `AutoTokenizer` looks for, the tokenizer itself last."""
     directory.mkdir(parents=True, exist_ok=True)
     names = {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": PAD, "sep_token": BETWEEN}
     described = {"tokenizer_class": "PreTrainedTokenizerFast", **names}

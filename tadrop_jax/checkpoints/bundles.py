@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tadrop_jax.checkpoints.safetensors import Source, open_sink, open_source
+from tadrop_jax.checkpoints.safetensors import Source, check_directory, open_sink, open_source
 from tadrop_jax.errors import CheckpointError, MergeError
 from tadrop_jax.kinds import Kind, Part, kind_of
 
@@ -167,6 +167,7 @@ def save(bundle, path, format: str = "safetensors") -> None:
     if far is not None:
         raise MergeError(f"tensor {far!r} is spread over several processes, which write one bundle by format='orbax'")
     layout = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    check_directory(Path(path), "a bundle is several files")
     with open_sink(Path(path), layout) as sink:
         for name, value in tensors.items():
             sink.write(name, 0, np.ravel(value))

@@ -23,7 +23,7 @@ def save(path, coefficients, losses, format: str = "safetensors") -> None:
       CheckpointError: if the directory is not empty or cannot be written.
     """
     from tadrop_jax.checkpoints import orbax
-    from tadrop_jax.checkpoints.safetensors import open_sink
+    from tadrop_jax.checkpoints.safetensors import check_directory, open_sink
     from tadrop_jax.trees import named_leaves
 
     tensors = {"losses": np.asarray(losses, np.float32)}
@@ -38,6 +38,7 @@ def save(path, coefficients, losses, format: str = "safetensors") -> None:
         return
     if format != "safetensors":
         raise MergeError(f"format must be 'safetensors' or 'orbax', got {format!r}")
+    check_directory(Path(path), "coefficients are loaded from one")
     with open_sink(Path(path), {n: (v.dtype, v.shape) for n, v in tensors.items()}) as sink:
         for name, value in tensors.items():
             sink.write(name, 0, np.ravel(value))

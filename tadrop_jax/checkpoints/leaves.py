@@ -16,8 +16,9 @@ from converters.leaves import Leaf
 from tadrop_jax.checkpoints.safetensors import Source, TensorInfo
 from tadrop_jax.checkpoints.safetensors.source import aligned_empty
 from tadrop_jax.errors import CheckpointError, checkpoint_errors
+from tadrop_jax.workers import cores
 
-# What is unpacked or turned is kept while its blocks are read: so much of it, and two tensors at least.
+# What is unpacked or turned is kept while its blocks are read: so much of it, and a tensor a thread at least.
 _KEEP_BYTES = 1 << 28
 
 
@@ -64,7 +65,7 @@ class LeafSource(Source):
             if name not in self._held:
                 with checkpoint_errors():
                     self._held[name] = np.ascontiguousarray(np.asarray(self._leaves[name])).reshape(-1)
-                while len(self._held) > 2 and sum(a.nbytes for a in self._held.values()) > _KEEP_BYTES:
+                while len(self._held) > max(cores(), 2) and sum(a.nbytes for a in self._held.values()) > _KEEP_BYTES:
                     self._held.popitem(last=False)
             self._held.move_to_end(name)
             return self._held[name]

@@ -4,6 +4,7 @@ Arrays that are spread over the devices of several processes stay spread: each p
 checkpoint, and reads from it what its devices are to hold. All processes make the same calls, and see the same files.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +34,9 @@ def save(path, tree: Any) -> None:
     import orbax.checkpoint as ocp
 
     path = _path(path)
-    if path.exists() and any(path.iterdir()):
-        raise CheckpointError(f"{path}: exists already and is not empty; nothing is overwritten")
+    with contextlib.suppress(FileNotFoundError):  # of several processes the first one may take it away meanwhile
+        if path.exists() and any(path.iterdir()):
+            raise CheckpointError(f"{path}: exists already and is not empty; nothing is overwritten")
     if path.exists() and jax.process_index() == 0:
         path.rmdir()
     with ocp.PyTreeCheckpointer() as checkpointer:

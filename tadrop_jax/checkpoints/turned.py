@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source
+from tadrop_jax.workers import cores
 
 Places = Mapping[str, tuple[str, tuple[int, ...] | None]]
 _KEEP_BYTES = 1 << 28
@@ -21,10 +22,11 @@ class Turned:
     Args:
       sources: the base and the models.
       places: for names of tensors (name in PyTorch, permutation into its order, None: as it is).
+      threads: how many read at once, each a tensor of its own.
     """
 
-    def __init__(self, sources: Sequence[Source], places: Places):
-        self.sources, self.places = sources, places
+    def __init__(self, sources: Sequence[Source], places: Places, threads: int | None = None):
+        self.sources, self.places, self._threads = sources, places, threads or cores()
         self._held: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -45,8 +47,9 @@ class Turned:
         with self._lock:
             if (row, name) not in self._held:
                 self._held[row, name] = self._whole(row, name)
-                # All rows of a tensor are asked for in turn: dropping one of them would read it for every block.
-                while len(self._held) > len(self.sources) and sum(a.nbytes for a in self._held.values()) > _KEEP_BYTES:
+                # Each thread asks for all rows of a tensor in turn: one that was dropped is read for every block.
+                least = self._threads * len(self.sources)
+                while len(self._held) > least and sum(a.nbytes for a in self._held.values()) > _KEEP_BYTES:
                     self._held.popitem(last=False)
             self._held.move_to_end((row, name))
             out[: stop - start] = self._held[row, name][start:stop]

@@ -13,7 +13,7 @@ from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.steps import AnyStep, expand, output_of, over_tasks, patterns
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import check_patterns, is_mergeable, is_traced, named_leaves, selected
+from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected
 
 
 class Problem(NamedTuple):
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
     def finished(self, merged: Mapping[str, Any]):
         """Float32 results as parameters: the type and the dtypes of the base."""
-        return self.tree({n: merging.as_dtype_of(self.base[n], v) for n, v in merged.items()})
+        return self.tree({n: as_dtype_of(self.base[n], v) for n, v in merged.items()})
 
 
 def problem(method: str, base, models: Sequence[Any], include=None, exclude=None, same: bool = False) -> Problem:
@@ -73,7 +73,10 @@ def problem(method: str, base, models: Sequence[Any], include=None, exclude=None
     if not any(merged):
         raise MergeError("there is no float tensor to merge")
     rows = [row for row, m in zip(zip(names, leaves, columns, strict=True), merged, strict=True) if m]
-    merging.check_contents([(n, None, column) for n, _, column in rows] if same else rows)
+    if same:
+        merging.check_contents([(n, None, column) for n, _, column in rows], alone="the parameters")
+    else:
+        merging.check_contents(rows)
     return Problem(
         method,
         treedef,

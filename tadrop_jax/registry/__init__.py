@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tadrop_jax.errors import ParameterError
+from tadrop_jax.errors import ParameterError, meant
 from tadrop_jax.registry import lora, matrix_rules, per_task, rules, sparsifiers, weight_rules, with_data
 from tadrop_jax.registry.schema import Method, Parameter
 
@@ -32,7 +32,7 @@ def method(name: str, role: str | None = None) -> Method:
     names = [m.name for m in _ALL if role in (None, m.role)]
     if name not in names:
         what = {"rule": "merge rule", "sparsifier": "sparsifier", None: "method"}[role]
-        other = f" ({name} is a {METHODS[name].role})" if name in METHODS else ""
+        other = f" ({name} is a {METHODS[name].role})" if name in METHODS else meant(name, names)
         raise ParameterError(f"there is no {what} {name!r}{other}; there are {', '.join(names)}")
     return METHODS[name]
 

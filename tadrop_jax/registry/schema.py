@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from tadrop_jax.errors import ParameterError
+from tadrop_jax.errors import ParameterError, meant
 
 
 class Parameter(NamedTuple):
@@ -92,8 +92,10 @@ class Method(NamedTuple):
         for parameter in self.parameters:
             if parameter.name == name:
                 return parameter
-        known = ", ".join(p.name for p in self.parameters) or "none"
-        raise ParameterError(f"{self.name} has no parameter {name!r}; it has {known}")
+        names = [p.name for p in self.parameters]
+        raise ParameterError(
+            f"{self.name} has no parameter {name!r}{meant(name, names)}; it has {', '.join(names) or 'none'}"
+        )
 
 
 KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")

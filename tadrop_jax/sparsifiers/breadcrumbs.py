@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from tadrop_jax import wide
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.selection import magnitude
-from tadrop_jax.sparsifiers.ranking import between_ranks, tie_order
+from tadrop_jax.sparsifiers.ranking import between_ranks, check_positions, tie_order
 from tadrop_jax.steps import Ranks, Step, floor_times, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
@@ -107,6 +107,7 @@ def _of_tensors(limits) -> dict[str, Any]:
     """By two order statistics, and two more of positions that part the entries equal to them: no sort."""
 
     def cuts(n, carry) -> dict[str, Any]:
+        check_positions(n, "breadcrumbs")
         return dict(zip(("low", "high"), limits(n), strict=True))
 
     def size(x, carry):

@@ -47,8 +47,7 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
         raise ParameterError(f"magnitude: keep={keep!r} breaks ties by position in a tensor: use granularity='tensor'")
 
     def kept(n, carry):
-        counts = tuple(kept_count(d, n, keep) for d in (density if isinstance(density, tuple) else (density,)))
-        return counts if isinstance(density, tuple) else counts[0]
+        return each(lambda d: kept_count(d, n, keep), density)
 
     def cut_rank(n, carry):
         return {"cut": each(lambda k: from_top(n, k), kept(n, carry))}

@@ -55,7 +55,8 @@ def group_counts(groups: int, valid, n: int, m: int, tail: str) -> jax.Array:
       m: length of a group.
       tail: what the last group keeps, if it is shorter, see :func:`n_m`.
     """
-    length = jnp.clip(valid - m * jnp.arange(groups, dtype=jnp.int32), 0, m)
+    at, whole = jnp.arange(groups, dtype=jnp.uint32), jnp.asarray(valid // m, jnp.uint32)
+    length = jnp.where(at < whole, m, jnp.where(at == whole, jnp.asarray(valid % m, jnp.int32), 0))
     short = 0 if tail == "drop" else (length * n + m - 1) // m
     return jnp.where(length == m, n, short)
 

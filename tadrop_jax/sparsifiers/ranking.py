@@ -134,11 +134,20 @@ def exact_largest(values: Callable, kept: Callable, method: str) -> Ranks:
         return tie_order(x, values(x, carry), x.column(carry["cut"]), descending=True)
 
     def last(n, carry):
-        if n >= int(NEVER):
-            raise ParameterError(f"{method}: exact counts are for tensors below 2^32 - 1 entries, got {n}")
+        check_positions(n, method)
         return {"last": each(_last, kept(n, carry))}
 
     return Ranks(order, at=last, ties="cut")
+
+
+def check_positions(n: int, method: str) -> None:
+    """Refuses a tensor of so many entries that :func:`tie_order` cannot number them.
+
+    Raises:
+      ParameterError: from 2^32 - 1 entries on.
+    """
+    if n >= int(NEVER):
+        raise ParameterError(f"{method}: exact counts are for tensors below 2^32 - 1 entries, got {n}")
 
 
 def is_kept(x, values: jax.Array, carry) -> jax.Array:

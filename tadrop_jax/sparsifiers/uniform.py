@@ -4,6 +4,7 @@ import functools
 
 from tadrop_jax.parameters import lengths, number
 from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
+from tadrop_jax.sparsifiers.ranking import each
 from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, spec
 
 
@@ -35,9 +36,7 @@ def uniform(sparsity, norm: int | None = 2) -> Step:
     check_norm("uniform", norm)
 
     def cut_rank(n, carry):
-        shares = sparsity if isinstance(sparsity, tuple) else (sparsity,)
-        ranks = tuple(floor_times(s, n) for s in shares)
-        return {"cut": ranks if isinstance(sparsity, tuple) else ranks[0]}
+        return {"cut": each(lambda share: floor_times(share, n), sparsity)}
 
     return Step(
         stages=(Ranks(lambda x, carry: magnitude(x.stack), at=cut_rank), *norm_stages(norm)),

@@ -184,7 +184,6 @@ def test_resume_goes_on_and_gives_the_same_bytes(tmp_path):
             sink.write(name, 0, WEIGHTS[name])
             sink.mark_done(name)
         sink.write("single", 0, WEIGHTS["single"].ravel()[:5])
-        sink.abort()
     with open_sink(tmp_path / "m", plan_of(WEIGHTS), resume=True, **options) as sink:
         assert sink.done == {"odd", "wide"}
         fill(sink, {name: array for name, array in WEIGHTS.items() if name not in sink.done})

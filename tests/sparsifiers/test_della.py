@@ -17,7 +17,7 @@ KEY = jax.random.key(5)
 def uniforms(name: str, task: int, shape: tuple[int, ...]) -> np.ndarray:
     """The random numbers that decide, by position in the row-major tensor."""
     low = jnp.arange(int(np.prod(shape)), dtype=jnp.uint32)
-    return np.asarray(randomness.uniform(randomness.tensor_key(KEY, name), task, 0 * low, low)).reshape(shape)
+    return np.asarray(randomness.uniform(randomness.tensor_key(KEY, name), [task], 0 * low, low)).reshape(shape)
 
 
 def ranked(row: np.ndarray) -> list[float]:

@@ -4,7 +4,16 @@ Reading is `open_source`, writing `open_sink`; both move flat blocks of one tens
 """
 
 from tadrop_jax.checkpoints.safetensors.huggingface import tied_aliases
-from tadrop_jax.checkpoints.safetensors.sink import Sink, count_shards, open_sink
+from tadrop_jax.checkpoints.safetensors.sink import Sink, check_directory, count_shards, open_sink
 from tadrop_jax.checkpoints.safetensors.source import Source, TensorInfo, open_source
 
-__all__ = ["Sink", "Source", "TensorInfo", "count_shards", "open_sink", "open_source", "tied_aliases"]
+__all__ = [
+    "Sink",
+    "Source",
+    "TensorInfo",
+    "check_directory",
+    "count_shards",
+    "open_sink",
+    "open_source",
+    "tied_aliases",
+]

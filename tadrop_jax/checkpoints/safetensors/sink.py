@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.files import header
+from converters.files.safetensors import INDEX, SINGLE, index, shard_name, split
 from tadrop_jax.checkpoints.safetensors import journal
 from tadrop_jax.errors import CheckpointError, checkpoint_errors
 
 Plan = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
-_INDEX = "model.safetensors.index.json"
-_ONLY = "model.safetensors"
 _SYNC_SECONDS = 30.0
+# Which transformers asks for.
+_METADATA = {"format": "pt"}
 
 
 class _Shard(NamedTuple):
@@ -42,7 +43,7 @@ class _Shard(NamedTuple):
 class Sink:
     """An output under construction, made by `open_sink`; threads may share it.
 
-    Leaving a `with` block without `finish` keeps the work for a later `resume`, as `abort` does.
+    Leaving a `with` block without `finish` keeps the work for a later `resume`.
 
     Attributes:
         out: where the result will appear.
@@ -131,7 +132,7 @@ class Sink:
             CheckpointError: when the name is taken or leads elsewhere, or when the file cannot be written.
         """
         parts = PurePosixPath(name).parts
-        taken = {journal.NAME, _INDEX, *(shard.name for shard in self._shards)}
+        taken = {journal.NAME, INDEX, *(shard.name for shard in self._shards)}
         if not parts or parts[0] == "/" or ".." in parts or name in taken:
             raise CheckpointError(f"{self.out}: a file named {name!r} cannot be put there.")
         try:
@@ -143,8 +144,11 @@ class Sink:
         except OSError as error:
             raise _cannot_write(error, self.partial / name) from error
 
-    def finish(self) -> None:
+    def finish(self, without: Collection[str] = ()) -> None:
         """Makes everything durable and lets the result appear under its name.
+
+        Args:
+            without: files of the partial directory that go when the result is there.
 
         Raises:
             CheckpointError: when a tensor was not marked done, `out` was filled meanwhile, or the disk fails.
@@ -154,30 +158,35 @@ class Sink:
             raise CheckpointError(
                 f"{self.partial}: {len(missing)} tensors are unfinished, the first is {missing[0]!r}."
             )
+        passing = {journal.NAME, *without}
         try:
-            if self._shards[0].name != _ONLY:
-                (self.partial / _INDEX).write_text(_index(self._shards))
+            if self._shards[0].name != SINGLE:
+                (self.partial / INDEX).write_text(self._index())
             self._sync_data()
-            written = [file for file in self.partial.iterdir() if file.name not in {journal.NAME, *self._fds}]
-            for file in [*written, self.partial]:
-                _fsync_path(file)
+            for path in [*self.partial.rglob("*"), self.partial]:
+                _fsync_path(path)
             _refuse_occupied(self.out)
-            (self.partial / journal.NAME).unlink()
             if self.out.suffix == ".safetensors":
-                for file in written:
-                    file.rename(self.out.with_name(f"{self.out.stem}.{file.name}"))
-                (self.partial / self._shards[0].name).rename(self.out)
-                self.partial.rmdir()
+                self._move_file({file for file in self.partial.iterdir() if file.name not in passing | {*self._fds}})
+                shutil.rmtree(self.partial)
             else:
                 self.partial.rename(self.out)
+                for name in passing:
+                    (self.out / name).unlink(missing_ok=True)
             _fsync_path(self.out.parent)
         except OSError as error:
             raise _cannot_write(error, self.out) from error
         self.close()
 
-    def abort(self) -> None:
-        """Stops; the partial directory stays for a run with `resume`."""
-        self.close()
+    def _move_file(self, beside: Collection[Path]) -> None:
+        """Moves the one file to its name, and first what stands beside it."""
+        moves = {file: self.out.with_name(f"{self.out.stem}.{file.name}") for file in beside}
+        for file, to in moves.items():
+            if to.exists() and to.read_bytes() != file.read_bytes():
+                raise CheckpointError(f"{to}: exists already; move it away, and resume.")
+        for file, to in moves.items():
+            file.rename(to)
+        (self.partial / self._shards[0].name).rename(self.out)
 
     def discard(self) -> None:
         """Stops and deletes the partial directory."""
@@ -185,7 +194,7 @@ class Sink:
         self.close()
 
     def close(self) -> None:
-        """Closes the files; without effect after `finish`, `abort` or `discard`."""
+        """Closes the files; without effect after `finish` or `discard`."""
         while self._fds:
             os.close(self._fds.popitem()[1])
         if self._journal >= 0:
@@ -199,6 +208,10 @@ class Sink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _index(self) -> str:
+        total = sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
+        return index({name: shard.name for name, shard in self._home.items()}, total)
 
     def _open_journal(self, identity: dict[str, str], resume: bool) -> bool:
         """Takes the partial directory for this process; True when there is work to go on from."""
@@ -220,6 +233,7 @@ class Sink:
                 return True
             shutil.rmtree(self.partial)
             os.close(self._journal)
+            self._journal = -1
         self.partial.mkdir(parents=True)
         self._journal = journal.lock(file)
         self._log(identity)
@@ -245,7 +259,6 @@ def open_sink(
     plan: Plan,
     *,
     max_shard_size: int = 5_000_000_000,
-    metadata: Mapping[str, str] | None = None,
     fingerprint: str = "",
     resume: bool = False,
     among: tuple[int, int] | None = None,
@@ -260,7 +273,6 @@ def open_sink(
         plan: dtype and shape of each tensor.
         max_shard_size: bytes of tensors in a shard; a larger tensor gets a shard of its own. A single file
             may be of any size.
-        metadata: the files' `__metadata__`; `{"format": "pt"}`, which transformers asks for, when None.
         fingerprint: identifies the merge, for `resume`.
         resume: go on from what an interrupted run left; `Sink.done` then names the tensors that are complete.
             When False, what such a run left is deleted.
@@ -289,40 +301,34 @@ def open_sink(
         raise CheckpointError(f"{out}: the size of a shard must be positive, got {max_shard_size}.")
     single = out.suffix == ".safetensors"
     plan = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in plan.items()}
-    groups = [dict(plan)] if single else _split(plan, max_shard_size)
-    metadata = {"format": "pt"} if metadata is None else metadata
+    groups = [list(plan)] if single else split(_sizes(plan), max_shard_size)
     shards = []
     before, of_all = among or (0, len(groups))
     for number, group in enumerate(groups, before + 1):
-        name = _ONLY if of_all == 1 else f"model-{number:05}-of-{of_all:05}.safetensors"
-        wide_first = dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize))
+        wide_first = sorted(group, key=lambda name: -plan[name][0].itemsize)
         with checkpoint_errors():
-            shards.append(_Shard(name, *header.encode(wide_first, metadata)))
+            encoded = header.encode({name: plan[name] for name in wide_first}, _METADATA)
+        shards.append(_Shard(shard_name(number, of_all), *encoded))
     return Sink(out, plan, shards, fingerprint, resume)
+
+
+def check_directory(out: Path, why: str) -> None:
+    """Refuses the name of a single file for what is several.
+
+    Raises:
+        CheckpointError: when the path ends in `.safetensors`.
+    """
+    if out.suffix == ".safetensors":
+        raise CheckpointError(f"{out}: {why}, so this must be a directory.")
 
 
 def count_shards(plan: Plan, max_shard_size: int) -> int:
     """How many files a plan takes."""
-    return len(_split(plan, max_shard_size))
+    return len(split(_sizes(plan), max_shard_size))
 
 
-def _split(plan: Plan, max_shard_size: int) -> list[dict[str, tuple[np.dtype, tuple[int, ...]]]]:
-    groups: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
-    filled = 0
-    for name, (dtype, shape) in plan.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        if groups[-1] and filled + nbytes > max_shard_size:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = (dtype, shape)
-        filled += nbytes
-    return groups
-
-
-def _index(shards: list[_Shard]) -> str:
-    total = sum(entry.nbytes for shard in shards for entry in shard.entries.values())
-    weight_map = {name: shard.name for shard in shards for name in shard.entries}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+def _sizes(plan: Plan) -> dict[str, int]:
+    return {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
 
 
 def _refuse_occupied(out: Path) -> None:

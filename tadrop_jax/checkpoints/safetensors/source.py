@@ -191,10 +191,10 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     raise CheckpointError(f"{path}: holds no safetensors file.")
 
 
-def aligned_empty(count: int, dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """An uninitialised 1-D array whose data begins at a multiple of `alignment` bytes."""
-    raw = np.empty(count * dtype.itemsize + alignment, np.uint8)
-    skip = -raw.ctypes.data % alignment
+def aligned_empty(count: int, dtype: np.dtype) -> np.ndarray:
+    """An uninitialised 1-D array whose data begins at a multiple of 64 bytes."""
+    raw = np.empty(count * dtype.itemsize + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
     return raw[skip : skip + count * dtype.itemsize].view(dtype)
 
 

@@ -1,0 +1,78 @@
+"""A chain of steps at work: the loop that every executor runs over a piece, and what its stages found."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from tadrop_jax.pieces import Piece
+from tadrop_jax.steps import Stage, Step, Sums
+
+
+def merge_stages(results) -> dict[str, jax.Array]:
+    """The carry: what the stages found, in one dictionary."""
+    return {name: value for found in results if found is not None for name, value in found.items()}
+
+
+def global_stages(steps: Sequence[Step], aside: bool = True) -> list[tuple[int, int]]:
+    """Where statistics of the whole tree are needed: (step, stage), in order; with or without those aside."""
+    return [
+        (i, j)
+        for i, s in enumerate(steps)
+        for j, stage in enumerate(s.stages)
+        if stage.scope == "global" and (aside or not is_aside(stage))
+    ]
+
+
+def is_aside(stage: Stage) -> bool:
+    """Whether no step looks at what the stage finds."""
+    return isinstance(stage, Sums) and stage.aside
+
+
+class Reached(NamedTuple):
+    """How far :func:`advance` came.
+
+    Attributes:
+      x: the piece, as the steps before left it.
+      value: what the last step put out; None if it stopped at a stage, or if a rule leaves the tensor alone.
+      carry: what the stages of the step where it stopped found so far.
+      carries: for each step, what each of its stages found.
+    """
+
+    x: Piece
+    value: Any
+    carry: dict[str, jax.Array]
+    carries: tuple
+
+
+def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, reduce, stop=None) -> Reached:
+    """Applies a chain to a piece: the one loop that every executor runs.
+
+    Args:
+      steps: the chain.
+      active: which steps are for this tensor.
+      x: the piece.
+      carries: for each step, what each of its stages found, or None.
+      reduce: ``(stage, x, carry) -> found``, called for the stages that are missing.
+      stop: (step, stage) before which to stop, or None for the whole chain.
+    """
+    carries = list(carries)
+    x = x._replace(given=x.stack)
+    for i, step in enumerate(steps):
+        if not active[i]:
+            continue
+        found = list(carries[i])
+        for j, stage in enumerate(step.stages):
+            carry = merge_stages(found[:j])
+            if stop == (i, j):
+                carries[i] = tuple(found)
+                return Reached(x, None, carry, tuple(carries))
+            if found[j] is None:
+                found[j] = reduce(stage, x, carry)
+        carries[i] = tuple(found)
+        value = step.apply(x, merge_stages(found))
+        if step.output != "stack":
+            return Reached(x, value, {}, tuple(carries))
+        x = x._replace(stack=value)
+    rule = bool(steps) and steps[-1].output != "stack"
+    return Reached(x, None if rule else x.stack, {}, tuple(carries))
