@@ -89,7 +89,7 @@ class Machine(NamedTuple):
 
 MACHINES = (
     # PCIe 4 SSD, sustained; eight cores at what two of an AMD EPYC were measured at, each.
-    Machine("laptop", 5e9, 2e9, 80e9, 8 * 0.5e9, 0),
+    Machine("laptop", 5e9, 2e9, 80e9, 8 * 0.67e9, 0),
     # Tensors go over PCIe 5 x16 to the device one after another, the files in host memory or on disks as fast as that.
     Machine("H200", 50e9, 50e9, 4.8e12, None, 0),
     # 64 hosts of 4 chips, each reading its shards at 1.5 GB/s from object storage; 819 GB/s a chip.

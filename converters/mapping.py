@@ -22,15 +22,15 @@ from converters.errors import ConversionError
 
 
 class Transform(enum.Enum):
-    """How a tensor's axes are ordered: the value is the permutation from PyTorch's layout to Flax's."""
+    """How a tensor's axes are ordered: the value is the permutation from PyTorch's layout to Flax's, if they move."""
 
-    IDENTITY = ()
+    IDENTITY = None  # of an empty tuple CPython 3.11.2 makes an object()
     LINEAR = (1, 0)  # torch.nn.Linear (out, in) -> flax.nnx.Linear (in, out)
     CONV = (2, 3, 1, 0)  # torch.nn.Conv2d OIHW -> flax.nnx.Conv HWIO
 
     def axes(self, *, forward: bool) -> tuple[int, ...]:
         """The permutation to Flax (forward) or back to PyTorch; empty where nothing moves."""
-        order = self.value
+        order = self.value or ()
         return order if forward else tuple(order.index(axis) for axis in range(len(order)))
 
 
@@ -321,7 +321,7 @@ def _translate(
 
 def _misfit(source: str, array: Any, rule: _Rule) -> str | None:
     """A line that tells why a rule cannot take an array."""
-    axes, shape, count = len(rule.transform.value), tuple(array.shape), len(rule.targets)
+    axes, shape, count = len(rule.transform.axes(forward=True)), tuple(array.shape), len(rule.targets)
     if axes and len(shape) != axes:
         return f"wrong shape: {source} {shape}, {rule.transform.name} needs {axes} axes"
     if rule.shapes is not None and shape != rule.shapes[0]:

@@ -10,7 +10,7 @@ PAGE = Path(__file__).with_name("methods.md")
 STUB = Path(tadrop_jax.__file__).with_suffix(".pyi")
 HEAD = """# Methods
 
-<!-- Written by docs/generate_methods.py from tadrop_jax/registry.py. Change the registry, then run it. -->
+<!-- Written by docs/generate_methods.py from tadrop_jax/registry/. Change the registry, then run it. -->
 
 Every sparsifier goes before every merge rule. On the command line parameters are given as `--set NAME=VALUE`, those of
 a sparsifier as `--sparsify NAME:NAME=VALUE,...`; in Python they are the arguments of the function of the same name,

@@ -144,14 +144,17 @@ class Bundle:
     def task_vector(self, t):
         """What is added to the base for task t (an index, or a name): float32; None where nothing was merged.
 
+        In a bundle that was made from task vectors, what stays each task's own is its task vector.
+
         Raises:
           MergeError: if there is no such task.
         """
         t = self._task(t)
         scalars = {name: values[t] for name, values in self.scalars.items()}
+        own = self.own[t] if self.own and self.base is None else {}
         return self._tree(
-            None if parts is None else self.kind.rebuild(jnp, self._of_task(parts, shape, t), scalars)
-            for parts, shape in zip(self.parts, self.shapes, strict=True)
+            own.get(name) if parts is None else self.kind.rebuild(jnp, self._of_task(parts, shape, t), scalars)
+            for name, parts, shape in zip(self._names(), self.parts, self.shapes, strict=True)
         )
 
     def task_params(self, t):
@@ -236,6 +239,9 @@ class Bundle:
         if not any(part in parts for parts in self.parts if parts is not None):
             raise AttributeError(f"a bundle of {self.kind.name} has no {part}")
         return [None if parts is None else parts.get(part) for parts in self.parts]
+
+    def _names(self) -> list[str]:
+        return named_leaves(self._tree(range(len(self.parts))))[0]
 
     def _tree(self, leaves):
         return jax.tree_util.tree_unflatten(self.treedef, list(leaves))

@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"tadrop {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="merge checkpoints on disk",
-        description="Merge fine-tunes of one base (safetensors files or Hugging Face directories) into a directory "
-        "that transformers opens. Models are read block by block: they need not fit in memory.",
+        description="Merge fine-tunes of one base (safetensors files or Hugging Face directories; also torch pickles, "
+        "Orbax checkpoints, msgpack and npz files) into a directory that transformers opens. Models are read block by "
+        "block: they need not fit in memory.",
         epilog="Examples:\n"
         "  tadrop merge --base gpt2 --models cola sst2 mrpc --method ties --density 0.2 --out merged\n"
         "  tadrop merge --base vit --models a b --method emr --sparsify tadrop --set per_task=^classifier --out emr\n"
@@ -164,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Examples:\n"
         "  tadrop convert gpt2 gpt2-flax --to flax\n"
         "  tadrop convert gpt2-flax gpt2-torch --to torch\n"
-        "  tadrop convert ViT-B-32.pt clip --to torch --architecture CLIPModel",
+        "  tadrop convert clip.pt clip --to torch --architecture CLIPModel",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("source", type=Path, metavar="SRC", help="directory, or a file")
@@ -267,7 +273,7 @@ def _inspect(options) -> int:
     if options.plot is not None and options.plot.suffix not in _PICTURES:
         raise MergeError(f"--plot writes a picture, {' or '.join(_PICTURES)}, got {str(options.plot)!r}")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MergeError("--plot needs matplotlib: pip install 'tadrop-jax[plots]'")
+        raise MergeError("--plot needs matplotlib: pip install '.[plots]' in a clone")
     _start_jax()
     from tadrop_jax.directories import Request, inspect_directories
     from tadrop_jax.planning import task_names
@@ -415,6 +421,7 @@ def _start_jax() -> None:
 
 def _checked_out(out: Path, resume: bool, alone: bool = True) -> Path:
     """Refuses an output that is there already, before anything is read."""
+    out = out if out.name not in ("", "..") else out.resolve()
     if alone and out.exists() and (out.is_file() or any(out.iterdir())):
         raise MergeError(f"{out}: exists already{'' if out.is_file() else ' and is not empty'}; nothing is overwritten")
     if not out.resolve().parent.is_dir():

@@ -91,7 +91,7 @@ def run(out: Path | None = None, settings: Settings | None = None) -> dict[str, 
         MergeError: scikit-learn is absent, a merge fails, or `out` holds anything but an earlier demo.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise MergeError("the demo needs scikit-learn: pip install 'tadrop-jax[demo]'")
+        raise MergeError("the demo needs scikit-learn: pip install '.[demo]' in a clone")
     from rich.console import Console
 
     console = Console()
@@ -354,7 +354,7 @@ def _print_table(rows: dict[str, list[float]], tasks: tuple[str, ...], console) 
 def _picture(out: Path, tasks: tuple[str, ...], console) -> None:
     """Draws TADrop's sparsity of every tensor and task, from the report that the merge wrote."""
     if importlib.util.find_spec("matplotlib") is None:
-        console.print("no picture: matplotlib is absent (pip install 'tadrop-jax[demo]')")
+        console.print("no picture: matplotlib is absent (pip install '.\\[demo]' in a clone)")
         return
     report = json.loads((out / "merged" / "tadrop+task_arithmetic" / "merge_report.json").read_text())
     sparsity = {name: np.asarray(said["sparsity"]) for name, said in report["tensors"].items() if "sparsity" in said}

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import single
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.steps import Step, patterns, spec
 from tadrop_jax.trees import selected
@@ -45,7 +45,7 @@ def matrix_rule(
       >>> merged["kernel"].tolist(), merged["bias"].tolist()
       ([[3.0, 5.0]], [2.0])
     """
-    coefficient = number(name, "coefficient", coefficient)
+    coefficient = single(name, "coefficient", coefficient)
     mean_only = patterns(mean_only)
     identity = spec(name, coefficient=coefficient, **parameters)
     mean = _mean(coefficient)

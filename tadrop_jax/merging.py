@@ -23,12 +23,13 @@ from tadrop_jax.steps import (
     Step,
     chain,
     expand,
+    is_on_weights,
     output_of,
     patterns,
     per_task_patterns,
 )
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected
+from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected, tied
 
 
 class Layout(NamedTuple):
@@ -96,36 +97,38 @@ def merge(
     whole = with_sparsifier(sparsifier, rule)
     include, exclude, per_task = patterns(include), patterns(exclude), per_task_patterns(whole)
     names, leaves, treedef = named_leaves(base)
-    floats = [name for name, leaf in zip(names, leaves, strict=True) if is_mergeable(leaf)]
     check_patterns((*include, *exclude, *per_task), names)
-    own = {n for n in floats if per_task and selected(n, per_task)}
-    kept = {n for n in floats if n not in own and not selected(n, include, exclude)}
+    own = {
+        n for n, leaf in zip(names, leaves, strict=True) if per_task and selected(n, per_task) and is_mergeable(leaf)
+    }
+    kept = {n for n in names if n not in own and not selected(n, include, exclude)}
     columns = match(names, leaves, models, skip=frozenset(own | kept))
-    merged = set(floats) - own - kept
-    at = [i for i, name in enumerate(names) if name in merged]
+    at = [i for i, name in enumerate(names) if name not in own | kept and is_mergeable(leaves[i])]
     if not at:
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])
     lies = {} if shardings is None else shardings_by_name(shardings, dict(zip(names, leaves, strict=True)))
     spare = _spare(base, models) if donate else frozenset()
-    tensors: list[memory.Tensor] = []
-    where: dict[int, int] = {}
-    seen: dict[tuple, int] = {}
-    for i in at:
-        # Tied weights count once in statistics of the tree, and are merged once.
-        where[i] = seen.setdefault(tuple(id(leaf) for leaf in (leaves[i], *columns[i])), len(tensors))
-        if where[i] == len(tensors):
-            order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]))
-            models_i = tuple(jnp.asarray(m) for m in columns[i])
-            lie = lies.get(names[i])
-            tensors.append(memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, lie))
+
+    def tensor(i: int) -> memory.Tensor:
+        order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]))
+        models_i = tuple(jnp.asarray(m) for m in columns[i])
+        return memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, lies.get(names[i]))
+
     steps = expand(whole, len(models))
-    results = memory.run(steps, tensors, len(models), key, spare)
-    values = [results[where[i]].value if i in where else None for i in range(len(leaves))]
+    results = _run_once(tensor, at, [(leaves[i], *columns[i]) for i in at], steps, len(models), key, spare)
+    values = [results[i].value if i in results else None for i in range(len(leaves))]
     if steps[-1].output == "bundle":
         own_tensors = tuple({n: leaf for n, leaf in _by_name(model).items() if n in own} for model in models)
         return _bundle(
-            base, treedef, values, [np.shape(leaf) for leaf in leaves], steps[-1], results, own_tensors, len(models)
+            base,
+            treedef,
+            values,
+            [np.shape(leaf) for leaf in leaves],
+            steps[-1],
+            results.values(),
+            own_tensors,
+            len(models),
         )
     out = [leaf if value is None else as_dtype_of(leaf, value) for value, leaf in zip(values, leaves, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, out)
@@ -162,7 +165,7 @@ def merge_task_vectors(
       [2.0]
     """
     whole = with_sparsifier(sparsifier, rule)
-    if output_of(whole) == "parameters":
+    if is_on_weights(whole):
         raise TypeError("this rule works on weights, not on task vectors: call tj.merge(base, models, rule)")
     return _run_stack(stack, whole, key, layout)
 
@@ -220,11 +223,15 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
     columns = match(names, leaves, models)
     rows = [(n, b, c) for n, b, c in zip(names, leaves, columns, strict=True) if is_mergeable(b) and np.size(b)]
     check_contents(rows)
-    tensors = [memory.Tensor(n, tuple(jnp.asarray(m) for m in c), jnp.asarray(b)) for n, b, c in rows]
-    results = memory.run(steps, tensors, len(models), key)
+
+    def tensor(i: int) -> memory.Tensor:
+        name, leaf, column = rows[i]
+        return memory.Tensor(name, tuple(jnp.asarray(m) for m in column), jnp.asarray(leaf))
+
+    results = _run_once(tensor, range(len(rows)), [(b, *c) for _, b, c in rows], steps, len(models), key)
     return {
-        tensor.path: {k: np.asarray(v) for k, v in explanation(steps, result.carries).items()}
-        for tensor, result in zip(tensors, results, strict=True)
+        rows[i][0]: {k: np.asarray(v) for k, v in explanation(steps, result.carries).items()}
+        for i, result in results.items()
     }
 
 
@@ -252,8 +259,8 @@ def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
       [0.25]
     """
     step = ratio_step(*(single("quantile_ratios", n, q, 0, 1) for n, q in (("q_low", q_low), ("q_high", q_high))))
-    treedef, at, leaves, results, tasks = _run_tensors(stack, (step,), None)
-    for i, result in zip(at, results, strict=True):
+    treedef, leaves, results, tasks = _run_tensors(stack, (step,), None)
+    for i, result in results.items():
         (carry,) = result.carries
         if is_traced(leaves[i]):  # someone may differentiate
             sizes = magnitude(jnp.asarray(leaves[i]).astype(jnp.float32))
@@ -293,24 +300,44 @@ def _run_tensors(stack, steps_of, key, layout=None):
     if tasks == 0:
         raise MergeError("the stack holds no task")
     check_contents([(names[i], None, (leaves[i],)) for i in at])
-    tensors = []
-    for i in at:
+
+    def tensor(i: int) -> memory.Tensor:
         order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]) - 1)
-        tensors.append(memory.Tensor(names[i], (jnp.asarray(leaves[i]),), order=order, seed_name=seed_name))
+        return memory.Tensor(names[i], (jnp.asarray(leaves[i]),), order=order, seed_name=seed_name)
+
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
-    return treedef, at, leaves, memory.run(steps, tensors, tasks, key), tasks
+    return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], steps, tasks, key), tasks
+
+
+def _run_once(tensor: Callable[[int], memory.Tensor], at, held, steps, tasks: int, key, spare=frozenset()) -> dict:
+    """The results by their places; weights that are tied count once in statistics of the tree, and are merged once.
+
+    Args:
+      tensor: what to run on at a place.
+      at: the places.
+      held: for each of them the leaves.
+      steps: see :func:`memory.run`, as the rest.
+      tasks: T.
+      key: random key or None.
+      spare: arrays that are used up.
+    """
+    firsts = tied(held)
+    alone = sorted(set(firsts))
+    found = memory.run(steps, [tensor(at[k]) for k in alone], tasks, key, spare)
+    of_first = dict(zip(alone, found, strict=True))
+    return {i: of_first[k] for i, k in zip(at, firsts, strict=True)}
 
 
 def _run_stack(stack, whole: AnyStep, key, layout):
-    treedef, at, leaves, results, tasks = _run_tensors(stack, whole, key, layout)
-    values: list[Any] = [None] * len(leaves)
-    for i, result in zip(at, results, strict=True):
-        values[i] = result.value
+    treedef, leaves, results, tasks = _run_tensors(stack, whole, key, layout)
+    values = [results[i].value if i in results else None for i in range(len(leaves))]
     last = expand(whole, tasks)[-1:]
     if last and last[0].output == "bundle":
-        return _bundle(
-            None, treedef, values, [np.shape(leaf)[1:] for leaf in leaves], last[0], results, ({},) * tasks, tasks
-        )
+        stacks = {n: leaf for n, leaf in _by_name(stack).items() if leaf is not None and selected(n, last[0].per_task)}
+        check_patterns(last[0].per_task, _by_name(stack))
+        own = tuple({n: leaf[t] for n, leaf in stacks.items()} if last[0].per_task else {} for t in range(tasks))
+        shapes = [np.shape(leaf)[1:] for leaf in leaves]
+        return _bundle(None, treedef, values, shapes, last[0], results.values(), own, tasks)
     return jax.tree_util.tree_unflatten(treedef, values)
 
 
@@ -321,11 +348,15 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int)
         described = kind.parts(shape, tasks)
         return {n: pack(v) if described[n].dtype == "bits" else v for n, v in value.items()}
 
-    carry = next((r.carries[-1] for r in results if r.carries[-1]), {})
+    carry = next((r.carries[-1] for r in results if r.carries[-1]), None)
+    if carry is None or rule.scalars is None:  # there was nothing to merge, or no statistic of the tree
+        scalars = {name: jnp.zeros(tasks) for name in kind.scalars}
+    else:
+        scalars = dict(rule.scalars(carry, tasks))
     return Bundle(
         base=base,
         parts=tuple(None if v is None else packed(v, s) for v, s in zip(values, shapes, strict=True)),
-        scalars={} if rule.scalars is None else dict(rule.scalars(carry, tasks)),
+        scalars=scalars,
         own=own,
         kind=kind,
         treedef=treedef,

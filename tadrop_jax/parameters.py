@@ -1,4 +1,4 @@
-"""Checks of method parameters. Concrete numbers are checked; arrays, which may be traced, are taken as they are."""
+"""Checks of method parameters. What is traced is taken as it is."""
 
 import numbers
 from typing import Any
@@ -6,12 +6,21 @@ from typing import Any
 import numpy as np
 
 from tadrop_jax.errors import ParameterError
+from tadrop_jax.trees import is_traced
 
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def _concrete(value) -> bool:
     return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
+
+
+def known(value) -> Any:
+    """The number that a parameter is, also as an array; None if it cannot be seen."""
+    if _concrete(value):
+        return value
+    seen = getattr(value, "ndim", None) == 0 and not is_traced(value) and getattr(value, "is_fully_addressable", True)
+    return float(value) if seen else None
 
 
 def per_task(value: Any) -> Any:
@@ -38,10 +47,10 @@ def number(method: str, name: str, value: Any, low: float = -float("inf"), high:
     for v in value if isinstance(value, tuple) else (value,):
         if isinstance(v, (bool, str)) or v is None:
             raise ParameterError(f"{method}: {name} must be a number, got {v!r}")
-        bounded = low > -_LARGEST or high < _LARGEST
-        if _concrete(v) and bounded and not low <= v <= high:  # also refuses NaN
+        bounded, seen = low > -_LARGEST or high < _LARGEST, known(v)
+        if seen is not None and bounded and not low <= seen <= high:  # also refuses NaN
             raise ParameterError(f"{method}: {name} must lie in [{low:g}, {high:g}], got {v}")
-        if _concrete(v) and not abs(v) <= _LARGEST:
+        if seen is not None and not abs(seen) <= _LARGEST:
             raise ParameterError(f"{method}: {name} must be a finite number of float32, got {v}")
     if isinstance(value, tuple) and not value:
         raise ParameterError(f"{method}: {name} is an empty list")

@@ -91,8 +91,7 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     names = [n for n in base.tensors if n not in aliases]
     include, exclude = patterns(request.include), patterns(request.exclude)
     everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
-    check_patterns((*include, *exclude), names)
-    check_patterns(per_task, everywhere)
+    check_patterns((*include, *exclude, *per_task), everywhere)
     apart = _differing(sources, request, names, everywhere)
     own = tuple(n for n in everywhere if n in apart or (per_task and selected(n, per_task)))
     kept: dict[str, str] = {}

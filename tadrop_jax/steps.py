@@ -147,6 +147,7 @@ class Step:
       mentions: regular expressions that ``instead`` goes by; each has to match a tensor.
       note: ``(shape, tasks) -> {name: value}``: what there is to tell the user of a tensor of this shape.
       random: whether the step draws random numbers.
+      on_weights: whether the step looks at the base's values: it merges weights, and not task vectors alone.
       lengths: names and lengths of parameters that were given one per task.
       models: name of the method, and the least and the largest number of models that it merges (None: no limit).
       spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
@@ -167,6 +168,7 @@ class Step:
     mentions: tuple[str, ...] = ()
     note: Callable[[tuple[int, ...], int], Mapping[str, Any]] | None = None
     random: bool = False
+    on_weights: bool = False
     lengths: tuple[tuple[str, int], ...] = ()
     models: tuple[str, int, int | None] | None = None
     spec: tuple | None = None
@@ -312,6 +314,13 @@ def output_of(step: AnyStep) -> Output:
         call = f"; call it: tj.{getattr(step, '__name__', '')}()" if callable(step) else ""
         raise MergeError(f"expected a rule or a sparsifier, such as tj.ties(0.2) or tj.tadrop(), got {step!r}{call}")
     return "stack" if isinstance(step, PerTasks) else step.output
+
+
+def is_on_weights(step: AnyStep) -> bool:
+    """Whether a step, or one of a chain, merges weights: what it puts out are parameters, or were inside it."""
+    if isinstance(step, Chain):
+        return any(is_on_weights(part) for part in step.parts)
+    return isinstance(step, Step) and (step.output == "parameters" or step.on_weights)
 
 
 def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax.errors import DtypeError, MergeError, MismatchError
-from tadrop_jax.trees import is_mergeable, named_leaves
+from tadrop_jax.trees import is_mergeable, named_leaves, tied
 
 
 def task_vectors(base, models: Sequence[Any]):
@@ -32,9 +32,11 @@ def task_vectors(base, models: Sequence[Any]):
     """
     names, leaves, treedef = named_leaves(base)
     columns = match(names, leaves, models)
-    stacks = [
-        _difference(leaf, *column) if is_mergeable(leaf) else None for leaf, column in zip(leaves, columns, strict=True)
-    ]
+    rows = list(zip(leaves, columns, strict=True))
+    stacks: list[Any] = []
+    for i, first in enumerate(tied((leaf, *column) for leaf, column in rows)):
+        leaf, column = rows[i]
+        stacks.append(None if not is_mergeable(leaf) else _difference(leaf, *column) if first == i else stacks[first])
     return jax.tree_util.tree_unflatten(treedef, stacks)
 
 

@@ -28,9 +28,23 @@ def path_name(path) -> str:
 
 
 def named_leaves(tree) -> tuple[list[str], list[Any], Any]:
-    """Names, leaves and tree definition; None is a leaf, so that stacks with holes keep their shape."""
+    """Names, leaves and tree definition; None is a leaf, so that stacks with holes keep their shape.
+
+    Raises:
+      MergeError: if two leaves have one name, as ``params/w`` and ``w``.
+    """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
-    return [path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], treedef
+    names = [path_name(path) for path, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise MergeError(f"two tensors of one tree have the name {twice!r}")
+    return names, [leaf for _, leaf in pairs], treedef
+
+
+def tied(leaves: Iterable[tuple]) -> list[int]:
+    """For each tuple of leaves the number of the first of the same objects: weights that are tied are merged once."""
+    seen: dict[tuple[int, ...], int] = {}
+    return [seen.setdefault(tuple(map(id, some)), k) for k, some in enumerate(leaves)]
 
 
 def is_traced(tree) -> bool:

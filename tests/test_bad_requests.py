@@ -1,5 +1,7 @@
 """Requests, recipes and outputs that are wrong: exit code 2, one message that says what to do, and nothing written."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,24 @@ def test_an_output_that_is_a_file(root, capsys):
     assert merge(root, "--out", str(root / "out.safetensors")) == 2
     assert f"{root / 'out.safetensors'}: exists already" in capsys.readouterr().err
     assert (root / "out.safetensors").read_text() == "keep me"
+
+
+def test_an_empty_working_directory_is_an_output(root, monkeypatch):
+    (root / "here").mkdir()
+    monkeypatch.chdir(root / "here")
+    assert merge(root, "--out", ".") == 0
+    assert (root / "here" / "model.safetensors").is_file()
+
+
+def test_what_the_system_refuses_is_said_in_one_line(root, capsys, monkeypatch):
+    def refuse(self, *args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    models = [str(root / m) for m in ("m0", "m1")]
+    argv = ["inspect", "--base", str(root / "base"), "--models", *models, "--quiet", "--json", str(root / "said.json")]
+    assert main(argv) == 2
+    assert capsys.readouterr().err == f"tadrop inspect: {root / 'said.json'}: Permission denied\n"
 
 
 def test_an_output_without_a_parent(root, capsys):

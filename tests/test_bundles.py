@@ -178,6 +178,33 @@ def test_a_bundle_of_task_vectors(trees, bundle, tmp_path):
             one.task_params(0)
 
 
+def test_task_vectors_that_stay_each_tasks_own(trees, tmp_path):
+    stack = tj.task_vectors(*trees)
+    bundle = tj.merge_task_vectors(stack, tj.emr(per_task="^scale"))
+    bundle.save(tmp_path / "bundle")
+    for found in (bundle, tj.Bundle.load(tmp_path / "bundle")):
+        for t in range(3):
+            np.testing.assert_array_equal(found.task_vector(t)["scale"], stack["scale"][t])
+    with pytest.raises(tj.ParameterError, match="nowhere"):
+        tj.merge_task_vectors(stack, tj.emr(per_task="nowhere"))
+
+
+def test_buffers_keep_their_dtype_on_disk(tmp_path):
+    base = {"w": np.zeros(3, np.float32), "far": np.array([1 << 40]), "wide": np.full(2, 0.1)}
+    models = [{**base, "w": np.ones(3, np.float32)} for _ in range(2)]
+    bundle = tj.merge(base, models, tj.emr(per_task="wide"))
+    bundle.save(tmp_path / "bundle")
+    found = tj.Bundle.load(tmp_path / "bundle").task_params(1)
+    for name in ("far", "wide"):
+        assert found[name].dtype == base[name].dtype
+        np.testing.assert_array_equal(found[name], base[name])
+
+
+def test_a_tree_of_empty_tensors():
+    base = {"w": jnp.zeros((0, 3))}
+    assert tj.merge(base, [base, base], tj.emr()).task_params(0)["w"].shape == (0, 3)
+
+
 def test_tasks_that_are_not_there(bundle):
     assert_equal(bundle.task_params(-1), bundle.task_params(2))
     for t in (3, -4):

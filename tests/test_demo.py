@@ -74,7 +74,7 @@ def test_an_earlier_demo_is_replaced_and_other_directories_are_not(tmp_path):
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name))
-    with pytest.raises(MergeError, match=r"pip install 'tadrop-jax\[demo\]'"):
+    with pytest.raises(MergeError, match=r"pip install '\.\[demo\]' in a clone"):
         demo.run(tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 

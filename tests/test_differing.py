@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from tadrop_jax.checkpoints.opening import _without_prefix
 from tadrop_jax.cli import main
-from tests.helpers import merge, read_model, report_of, save_model
+from tests.helpers import family, merge, read_model, report_of, save_model
 
 pytestmark = pytest.mark.optimised
 
@@ -68,3 +69,57 @@ def test_a_tensor_that_was_trained_anew_is_warned_of(root, capsys):
     (line,) = report_of(root / "out")["warnings"]
     assert "m1: tensor 'layer.weight' moved by 4.0 times its own size" in line
     assert line in capsys.readouterr().err
+
+
+BACKBONE = {"wte.weight": (9, 4), "h.0.weight": (6, 4), "h.0.bias": (6,), "ln_f.weight": (4,)}
+
+
+@pytest.fixture(params=["base", "models"])
+def backbones(request, tmp_path):
+    """A backbone and classifiers on it, of which the base or the models have names without the prefix."""
+    base, models = family(2, BACKBONE)
+    bare = {"base": (True, False), "models": (False, True)}[request.param]
+
+    def save(name, tree, bare, **more):
+        save_model(tmp_path / name, {n if bare else f"transformer.{n}": a for n, a in tree.items()} | more)
+
+    save("base", base, bare[0], **{"pooler.weight": normal(4, 4)})
+    for t, model in enumerate(models):
+        save(f"m{t}", model, bare[1], **{"score.weight": normal(2 + t, 4)})
+    return tmp_path, models, "" if bare[0] else "transformer."
+
+
+def test_a_prefix_of_one_side_and_heads_of_both(backbones, capsys):
+    root, models, prefix = backbones
+    assert merge(root, "--exclude", "^score", "--exclude", "^pooler", method="average") == 0
+    merged = read_model(root / "out")
+    assert merged.keys() == {f"{prefix}{n}" for n in BACKBONE} | {"pooler.weight"}
+    for name in BACKBONE:
+        expected = np.mean([m[name] for m in models], axis=0)
+        np.testing.assert_allclose(merged[f"{prefix}{name}"], expected, atol=1e-6, err_msg=name)
+
+
+def test_a_prefix_of_one_side_and_heads_that_stay(backbones, capsys):
+    root, _, prefix = backbones
+    options = ["--set", "per_task=^score", "--exclude", "^pooler"]
+    assert merge(root, *options, method="emr", out="bundle") == 0
+    assert main(["task", str(root / "bundle"), "--task", "m1", "--out", str(root / "one"), "--quiet"]) == 0
+    found = read_model(root / "one")
+    np.testing.assert_array_equal(found["score.weight"], read_model(root / "m1")["score.weight"])
+    assert found.keys() == {f"{prefix}{n}" for n in BACKBONE} | {"pooler.weight", "score.weight"}
+
+
+def test_heads_are_named_where_only_a_prefix_differs(backbones, capsys):
+    assert merge(backbones[0]) == 2
+    said = capsys.readouterr().err
+    assert "lacks tensor 'pooler.weight' and has tensor 'score.weight', which" in said
+    assert "--exclude REGEX" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_prefixes_that_would_give_one_name_twice():
+    names = {"a.w", "a.b", "w"}
+    assert _without_prefix(names, {"w", "b", "c", "d"}) == {}
+    assert _without_prefix({"a.w", "a.b"}, {"w", "b", "c"}) == {"a.w": "w", "a.b": "b"}
+    assert _without_prefix({"w", "b"}, {"a.w", "a.b"}) == {"w": "a.w", "b": "a.b"}
+    assert _without_prefix({"a/w"}, {"w"}) == {}

@@ -14,6 +14,7 @@ import pytest
 
 import converters
 import tadrop_jax
+from tadrop_jax.registry import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")] if p.exists())
@@ -79,6 +80,15 @@ def test_links_between_files_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     absent = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert absent == []
+
+
+def test_reference_has_every_method():
+    """By itself, or as a member of its module."""
+    page, listed = (ROOT / "docs" / "reference.md").read_text(), set()
+    for module, members in re.findall(r"^::: (\S+)(?:\n +options:\n +members: \[(.+)\])?$", page, re.MULTILINE):
+        listed |= {f"{module}.{member}" for member in members.split(", ")} if members else {module}
+    methods = {f"tadrop_jax.{tadrop_jax.HOMES[name]}.{name}" for name in METHODS}
+    assert sorted(methods - listed) == []
 
 
 def test_pages_are_all_in_the_site():

@@ -230,3 +230,62 @@ def test_patterns_and_numbers_that_will_not_do(base, models):
     for bad in (float("inf"), float("nan"), 1e39):
         with pytest.raises(tj.MergeError, match="coefficient"):
             tj.task_arithmetic(bad)
+
+
+def test_two_tensors_of_one_name_are_refused():
+    tree = {"params": {"w": jnp.zeros(1)}, "w": jnp.zeros(1)}
+    with pytest.raises(tj.MergeError, match="two tensors of one tree have the name 'w'"):
+        tj.merge(tree, [tree], tj.average())
+
+
+def test_tied_weights_count_once_in_task_vectors_too():
+    rng = np.random.default_rng(0)
+
+    def tree(scale):
+        shared = jnp.asarray(scale * rng.normal(size=20), jnp.float32)
+        return {"wte": shared, "head": shared, "other": jnp.asarray(scale * rng.normal(size=20), jnp.float32)}
+
+    base = jax.tree.map(jnp.zeros_like, tree(0))
+    base["head"] = base["wte"]
+    models = [tree(1), tree(3)]
+    stack = tj.task_vectors(base, models)
+    assert stack["wte"] is stack["head"]
+    alone = tj.merge_task_vectors({n: stack[n] for n in ("wte", "other")}, tj.ties(0.3))
+    for merged in (tj.merge(base, models, tj.ties(0.3)), tj.merge_task_vectors(stack, tj.ties(0.3))):
+        for name, target in {"wte": "wte", "head": "wte", "other": "other"}.items():
+            np.testing.assert_array_equal(merged[name], alone[target])
+    said = tj.explain(base, models, tj.magnitude(0.3, granularity="global"))
+    pruned = tj.sparsify({n: stack[n] for n in ("wte", "other")}, tj.magnitude(0.3, granularity="global"))
+    np.testing.assert_allclose(said["head"]["sparsity"], np.mean(pruned["wte"] == 0, axis=1))
+
+
+def test_what_is_excluded_need_not_be_alike_whatever_its_dtype():
+    base = {"w": jnp.zeros(2), "ids": np.arange(4), "phase": np.ones(2, np.complex64)}
+    model = {"w": jnp.ones(2), "ids": np.arange(8), "phase": np.ones(3, np.complex64)}
+    merged = tj.merge(base, [model], tj.average(), exclude=["ids", "phase"])
+    assert merged["w"].tolist() == [1.0, 1.0]
+    assert merged["ids"] is base["ids"]
+    assert merged["phase"] is base["phase"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: tj.dare(jnp.float32(2.0)), r"density must lie in \[0, 1\]"),
+        (lambda: tj.magnitude(np.array(1.5)), r"density must lie in \[0, 1\]"),
+        (lambda: tj.magnitude(jnp.array([0.5, 1.5])), r"density must lie in \[0, 1\]"),
+        (lambda: tj.task_arithmetic(jnp.float32(jnp.nan)), "finite"),
+        (lambda: tj.tadrop(jnp.float32(0.9), jnp.float32(0.5)), "q_low <= q_high"),
+        (lambda: tj.tadrop(s_max=1.0), "s_max must lie below 1"),
+        (lambda: tj.iso_c(coefficient=[0.5, 1.0]), "coefficient is one number"),
+    ],
+)
+def test_parameters_that_are_concrete_arrays_are_checked(make, said):
+    with pytest.raises(tj.ParameterError, match=said):
+        make()
+
+
+@pytest.mark.parametrize("rule", [tj.tall(multi_task=tj.nearswap()), tj.consensus(agree=1, multi_task=tj.slerp())])
+def test_rules_on_weights_inside_others_want_a_base(rule):
+    with pytest.raises(TypeError, match=r"call tj\.merge"):
+        tj.merge_task_vectors({"w": jnp.ones((1, 4))}, rule)

@@ -220,12 +220,16 @@ def load(path, like=None, kind: Kind | None = None):
         wanted = [] if name not in shapes else kind.parts(shapes[name], len(tasks))
         return {p: jnp.asarray(tensors[f"{p}/{name}"]) for p in wanted} or None
 
+    def kept(value):
+        """An array of JAX, unless that has no such dtype."""
+        return jnp.asarray(value) if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype else np.asarray(value)
+
     own: tuple[dict, ...] = tuple({} for _ in tasks)
     for name, value in tensors.items():
         if name.startswith("own/"):
             _, task, rest = name.split("/", 2)
-            own[tasks.index(task)][rest] = jnp.asarray(value)
-    base = [jnp.asarray(tensors[f"base/{n}"]) if f"base/{n}" in tensors else None for n in found]
+            own[tasks.index(task)][rest] = kept(value)
+    base = [kept(tensors[f"base/{n}"]) if f"base/{n}" in tensors else None for n in found]
     return Bundle(
         base=None if described.get("baseless") else jax.tree_util.tree_unflatten(treedef, base),
         parts=tuple(parts_of(n) for n in found),

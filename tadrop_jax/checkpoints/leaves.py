@@ -60,6 +60,11 @@ class LeafSource(Source):
         out[:] = self._flat(name)[start:stop]
         return out
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """As :meth:`Source.rename`."""
+        super().rename(names)
+        self._leaves = {names.get(n, n): leaf for n, leaf in self._leaves.items()}
+
     def _flat(self, name: str) -> np.ndarray:
         with self._lock:
             if name not in self._held:

@@ -1,7 +1,7 @@
 """Opening the models of a merge: whatever their formats, with the base's names and axes."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from tadrop_jax.checkpoints.safetensors import Source, open_source
@@ -13,6 +13,8 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
 
     A model that is a Flax tree where the base is of PyTorch, or the other way round, or whose tensors have names of
     another version or layout, is renamed and turned into the base's layout if the converters know its architecture.
+    Names of PyTorch that differ by what stands before them all (`transformer.`, `vit.`), since the base is a bare
+    backbone or the models are, need no architecture.
 
     Args:
         stack: closes what was opened.
@@ -26,6 +28,8 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
     """
     sources = [stack.enter_context(open_model(path)) for path in paths]
     base = sources[0]
+    for source in sources[1:]:
+        source.rename(_without_prefix(source.tensors.keys(), base.tensors.keys()))
     at = [k for k, source in enumerate(sources) if k and _differs(source, base)]
     if not at:
         return sources
@@ -88,6 +92,18 @@ def open_model(path: Path) -> Source:
         return open_source(path) if stored.format == "safetensors" else LeafSource(stored)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _without_prefix(names: Set[str], base: Set[str]) -> dict[str, str]:
+    """The base's names for tensors that are called the same but for a prefix which one side has and the other lacks."""
+    least = min(len(names), len(base)) / 2
+    if len(names & base) >= least or any("/" in name for name in names | base):
+        return {}
+    theirs, ours = ({name.partition(".")[0] + "." for name in side} for side in (names, base))
+    ways = [{n: n.removeprefix(prefix) for n in names} for prefix in theirs]
+    ways += [{n: prefix + n for n in names} for prefix in ours]
+    best = max(({n: to for n, to in way.items() if to in base} for way in ways), key=len)
+    return best if len(best) >= least and not names & set(best.values()) else {}
 
 
 def _differs(source: Source, base: Source) -> bool:

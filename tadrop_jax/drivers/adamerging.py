@@ -11,7 +11,7 @@ from jax import lax
 
 from tadrop_jax.drivers import common
 from tadrop_jax.errors import MergeError, ParameterError
-from tadrop_jax.parameters import choice, number, whole
+from tadrop_jax.parameters import choice, single, whole
 from tadrop_jax.steps import AnyStep
 from tadrop_jax.trees import named_leaves
 
@@ -132,7 +132,7 @@ def adamerging(
     choice("adamerging", "granularity", granularity, ("tensor", "task"))
     choice("adamerging", "bounds", bounds, ("clip", "project", None))
     whole("adamerging", "steps", steps, 1)
-    number("adamerging", "learning_rate", learning_rate, 0)
+    single("adamerging", "learning_rate", learning_rate, 0)
     if patience is not None:
         whole("adamerging", "patience", patience, 1)
     if optimizer is not None and learning_rate != 1e-3:

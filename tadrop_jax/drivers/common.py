@@ -13,7 +13,7 @@ from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.steps import AnyStep, expand, output_of, over_tasks, patterns
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected
+from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected, tied
 
 
 class Problem(NamedTuple):
@@ -26,6 +26,7 @@ class Problem(NamedTuple):
       base: by name, the base's tensors that are merged.
       models: for each task, its tensors by name.
       rest: by name, the leaves that come from the base untouched.
+      aliases: names of tied weights, and of the tensor that stands for each.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
     base: dict[str, Any]
     models: tuple[dict[str, Any], ...]
     rest: dict[str, Any]
+    aliases: dict[str, str]
 
     @property
     def tasks(self) -> int:
@@ -43,7 +45,7 @@ class Problem(NamedTuple):
     def tree(self, merged: Mapping[str, Any], rest: Mapping[str, Any] | None = None):
         """Merged tensors and the untouched leaves as a tree like the base's; None for leaves that ``rest`` lacks."""
         leaves = {**(self.rest if rest is None else rest), **merged}
-        return jax.tree_util.tree_unflatten(self.treedef, [leaves.get(n) for n in self.names])
+        return jax.tree_util.tree_unflatten(self.treedef, [leaves.get(self.aliases.get(n, n)) for n in self.names])
 
     def only(self, names) -> "Problem":
         """The same, with the other tensors taken from the base."""
@@ -67,12 +69,15 @@ def problem(method: str, base, models: Sequence[Any], include=None, exclude=None
     names, leaves, treedef = named_leaves(base)
     include, exclude = patterns(include), patterns(exclude)
     check_patterns((*include, *exclude), names)
-    merged = [is_mergeable(leaf) and selected(n, include, exclude) for n, leaf in zip(names, leaves, strict=True)]
-    kept = {n for n, leaf, m in zip(names, leaves, merged, strict=True) if not m and is_mergeable(leaf)}
+    kept = {n for n in names if not selected(n, include, exclude)}
     columns = match(names, leaves, models, skip=frozenset(kept))
-    if not any(merged):
+    every = [row for row in zip(names, leaves, columns, strict=True) if row[0] not in kept and is_mergeable(row[1])]
+    if not every:
         raise MergeError("there is no float tensor to merge")
-    rows = [row for row, m in zip(zip(names, leaves, columns, strict=True), merged, strict=True) if m]
+    firsts = tied((leaf, *column) for _, leaf, column in every)
+    rows = [row for i, row in enumerate(every) if firsts[i] == i]
+    aliases = {row[0]: every[first][0] for i, (row, first) in enumerate(zip(every, firsts, strict=True)) if first != i}
+    merged = {row[0] for row in every}
     if same:
         merging.check_contents([(n, None, column) for n, _, column in rows], alone="the parameters")
     else:
@@ -83,7 +88,8 @@ def problem(method: str, base, models: Sequence[Any], include=None, exclude=None
         tuple(names),
         {n: leaf for n, leaf, _ in rows},
         tuple({n: column[t] for n, _, column in rows} for t in range(len(models))),
-        {n: leaf for n, leaf, m in zip(names, leaves, merged, strict=True) if not m},
+        {n: leaf for n, leaf in zip(names, leaves, strict=True) if n not in merged},
+        aliases,
     )
 
 

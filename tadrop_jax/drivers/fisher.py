@@ -10,7 +10,7 @@ from jax import lax
 
 from tadrop_jax.drivers import common
 from tadrop_jax.errors import MergeError, ParameterError
-from tadrop_jax.parameters import choice, number, whole
+from tadrop_jax.parameters import choice, single, whole
 from tadrop_jax.steps import over_tasks, safe_ratio
 from tadrop_jax.trees import named_leaves
 
@@ -100,7 +100,7 @@ def fisher(
     """
     choice("fisher", "normalize", normalize, ("model", "tensor", None))
     choice("fisher", "floor_on", floor_on, ("first", "all", "added"))
-    floor = number("fisher", "floor", floor, 0)
+    floor = single("fisher", "floor", floor, 0)
     problem = common.problem("fisher", base, models, include, exclude)
     by_task = common.weights("fisher", weights, problem.tasks)
     if fishers is None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tadrop_jax.drivers import common
 from tadrop_jax.errors import MergeError, ParameterError
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import single
 from tadrop_jax.steps import over_tasks, patterns, safe_ratio
 from tadrop_jax.trees import check_patterns, selected
 
@@ -92,8 +92,8 @@ def regmean(
       >>> found.params["kernel"].tolist()
       [[1.0], [3.0]]
     """
-    scale = number("regmean", "scale", scale, 0, 1)
-    ridge = number("regmean", "ridge", ridge, 0)
+    scale = single("regmean", "scale", scale, 0, 1)
+    ridge = single("regmean", "ridge", ridge, 0)
     problem = common.problem("regmean", base, models, include, exclude)
     by_task = common.weights("regmean", weights, problem.tasks)
     out_in = patterns(out_in)

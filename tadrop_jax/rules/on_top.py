@@ -36,6 +36,7 @@ def put_on_top(rule: Step) -> Step:
         rule,
         apply=apply,
         output="stack",
+        on_weights=rule.output == "parameters",
         instead=instead if rule.instead else None,
         spec=None if rule.spec is None else ("on top", rule.spec),
     )

@@ -68,7 +68,7 @@ def breadcrumbs(
         return [tuple(ranks) if many > 1 else ranks[0] for ranks in zip(*found, strict=True)]
 
     return Step(
-        **(_of_rows if rows else _of_tensors)(limits),
+        **(_of_rows(limits, density) if rows else _of_tensors(limits)),
         lengths=lengths(density=density, gamma=gamma),
         spec=spec("breadcrumbs", density=density, gamma=gamma, rows=rows, first=before),
     )
@@ -90,13 +90,13 @@ def _limits(density, gamma, n, first: str):
     return wide.where(identity, wide.wide(0), start), wide.where(identity, n, stop)
 
 
-def _of_rows(limits) -> dict[str, Any]:
+def _of_rows(limits, density) -> dict[str, Any]:
     """By two order statistics of each row, and the ties before them."""
 
     def apply(x, carry):
         values = x.in_torch_order()
-        if values.ndim == 1:
-            return x.stack
+        if values.ndim == 1:  # a number is no row
+            return jnp.where(x.per_task(density) > 0, x.stack, 0)
         stays = between_ranks(magnitude(values), *limits(values.shape[-1]))
         return x.from_torch_order(jnp.where(stays, values, 0))
 

@@ -335,3 +335,20 @@ def test_with_coefficients_refuses_others(trees):
 
 def test_endless_batches_begin_again():
     assert list(itertools.islice(common.endless("x", [1, 2], 0), 5)) == [1, 2, 1, 2, 1]
+
+
+def test_tied_weights_stay_tied():
+    rng = np.random.default_rng(0)
+
+    def tree():
+        shared = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+        return {"wte": shared, "head": shared, "bias": jnp.zeros(5)}
+
+    def logits(params, ids):
+        return params["wte"][ids] @ params["head"].T + params["bias"]
+
+    base, models = tree(), [tree(), tree()]
+    batches = [itertools.repeat(jnp.asarray(rng.integers(0, 5, 8))) for _ in models]
+    found = tj.adamerging([logits, logits], batches, base, models, steps=5, learning_rate=1e-2)
+    np.testing.assert_array_equal(found.params["wte"], found.params["head"])
+    np.testing.assert_array_equal(found.coefficients["wte"], found.coefficients["head"])

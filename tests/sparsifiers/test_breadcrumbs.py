@@ -37,7 +37,7 @@ def breadcrumbs(stacks: dict, density, gamma, granularity="row", first="gamma") 
     for name, stack in stacks.items():
         shape = stack.shape[1:]
         if granularity == "row" and not shape:
-            out[name] = stack
+            out[name] = np.where(np.array(densities) > 0, stack, 0)
             continue
         width = shape[-1] if granularity == "row" else stack[0].size
         rows = stack.reshape(TASKS, -1, width)
@@ -111,3 +111,8 @@ def test_streamed_equals_in_memory(flavour, small_blocks):
     streamed, *_ = run_streamed(base, models, rule)
     for name, value in tj.merge(base, models, rule).items():
         np.testing.assert_allclose(streamed[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_density_0_leaves_nothing_of_a_number_either():
+    stack = {"s": jnp.array([2.0, 3.0])}
+    assert tj.sparsify(stack, tj.breadcrumbs([0.0, 0.5]))["s"].tolist() == [0.0, 3.0]

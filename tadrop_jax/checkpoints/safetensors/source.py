@@ -131,6 +131,10 @@ class Source:
             raise CheckpointError(f"{info.file}: tensor {name!r}: cannot be read: {error.strerror}.") from error
         return out
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other names: new ones by old ones; those that are not listed keep theirs."""
+        self.tensors = {(to := names.get(n, n)): info._replace(name=to) for n, info in self.tensors.items()}
+
     def full_digest(self) -> str:
         """SHA-256 over the contents of all files, in order; reads everything once."""
         digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
