@@ -348,11 +348,11 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int)
         described = kind.parts(shape, tasks)
         return {n: pack(v) if described[n].dtype == "bits" else v for n, v in value.items()}
 
-    carry = next((r.carries[-1] for r in results if r.carries[-1]), None)
-    if carry is None or rule.scalars is None:  # there was nothing to merge, or no statistic of the tree
+    carry = next((r.carries[-1] for r in results if r.carries[-1]), {})
+    if all(value is None for value in values):  # nothing was merged: no statistic of the tree was found
         scalars = {name: jnp.zeros(tasks) for name in kind.scalars}
     else:
-        scalars = dict(rule.scalars(carry, tasks))
+        scalars = {} if rule.scalars is None else dict(rule.scalars(carry, tasks))
     return Bundle(
         base=base,
         parts=tuple(None if v is None else packed(v, s) for v, s in zip(values, shapes, strict=True)),
