@@ -53,11 +53,11 @@ class Piece(NamedTuple):
         return jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
 
     def once(self, array: jax.Array) -> jax.Array:
-        """An array of shape S that every task is compared with, computed once.
+        """An array that many look at, computed once: of shape S for every task, or small for every entry.
 
-        XLA on CPU fuses what it is made of into what looks at it, and makes it anew for each task: a sum over tasks
-        then costs the square of their number. It does not fuse across a conditional whose outcome it cannot know (an
-        optimization barrier is gone before it fuses).
+        XLA on CPU fuses what it is made of into what looks at it, and makes it anew for each task, or entry: a sum over
+        tasks then costs the square of their number. It does not fuse across a conditional whose outcome it cannot know
+        (an optimization barrier is gone before it fuses).
         """
         return array if self.true is None else lax.cond(self.true, lambda a: a, jnp.zeros_like, array)
 

@@ -50,9 +50,9 @@ class Sums:
     """Statistics that are summed over everything but the leading axis.
 
     Attributes:
-      of: ``(x, carry, n) -> {name: array}``; arrays ``(T, *S)``, or ``(1, *S)`` for one that all tasks share. n is the
-        number of entries of the tensor. In the carry: float32 ``(T,)`` or ``(1,)``; booleans are counted exactly, in
-        uint32 (of a tensor: counts over a tree may pass 2^32).
+      of: ``(x, carry, n) -> {name: array}``; arrays ``(T, *S)``, or ``(1, *S)`` for one that all tasks share, or
+        ``(T,)`` of what the piece is summed to already. n is the number of entries of the tensor. In the carry: float32
+        ``(T,)`` or ``(1,)``; booleans are counted exactly, in uint32 (of a tensor: counts over a tree may pass 2^32).
       scope: ``"row"`` (the last axis), ``"tensor"`` or ``"global"`` (the tree).
       aside: of scope "global": neither later stages nor ``apply`` look at it, only the step's ``scalars``. Then it may
         be found in the pass that applies the step.

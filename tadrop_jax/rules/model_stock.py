@@ -55,7 +55,7 @@ def model_stock(average: str = "cosine", *, filter_wise: bool = False) -> Step:
         return over_tasks(jnp.add, stack) / stack.shape[0]
 
     def whole(x, carry):
-        return ratio(gram(carry)) * mean_of(x.stack)
+        return x.once(ratio(gram(carry))) * mean_of(x.stack)
 
     def rows(x, carry):
         stack = x.in_torch_order()

@@ -104,7 +104,7 @@ def _drop(density, empty_side) -> Step:
         }
 
     def apply(x, carry):
-        some = wide.at_least(kept(carry["negative"]), wide.wide(1))
+        some = x.once(wide.at_least(kept(carry["negative"]), wide.wide(1)))
         high = at_least(x.stack, x.column(carry["top"])) & _positive(x.stack)
         low = at_least(x.column(carry["bottom"]), x.stack) & _positive(-x.stack) & x.column(some)
         return jnp.where(high | low, x.stack, 0)

@@ -38,7 +38,7 @@ def dare(density, rescale: str | None = "inverse") -> Step:
     choice("dare", "rescale", rescale, ("inverse", "l1", None))
 
     def kept(x):
-        return jnp.where(x.uniform() < x.per_task(density), x.stack, 0)
+        return jnp.where(x.once(x.uniform() < x.per_task(density)), x.stack, 0)
 
     def sums(x, carry, n):
         return powers(x.stack, kept(x), 1)

@@ -76,7 +76,7 @@ def della(
         return keep_probabilities(x, x.per_task(density), x.per_task(epsilon), together)
 
     def kept(x):
-        return jnp.where(x.uniform() < probabilities(x), x.stack, 0)
+        return jnp.where(x.once(x.uniform() < probabilities(x)), x.stack, 0)
 
     def sums(x, carry, n):
         return powers(x.stack, kept(x), 1)
