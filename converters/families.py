@@ -172,10 +172,13 @@ def detect(config: Mapping[str, Any], names: Iterable[str] = (), where: Any = "c
     for entry in ARCHITECTURES.values():
         if entry.marks and _fits(entry, names):
             return entry
-    kind = f"(none; model_type {config.get('model_type')!r})"
+    said = "is missing (tadrop convert takes --config FILE)"
+    if config:
+        kind = config.get("model_type")
+        said = "names no architecture" if kind is None else f"model_type {kind!r} is not supported"
+    known = ", ".join(ARCHITECTURES)
     raise ConversionError(
-        f"{where}: architecture {kind} is not supported, nor do the tensors' names tell which it is; "
-        f"supported are {', '.join(ARCHITECTURES)}"
+        f"{where}: {said}, and the tensors' names do not tell the architecture; supported are {known}"
     )
 
 

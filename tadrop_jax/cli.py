@@ -4,6 +4,7 @@ jax, rich and yaml are imported inside the commands, so that ``tadrop --help`` a
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import json
@@ -111,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument(
         "--differing",
-        choices=("refuse", "own"),
+        choices=("refuse", "own", "overlap"),
         help="tensors that a model lacks, or has in another shape: refuse (default), or let them stay each task's own "
-        "(methods that give one model per task)",
+        "(methods that give one model per task), or merge the rows that all have (vocabularies that grew)",
     )
     merge.add_argument("--seed", type=int, metavar="N", help="seed of random methods (default 0)")
     merge.add_argument(
@@ -412,8 +413,11 @@ def _start_jax() -> None:
     gc.enable()
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "tadrop_jax" / "compiled"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tadrop_jax" / "compiled"
+        with contextlib.suppress(OSError):  # without a place to write to, each run compiles anew
+            cache.mkdir(parents=True, exist_ok=True)
+            if os.access(cache, os.W_OK):
+                jax.config.update("jax_compilation_cache_dir", str(cache))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         # A merge takes dozens of functions, most of them small: compiled anew, they are half of the start-up.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -129,7 +129,11 @@ def print_summary(report: dict, out: Path, seconds: float) -> None:
         share = f"{full / bundle:.1f} times smaller" if full > bundle else f"{bundle / full:.1f} times as large"
         print(f"bundle {size(bundle)} ({parts}) against {size(full)} for {len(report['tasks'])} full models: {share}")
         print(f"tasks: {', '.join(report['tasks'])}; 'tadrop task {out} --task NAME --out DIR' writes one's model")
-    if any("/" in name for name in report["tensors"]):
+    flax = any("/" in name for name in report["tensors"])
+    config = out.with_suffix(".config.json") if out.suffix == ".safetensors" else out / "config.json"
+    if out.exists() and "size" not in report and not flax and not config.exists():
+        print("there was no config.json beside the base: transformers opens the result only with one")
+    if flax:
         print("names are Flax's, as the base's are: 'tadrop convert FROM DIR --to torch' makes what transformers opens")
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def inspect_directories(
         steps = explaining_steps(request.chain, len(request.models))
         plan = make_plan(sources, request)
         turned = Turned(sources, pytorch_places(sources[0]), request.workers)
-        streams = [s for s in (_stream(turned, name) for name in plan.merged) if s.size]
+        streams = [s for s in (_stream(turned, name, plan.rows) for name in plan.merged) if s.size]
         settings = _settings(request, _counter(progress, _bytes_to_read(steps, sources, plan)))
         with _naming_files(turned):
             carries = measure(steps, streams, len(request.models), settings)
@@ -140,7 +140,7 @@ def _merge(
     base = sources[0]
     turned = Turned(sources, {} if bundle else pytorch_places(base), request.workers)
     back = Back(turned, sink.write)
-    streams = [_stream(turned, name) for name in plan.merged]
+    streams = [_stream(turned, name, plan.rows) for name in plan.merged]
     total = _bytes_to_read(steps, sources, plan)
     log = TensorLog(sink.partial, fresh=not sink.done)
     prefix = "base/" if bundle else ""
@@ -190,7 +190,12 @@ def _merge(
         if turned.places and "/" in turned.places.get(stream.name, (stream.name,))[0]:
             # It has no name in PyTorch: rows, groups and random numbers cannot follow it there.
             row["in PyTorch"] = "part of a fused tensor, or in another shape"
+        if stream.name in plan.rows:
+            row |= {"shape": list(base.tensors[stream.name].shape), "merged rows": plan.rows[stream.name]}
         log.add(stream.name, row)
+        if stream.name in plan.rows:
+            _copy(base, stream.name, sink, stream.name, request, start=stream.size)
+            return
         for name in outputs_of(stream):
             sink.mark_done(name)
 
@@ -217,6 +222,9 @@ def _merge(
         report |= {"fingerprint": fingerprint, "differs": None if there else list(outcome.differs)}
     if request.differing == "own":
         report["warnings"] += implausible(sources, plan, request.models)
+    for name in (n for n in plan.rows if n in share.tensors):
+        count = base.tensors[name].shape[0]
+        report["warnings"].append(f"{name}: its first {plan.rows[name]} rows merge, of {count} that the base has")
     if request.process == 0:
         _add_files(request, sink, tasks, steps[-1].kind, scalars, report, sources, plan, layout)
     sink.add_file(REPORT, json.dumps(report, indent=1).encode())
@@ -291,10 +299,15 @@ def _part_bytes(layout, part: str) -> int:
     )
 
 
-def _stream(turned: Turned, name: str) -> Stream:
+def _stream(turned: Turned, name: str, rows: Mapping[str, int]) -> Stream:
+    shape = turned.shape(name)
+    if name in rows and turned.order(name) is not None:
+        raise MergeError(
+            f"tensor {name!r}: its rows are the last axis of the base's file; --exclude takes it from there"
+        )
     return Stream(
         name,
-        turned.shape(name),
+        (rows[name], *shape[1:]) if name in rows else shape,
         turned.sources[0].tensors[name].dtype,
         lambda row, start, stop, out: turned.read(row, name, start, stop, out),
         turned.places.get(name, (name, None))[0],
@@ -344,18 +357,18 @@ def _out_dtype(dtype: np.dtype, wanted: np.dtype | None) -> np.dtype:
     return dtype if wanted is None or dtype.kind in "iubc" else wanted
 
 
-def _copy(source: Source, name: str, sink: Sink, target: str, request: Request) -> None:
-    """Copies a tensor as it is, or cast to the output dtype."""
+def _copy(source: Source, name: str, sink: Sink, target: str, request: Request, start: int = 0) -> None:
+    """Copies a tensor as it is, or cast to the output dtype, from an entry on."""
     if target in sink.done:
         return
     info, dtype = source.tensors[name], sink.plan[target][0]
-    for start in range(0, info.size, _CHUNK):
-        block = source.read(name, start, min(start + _CHUNK, info.size))
+    for at in range(start, info.size, _CHUNK):
+        block = source.read(name, at, min(at + _CHUNK, info.size))
         if info.dtype.kind not in "iub" and request.check_finite and not np.isfinite(block).all():
-            at = int(np.flatnonzero(~np.isfinite(block))[0])
-            entry = [int(i) for i in np.unravel_index(start + at, info.shape)] if info.shape else []
-            raise ContentError(f"{info.file}: tensor {name!r} holds {float(block[at])} at {entry}")
-        sink.write(target, start, block.astype(dtype, copy=False))
+            bad = int(np.flatnonzero(~np.isfinite(block))[0])
+            entry = [int(i) for i in np.unravel_index(at + bad, info.shape)] if info.shape else []
+            raise ContentError(f"{info.file}: tensor {name!r} holds {float(block[bad])} at {entry}")
+        sink.write(target, at, block.astype(dtype, copy=False))
     sink.mark_done(target)
 
 

@@ -43,8 +43,30 @@ _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def matmul(*factors) -> jax.Array:
-    """The product of matrices (or batches of them) in full float32 precision, also where a fast product rounds more."""
-    return functools.reduce(_dot, factors)
+    """The product of matrices (or batches of them) in full float32 precision, also where a fast product rounds more.
+
+    Of several the order is the cheapest: a projection ``u ut x`` of tall matrices must not go through ``u ut``.
+    """
+    return functools.reduce(_dot, factors) if len(factors) < 3 else _dot(*map(_product, _parted(factors)[1]))
+
+
+def _product(factors) -> jax.Array:
+    return matmul(*factors) if len(factors) > 1 else factors[0]
+
+
+def _parted(factors) -> tuple[int, tuple]:
+    """Multiplications of the cheapest order, and what it multiplies last; of equals the one from the left."""
+    if len(factors) == 1:
+        return 0, (factors,)
+    ways = [(factors[:k], factors[k:]) for k in range(len(factors) - 1, 0, -1)]
+
+    def work(way) -> int:
+        left, right = way
+        last = left[0].shape[-2] * right[0].shape[-2] * right[-1].shape[-1]
+        return last + _parted(left)[0] + _parted(right)[0]
+
+    best = min(ways, key=work)
+    return work(best), best
 
 
 def _one_at_a_time(decompose):

@@ -27,7 +27,8 @@ class Request(NamedTuple):
       include: regular expressions of tensors to merge; empty means all.
       exclude: regular expressions of tensors to take from the base.
       differing: what becomes of tensors that a model lacks, or has in another shape: ``"refuse"``, or, for a per-task
-        rule, ``"own"``: each task keeps its own.
+        rule, ``"own"``: each task keeps its own; or, for a rule that gives one model, ``"overlap"``: of those with
+        other numbers of rows (vocabularies that grew) the rows that all have merge, and the rest is the base's.
       seed: of the random numbers.
       dtype: of the output; None keeps the base's.
       max_shard_size: bytes a file.
@@ -66,12 +67,14 @@ class Plan(NamedTuple):
       kept: names that come from the base, and why.
       own: names that stay each task's own.
       aliases: tied tensors, and the tensor that each is a copy of.
+      rows: how many rows merge of tensors whose number of rows differs.
     """
 
     merged: tuple[str, ...]
     kept: dict[str, str]
     own: tuple[str, ...]
     aliases: dict[str, str]
+    rows: dict[str, int]
 
 
 def make_plan(sources: Sequence[Source], request: Request) -> Plan:
@@ -109,19 +112,25 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
             )
     # What is excluded, tied or a task's own need not be alike; neither do extra tensors that a pattern takes out.
     loose = {n for n in everywhere if n in own or n in aliases or not selected(n, include, exclude)}
+    rows = _overlapping(sources, request, [n for n in names if n not in loose and n not in kept])
+
+    def said(source: Source, name: str) -> tuple:
+        info = source.tensors[name]
+        return (rows[name], *info.shape[1:]) if name in rows else info.shape, info.dtype
+
     for path, model, tied in zip(request.models, models, ties, strict=True):
         stored = [n for n in model.tensors if n in base.tensors or n not in tied]
         check_names(names, stored, str(path), frozenset(loose), str(request.base))
         for name in names:
             if name in loose:
                 continue
-            ours, theirs = base.tensors[name], model.tensors[name]
-            check_alike(name, (ours.shape, ours.dtype), (theirs.shape, theirs.dtype), str(theirs.file), str(ours.file))
+            files = (str(s.tensors[name].file) for s in (model, base))
+            check_alike(name, said(base, name), said(model, name), *files)
     merged = tuple(n for n in names if n not in kept and n not in own)
     if not merged:
         why = ", ".join(sorted({*kept.values(), *(["each task's own"] if own else [])}))
         raise MergeError(f"{request.base}: there is no float tensor to merge (all of its {len(names)}: {why})")
-    return Plan(merged, kept, own, aliases)
+    return Plan(merged, kept, own, aliases, rows)
 
 
 def _differing(sources, request: Request, names: list[str], everywhere) -> set[str]:
@@ -140,6 +149,21 @@ def _differing(sources, request: Request, names: list[str], everywhere) -> set[s
 
     merged = (n for n in everywhere if n in names or n not in sources[0].tensors)
     return {n for n in merged if not alike(n) and selected(n, request.include, request.exclude)}
+
+
+def _overlapping(sources, request: Request, names: list[str]) -> dict[str, int]:
+    """The tensors that differ in their number of rows alone, and how many of these all have.
+
+    Raises:
+      MergeError: if the rule gives one model per task, which has the base's rows.
+    """
+    if request.differing != "overlap":
+        return {}
+    if output_of(request.chain) == "bundle":
+        raise MergeError("rows overlap only with a method that gives one model; --differing own keeps each task's own")
+    shapes = {n: [s.tensors[n].shape for s in sources if n in s.tensors] for n in names}
+    differ = {n: some for n, some in shapes.items() if len(set(some)) > 1 and all(some)}
+    return {n: min(s[0] for s in some) for n, some in differ.items() if len({s[1:] for s in some}) == 1}
 
 
 def implausible(sources: Sequence[Source], plan: Plan, paths: Sequence[Path]) -> list[str]:

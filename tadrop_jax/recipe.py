@@ -16,11 +16,12 @@ _FIELDS = {
     "sparsify": "NAME, NAME:PARAMETER=VALUE,... or {name:, parameters:}",
     "include": "regular expression, or a list",
     "exclude": "regular expression, or a list",
-    "differing": "refuse or own: what becomes of tensors that are not alike in all models",
+    "differing": "refuse, own or overlap: what becomes of tensors that are not alike in all models",
     "seed": "whole number",
     "dtype": "float32, bfloat16 or float16",
 }
 _NEEDED = ("base", "models", "method")
+_NUMBERS = ("number", "numbers", "whole", "flag", "order")
 
 
 def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -84,9 +85,7 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
       ParameterError: for unknown methods or parameters, or a field that is not what it should be.
     """
     rule = registry.method(str(data["method"]), "rule")
-    parameters = _mapping("parameters", data.get("parameters"))
-    for name in parameters:
-        rule.parameter(name)
+    parameters = _values(rule, _mapping("parameters", data.get("parameters")))
     sparsify = data.get("sparsify")
     sparsifier = None
     if sparsify is not None:
@@ -98,8 +97,7 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
         else:
             name, values = registry.parse_step(str(sparsify))
         found = registry.method(name, "sparsifier")
-        for given in values:
-            found.parameter(given)
+        values = _values(found, values)
         sparsifier = {"name": name, "parameters": {p.name: p.default for p in found.parameters} | values}
         if any(p.name == "density" and p.optional for p in rule.parameters) and "density" not in parameters:
             parameters["density"] = None
@@ -107,8 +105,8 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ParameterError(f"seed must be a whole number, got {seed!r}")
     differing = data.get("differing", "refuse")
-    if differing not in ("refuse", "own"):
-        raise ParameterError(f"differing must be refuse or own, got {differing!r}")
+    if differing not in ("refuse", "own", "overlap"):
+        raise ParameterError(f"differing must be refuse, own or overlap, got {differing!r}")
     dtype = data.get("dtype")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ParameterError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
@@ -133,6 +131,15 @@ def chain_of(recipe: Mapping[str, Any]):
     sparsifier = recipe["sparsify"]
     step = None if sparsifier is None else registry.build(sparsifier["name"], sparsifier["parameters"], "sparsifier")
     return with_sparsifier(step, registry.build(recipe["method"], recipe["parameters"], "rule"))
+
+
+def _values(method: registry.Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a method's parameters; numbers that YAML takes for texts, as 1e-5 and none, are read as by --set."""
+    found = {}
+    for name, value in given.items():
+        as_text = method.parameter(name).kind in _NUMBERS and isinstance(value, str)
+        found |= registry.parse(method, [f"{name}={value}"]) if as_text else {name: value}
+    return found
 
 
 def _mapping(field: str, value) -> dict[str, Any]:

@@ -152,6 +152,10 @@ def adapter(file: Path):
     file.rename(file.with_name("adapter_model.safetensors"))
 
 
+def adapter_file(file: Path):
+    save_file({f"base_model.model.layer.lora_{part}.weight": np.ones((2, 2), np.float32) for part in "AB"}, file)
+
+
 def other_dtype(file: Path):
     save_file({name: array.astype(np.float16) for name, array in load_file(file).items()}, file)
 
@@ -173,6 +177,7 @@ DAMAGE = {
     bare: ["m1", "holds no safetensors file, torch pickle"],
     config: ["m1/config.json", "not valid JSON"],
     adapter: ["m1", "is an adapter", "merge_and_unload", "tj.knots"],
+    adapter_file: ["m1", "is an adapter", "merge_and_unload"],
     other_dtype: ["has dtype float16", "one dtype first"],
 }
 

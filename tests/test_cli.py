@@ -255,6 +255,18 @@ def test_what_lies_beside_a_single_file_is_not_overwritten(root, capsys):
     assert sorted(f.name for f in root.glob("one*")) == ["one.config.json", "one.merge_report.json", "one.safetensors"]
 
 
+def test_a_result_that_transformers_cannot_open_is_said_to_be_one(tmp_path, capsys):
+    root = tmp_path
+    save_family(root, 2, {"layer.weight": (5, 4)}, config={"model_type": "vit"})
+    for out in ("with", "with.safetensors"):
+        assert merge(root, out=out) == 0
+        assert "config.json" not in capsys.readouterr().out
+    (root / "base" / "config.json").unlink()
+    for out in ("without", "without.safetensors"):
+        assert merge(root, out=out) == 0
+        assert "no config.json beside the base" in capsys.readouterr().out
+
+
 def test_configuration_and_tokenizer_come_along(root):
     base = root / "base"
     (base / "config.json").write_text(json.dumps({"model_type": "vit", "torch_dtype": "float32"}))

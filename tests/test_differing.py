@@ -1,5 +1,7 @@
 """Tensors that are not alike in all models, in the manner of EMR-Merging on BEiT3: each task keeps its own."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -123,3 +125,38 @@ def test_prefixes_that_would_give_one_name_twice():
     assert _without_prefix({"a.w", "a.b"}, {"w", "b", "c"}) == {"a.w": "w", "a.b": "b"}
     assert _without_prefix({"w", "b"}, {"a.w", "a.b"}) == {"w": "a.w", "b": "a.b"}
     assert _without_prefix({"a/w"}, {"w"}) == {}
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """An embedding with more rows in one model, and fewer in another, than in the base."""
+    base = {"wte": normal(8, 3), "layer": normal(4, 3)}
+    models = [{"wte": normal(rows, 3), "layer": normal(4, 3)} for rows in (10, 7)]
+    for name, tree in zip(("base", "m0", "m1"), (base, *models), strict=True):
+        save_model(tmp_path / name, tree)
+    return tmp_path, base, models
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "float16"], ["--processes", "1", "--process", "0"]])
+def test_vocabularies_that_grew_overlap(options, grown, capsys):
+    root, base, models = grown
+    assert merge(root, "--differing", "overlap", *options, method="average") == 0
+    assert "wte: its first 7 rows merge, of 8 that the base has" in capsys.readouterr().err
+    merged = read_model(root / "out")
+    mean = np.mean([m["wte"][:7] for m in models], axis=0)
+    np.testing.assert_allclose(merged["wte"], np.concatenate([mean, base["wte"][7:]]), atol=2e-3)
+    np.testing.assert_allclose(merged["layer"], np.mean([m["layer"] for m in models], axis=0), atol=2e-3)
+    row = report_of(root / "out")["tensors"]["wte"]
+    assert (row["shape"], row["merged rows"]) == ([8, 3], 7)
+
+
+def test_overlaps_that_cannot_be(grown, capsys):
+    root, base, _ = grown
+    assert merge(root, method="average") == 2
+    assert "has shape [10, 3]" in capsys.readouterr().err
+    assert merge(root, "--differing", "overlap", method="emr") == 2
+    assert "a method that gives one model" in capsys.readouterr().err
+    shutil.rmtree(root / "m0")
+    save_model(root / "m0", {**base, "wte": normal(8, 4)})
+    assert merge(root, "--differing", "overlap", method="average") == 2
+    assert "tensor 'wte' has shape [8, 4]" in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_a_tree_of_an_unknown_architecture(tmp_path, capsys):
     shutil.rmtree(tmp_path / "m1")
     (tmp_path / "m1").mkdir()
     converters.files.npz.write(tmp_path / "m1" / "model.npz", tensors)
-    refused(tmp_path, capsys, merge(tmp_path), "base", "is not supported")
+    refused(tmp_path, capsys, merge(tmp_path), "base", "do not tell the architecture")
 
 
 @pytest.mark.parametrize("format", ["orbax", "msgpack", "npz"])

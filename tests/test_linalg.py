@@ -1,5 +1,7 @@
 """The decompositions against NumPy in float64, and their gradients against finite differences."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +137,15 @@ def test_lapack_gets_one_matrix_at_a_time(shape):
             calls = [x for x in jax.jit(mapped).lower(of).as_text().splitlines() if "lapack" in x]
             assert calls
             assert all('num_batch_dims = "0"' in call for call in calls)
+
+
+@pytest.mark.parametrize(
+    "sides", [(50, 3, 50, 2), (3, 50, 3, 50), (4, 4, 4, 4), (30, 2, 30, 2, 30), (2, 30, 5, 1, 40, 3), (5, 6)]
+)
+def test_products_in_the_cheapest_order(sides):
+    factors = [_normal(*shape, seed=i) for i, shape in enumerate(itertools.pairwise(sides))]
+    expected = np.linalg.multi_dot([f.astype(np.float64) for f in factors]) if len(factors) > 1 else factors[0]
+    np.testing.assert_allclose(linalg.matmul(*factors), expected, rtol=1e-4, atol=1e-3)
+    shapes = [v.aval.shape for e in jax.make_jaxpr(linalg.matmul)(*factors).eqns for v in e.outvars]
+    largest = max((np.prod(s) for s in shapes), default=0)
+    assert largest <= {(50, 3, 50, 2): 100, (30, 2, 30, 2, 30): 900}.get(sides, 10**6)

@@ -110,3 +110,14 @@ def test_an_error_names_the_file(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{base: b, models: [m], method: tise}")
     with pytest.raises(MergeError, match=r"recipe\.yaml: there is no merge rule 'tise'"):
         recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_numbers_that_yaml_takes_for_texts():
+    given = {"base": "b", "models": ["m"], "method": "ram", "parameters": {"threshold": "1e-5"}}
+    assert recipe.normal(given)["parameters"]["threshold"] == 1e-5
+    given = {"base": "b", "models": ["m"], "method": "ties", "parameters": {"density": "none"}}
+    assert recipe.normal(given)["parameters"]["density"] is None
+    given = {**given, "sparsify": {"name": "tadrop", "parameters": {"q_low": "5e-1"}}}
+    assert recipe.normal(given)["sparsify"]["parameters"]["q_low"] == 0.5
+    with pytest.raises(ParameterError, match="density must be a number"):
+        recipe.normal({**given, "parameters": {"density": "much"}})

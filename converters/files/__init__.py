@@ -64,7 +64,9 @@ def open_tensors(path: str | os.PathLike) -> Stored:
     if path.is_file():
         return _from_files(path, [path])
     if not path.is_dir():
-        raise ConversionError(f"{path}: no such file or directory on this machine (nothing is downloaded).")
+        raise ConversionError(
+            f"{path}: no such file or directory, and nothing is downloaded (`hf download` does that)."
+        )
     for single, pattern in (
         ("model.safetensors", "*.safetensors"),
         ("pytorch_model.bin", "pytorch_model*.bin"),

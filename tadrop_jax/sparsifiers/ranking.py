@@ -43,26 +43,18 @@ def _order(keys: jax.Array) -> jax.Array:
     def sorted_pairs(keys):
         return jnp.argsort(keys, axis=-1, stable=True)
 
-    if keys.shape[-1] > 1 << 16 or keys.dtype != jnp.uint32:
-        return sorted_pairs(keys)
-    return lax.platform_dependent(keys, cpu=_sorted_halves, default=sorted_pairs)
+    return lax.platform_dependent(keys, cpu=_sorted_as_one, default=sorted_pairs)
 
 
-def _sorted_halves(keys: jax.Array) -> jax.Array:
-    """The same for rows of at most 2^16 keys, by two sorts of one integer an entry.
+def _sorted_as_one(keys: jax.Array) -> jax.Array:
+    """The same by a sort of one integer of 64 bits an entry, the key above its position.
 
-    XLA on CPU sorts one array of integers six times faster than it sorts pairs (and stably faster than not). So the
-    lower halves of the keys are sorted together with their positions, in one integer each, then the upper halves with
-    the places that they have then.
+    XLA on CPU sorts one array of integers several times faster than it sorts pairs (and stably faster than not).
     """
-
-    def by(halves):
-        at = lax.broadcasted_iota(jnp.uint32, keys.shape, 1)
-        return (lax.sort(halves << 16 | at, dimension=1, is_stable=True) & 0xFFFF).astype(jnp.int32)
-
-    lower = by(keys & 0xFFFF)
-    upper = by(jnp.take_along_axis(keys >> 16, lower, axis=1))
-    return jnp.take_along_axis(lower, upper, axis=1)
+    with jax.enable_x64(True):
+        both = keys.astype(jnp.uint64) << 32 | lax.broadcasted_iota(jnp.uint64, keys.shape, 1)
+        ordered = lax.sort(both, dimension=1, is_stable=True)
+        return ordered.astype(jnp.uint32).astype(jnp.int32)
 
 
 def between_ranks(values: jax.Array, start, stop) -> jax.Array:

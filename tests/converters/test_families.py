@@ -29,7 +29,7 @@ def test_a_configuration_names_its_architecture():
     assert detect({"architectures": ["ViTForImageClassification"]}).package == "converters.vit"
     with pytest.raises(ConversionError, match=r"x/config.json: architecture BertModel is not supported.*ViTFor"):
         detect({"architectures": ["BertModel"]}, where="x/config.json")
-    with pytest.raises(ConversionError, match=r"model_type 'bert'.*names tell"):
+    with pytest.raises(ConversionError, match=r"model_type 'bert' is not supported.*names do not tell"):
         detect({"model_type": "bert"}, ["bert.pooler.dense.weight"])
     with pytest.raises(ConversionError, match="architecture Nothing is not supported"):
         architecture("Nothing")

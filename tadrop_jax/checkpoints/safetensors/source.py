@@ -181,7 +181,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if path.is_file():
         return Source(path, [path])
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory on this machine (nothing is downloaded).")
+        raise CheckpointError(
+            f"{path}: no such file or directory, and nothing is downloaded (`hf download` does that)."
+        )
     if (path / "model.safetensors").is_file():
         return Source(path, [path / "model.safetensors"])
     indices = sorted(path.glob("*.safetensors.index.json"))
