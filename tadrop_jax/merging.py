@@ -102,8 +102,9 @@ def merge(
         n for n, leaf in zip(names, leaves, strict=True) if per_task and selected(n, per_task) and is_mergeable(leaf)
     }
     kept = {n for n in names if n not in own and not selected(n, include, exclude)}
-    columns = match(names, leaves, models, skip=frozenset(own | kept))
-    at = [i for i, name in enumerate(names) if name not in own | kept and is_mergeable(leaves[i])]
+    apart = frozenset(own | kept)
+    columns = match(names, leaves, models, skip=apart)
+    at = [i for i, name in enumerate(names) if name not in apart and is_mergeable(leaves[i])]
     if not at:
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])
@@ -333,9 +334,10 @@ def _run_stack(stack, whole: AnyStep, key, layout):
     values = [results[i].value if i in results else None for i in range(len(leaves))]
     last = expand(whole, tasks)[-1:]
     if last and last[0].output == "bundle":
-        stacks = {n: leaf for n, leaf in _by_name(stack).items() if leaf is not None and selected(n, last[0].per_task)}
-        check_patterns(last[0].per_task, _by_name(stack))
-        own = tuple({n: leaf[t] for n, leaf in stacks.items()} if last[0].per_task else {} for t in range(tasks))
+        named, per_task = _by_name(stack), last[0].per_task
+        check_patterns(per_task, named)
+        held = [n for n, leaf in named.items() if per_task and leaf is not None and selected(n, per_task)]
+        own = tuple({n: named[n][t] for n in held} for t in range(tasks))
         shapes = [np.shape(leaf)[1:] for leaf in leaves]
         return _bundle(None, treedef, values, shapes, last[0], results.values(), own, tasks)
     return jax.tree_util.tree_unflatten(treedef, values)

@@ -29,7 +29,8 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
     sources = [stack.enter_context(open_model(path)) for path in paths]
     base = sources[0]
     for source in sources[1:]:
-        source.rename(_without_prefix(source.tensors.keys(), base.tensors.keys()))
+        if renamed := _without_prefix(source.tensors.keys(), base.tensors.keys()):
+            source.rename(renamed)
     at = [k for k, source in enumerate(sources) if k and _differs(source, base)]
     if not at:
         return sources
