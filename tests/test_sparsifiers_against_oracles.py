@@ -63,6 +63,13 @@ SPARSIFIERS = {
     "n_m": (lambda: tj.n_m(3, 8), lambda x: oracles.n_m(x, 3, 8)),
     "n_m_drop": (lambda: tj.n_m(3, 8, tail="drop"), lambda x: oracles.n_m(x, 3, 8, "drop")),
     "n_m_wide": (lambda: tj.n_m(5, 16), lambda x: oracles.n_m(x, 5, 16)),
+    "n_m_long": (lambda: tj.n_m(13, 48), lambda x: oracles.n_m(x, 13, 48)),
+    "n_m_long_drop": (lambda: tj.n_m(40, 48, tail="drop"), lambda x: oracles.n_m(x, 40, 48, "drop")),
+    "n_m_long_nothing": (lambda: tj.n_m(0, 48), lambda x: oracles.n_m(x, 0, 48)),
+    "conflict_aware_n_m_long": (
+        lambda: tj.conflict_aware(tj.n_m(13, 48)),
+        lambda x: oracles.conflict_aware(x, lambda y: oracles.n_m(y, 13, 48)),
+    ),
     "conflict_aware_n_m": (
         lambda: tj.conflict_aware(tj.n_m(2, 8)),
         lambda x: oracles.conflict_aware(x, lambda y: oracles.n_m(y, 2, 8)),

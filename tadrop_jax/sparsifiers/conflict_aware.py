@@ -62,8 +62,8 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
 
     def view(x):
         own = x.stack[task]
-        if earlier:
-            own = jnp.where(jnp.any(x.stack[jnp.array(earlier)] != 0, axis=0), 0, own)
+        for other in earlier:
+            own = jnp.where(x.stack[other] != 0, 0, own)
         return x._replace(stack=own[None], tasks=(task,))
 
     def restrict(stage):
