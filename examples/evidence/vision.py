@@ -34,6 +34,7 @@ RECIPES = {
 }
 RECIPES["frozen-head"] = dataclasses.replace(RECIPES["adamw"], frozen="classifier")
 RECIPES["low-rate"] = dataclasses.replace(RECIPES["frozen-head"], rate=1e-4)
+RECIPES["lora"] = dataclasses.replace(RECIPES["frozen-head"], rate=5e-3, weight_decay=0.0, rank=8)
 
 
 @dataclasses.dataclass(frozen=True)
