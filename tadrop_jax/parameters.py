@@ -94,6 +94,17 @@ def whole(method: str, name: str, value: Any, low: int, high: int | None = None)
     return int(value)
 
 
+def flag(method: str, name: str, value: Any) -> bool:
+    """True or False, and not a text that says so.
+
+    Raises:
+      ParameterError: naming method, parameter and value.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ParameterError(f"{method}: {name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def choice(method: str, name: str, value: Any, options: tuple) -> Any:
     """One of a few options.
 

@@ -94,6 +94,15 @@ def test_ranges_are_those_of_the_function(method):
                 registry.build(method.name, {parameter.name: value})
 
 
+@pytest.mark.parametrize(
+    ("method", "name"), [(m, p.name) for m, p in PARAMETERS if p.kind == "flag" and not m.from_python], ids=ids
+)
+def test_a_flag_is_no_text(method, name):
+    """From Python, "false" would count as true."""
+    with pytest.raises(tj.ParameterError, match=rf"{method.name}: {name} must be True or False, got 'false'"):
+        registry.build(method.name, {name: "false"})
+
+
 @pytest.mark.parametrize(("method", "parameter"), PARAMETERS, ids=ids)
 def test_parameter_is_read_from_its_text(method, parameter):
     if parameter.kind == "choice":

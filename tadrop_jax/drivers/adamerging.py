@@ -11,7 +11,7 @@ from jax import lax
 
 from tadrop_jax.drivers import common
 from tadrop_jax.errors import MergeError, ParameterError
-from tadrop_jax.parameters import choice, single, whole
+from tadrop_jax.parameters import choice, flag, single, whole
 from tadrop_jax.steps import AnyStep
 from tadrop_jax.trees import named_leaves
 
@@ -130,6 +130,7 @@ def adamerging(
       (['0.302', '0.302'], (2, 2))
     """
     choice("adamerging", "granularity", granularity, ("tensor", "task"))
+    remat = flag("adamerging", "remat", remat)
     choice("adamerging", "bounds", bounds, ("clip", "project", None))
     whole("adamerging", "steps", steps, 1)
     single("adamerging", "learning_rate", learning_rate, 0)

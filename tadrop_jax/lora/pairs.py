@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tadrop_jax import linalg
 from tadrop_jax.errors import MergeError, MismatchError
 from tadrop_jax.merging import merge_task_vectors
-from tadrop_jax.parameters import number
+from tadrop_jax.parameters import flag, number
 from tadrop_jax.steps import AnyStep, output_of
 from tadrop_jax.task_vector import check_names
 from tadrop_jax.trees import is_mergeable
@@ -76,6 +76,7 @@ def merged_in_basis(
     Returns:
       See :func:`tadrop_jax.knots`.
     """
+    factored = flag(method, "factored", factored)
     if output_of(rule) == "bundle":
         raise MergeError(f"{method} gives one model; this rule gives one for each task")
     found, leaves, treedef = pairs(method, adapters, scaling)

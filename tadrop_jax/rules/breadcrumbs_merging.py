@@ -1,5 +1,6 @@
 """Merging after Model Breadcrumbs (arXiv 2312.06795), with and without an election of signs."""
 
+from tadrop_jax.parameters import flag
 from tadrop_jax.rules.ties import after_own, linear_or_elected
 from tadrop_jax.sparsifiers.breadcrumbs import breadcrumbs
 from tadrop_jax.sparsifiers.rescale import rescale as restored
@@ -42,6 +43,7 @@ def breadcrumbs_merging(
       >>> tj.merge_task_vectors(stack, tj.breadcrumbs_merging(0.25, 0.25, 1.0))["w"].tolist()
       [0.0, 0.0, 3.0, 1.0]
     """
+    rescale = flag("breadcrumbs_merging", "rescale", rescale)
     rule = linear_or_elected("breadcrumbs_merging", False, normalize, coefficient, weights)
     return after_own(density, lambda: _sparsifier(density, gamma, flavour, rescale), rule)
 
@@ -80,6 +82,7 @@ def breadcrumbs_ties(
       >>> tj.merge_task_vectors(stack, tj.breadcrumbs_ties(0.5, 0.25))["w"].tolist()
       [0.0, -2.0, 3.0, 0.0]
     """
+    rescale = flag("breadcrumbs_ties", "rescale", rescale)
     rule = linear_or_elected("breadcrumbs_ties", True, normalize, coefficient, weights)
     return after_own(density, lambda: _sparsifier(density, gamma, "mergekit", rescale), rule)
 

@@ -3,7 +3,7 @@ r"""Model Stock (arXiv 2403.19522)."""
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax.parameters import choice
+from tadrop_jax.parameters import choice, flag
 from tadrop_jax.rules.geometry import angle, cosines, gram, inner_products, task_vectors_of
 from tadrop_jax.steps import Step, over_tasks, spec
 
@@ -33,7 +33,7 @@ def model_stock(average: str = "cosine", *, filter_wise: bool = False) -> Step:
       A merge rule on task vectors, for at least two fine-tuned models.
 
     Raises:
-      ParameterError: for an unknown average.
+      ParameterError: for an unknown average, or no flag.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -42,6 +42,7 @@ def model_stock(average: str = "cosine", *, filter_wise: bool = False) -> Step:
       [0.6000000238418579, 0.30000001192092896]
     """
     choice("model_stock", "average", average, ("cosine", "angle"))
+    filter_wise = flag("model_stock", "filter_wise", filter_wise)
 
     def ratio(products):
         tasks = products.shape[-1]

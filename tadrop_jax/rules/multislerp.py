@@ -2,7 +2,7 @@ r"""Multi-SLERP: the mean direction of several models, at their mean length (mer
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import choice, lengths, number
+from tadrop_jax.parameters import choice, flag, lengths, number
 from tadrop_jax.rules.geometry import (
     combined,
     root,
@@ -51,6 +51,7 @@ def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = Tr
       [1.4140000343322754, 1.4140000343322754]
     """
     choice("multislerp", "space", space, ("task vectors", "weights"))
+    normalize = flag("multislerp", "normalize", normalize)
     weights = weights_with_sum("multislerp", weights) if normalize else number("multislerp", "weights", weights)
     vectors_of = weights_of if space == "weights" else task_vectors_of
 

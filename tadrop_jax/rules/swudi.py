@@ -9,7 +9,7 @@ from jax import lax
 from tadrop_jax import linalg
 from tadrop_jax.interference import over_inputs, quadratic, with_norms
 from tadrop_jax.matrices import matrix_rule
-from tadrop_jax.parameters import choice, fixed, single
+from tadrop_jax.parameters import choice, fixed, flag, single
 from tadrop_jax.steps import Step, over_tasks
 
 _LEAST = 1e-8  # eigenvalues below count as this (the authors')
@@ -68,6 +68,7 @@ def swudi(
       [[1.0, 2.0]]
     """
     single("swudi", "time", time, 0)
+    natural_time = flag("swudi", "natural_time", natural_time)
     fixed("swudi", "share", share, 0, 1)
 
     def gains(values, shape):

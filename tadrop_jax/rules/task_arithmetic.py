@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import lengths, number
+from tadrop_jax.parameters import flag, lengths, number
 from tadrop_jax.steps import Step, over_tasks, spec
 
 
@@ -21,7 +21,7 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
       A merge rule.
 
     Raises:
-      ParameterError: for values that are no numbers.
+      ParameterError: for values that are no numbers, or no flag.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -30,7 +30,7 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
       [1.0, 1.0]
     """
     coefficient = number("task_arithmetic", "coefficient", coefficient)
-    weights = number("task_arithmetic", "weights", weights)
+    weights, normalize = number("task_arithmetic", "weights", weights), flag("task_arithmetic", "normalize", normalize)
 
     def apply(x, carry):
         total = over_tasks(jnp.add, x.stack * x.per_task(coefficient) * x.per_task(weights))

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import choice, lengths, number, single
+from tadrop_jax.parameters import choice, flag, lengths, number, single
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
 from tadrop_jax.steps import AnyStep, Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
@@ -134,9 +134,10 @@ def linear_or_elected(method: str, elect: bool, normalize: bool, coefficient, we
     """What mergekit's methods do after their sparsifier: the weighted sum, of all entries or of those that agree.
 
     Raises:
-      ParameterError: for values that are no numbers.
+      ParameterError: for values that are no numbers, or no flag.
     """
     coefficient, weights = single(method, "coefficient", coefficient), number(method, "weights", weights)
+    normalize = flag(method, "normalize", normalize)
     if not elect:
         return task_arithmetic(coefficient, weights=weights, normalize=normalize)
     combine = "mean" if normalize else "sum"
