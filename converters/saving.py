@@ -166,19 +166,18 @@ def _write(directory, leaves, package, entry, config, origin, beside, to, format
     raw = dict(families.offered(package, "describe", raw, config, entry.name))
     raw["dtype"] = str(next(iter(tensors.values())).dtype)
     files: dict[str, Any] = {"config.json": _json(raw)} | ({NOTE: _json(note)} if note else {})
-    for file in _beside(beside):
-        if file.name != "config.json" or same:
-            files[file.name] = file
+    files |= {name: file for name, file in _beside(beside).items() if name != "config.json" or same}
     _appear(directory, files.items(), lambda partial: write_tensors(partial, tensors, format, max_shard_size))
 
 
-def _beside(source: Path | None) -> list[Path]:
+def _beside(source: Path | None) -> dict[str, Path]:
     """The files that travel along; of a single file's neighbours only its configuration is known to be its own."""
     if source is None:
-        return []
+        return {}
     if source.is_dir():
-        return [file for file in sidecars(source) if file.name != NOTE]
-    return [file for file in [source.parent / "config.json"] if file.exists()]
+        return {name: file for name, file in sidecars(source).items() if name != NOTE}
+    config = source.parent / "config.json"
+    return {config.name: config} if config.exists() else {}
 
 
 def _check(directory: Path, to: str, format: str | None) -> str:
@@ -205,6 +204,7 @@ def _appear(directory: Path, files: Iterable[tuple[str, bytes | Path]], write: A
     try:
         partial.chmod(0o755)
         for name, data in files:
+            (partial / name).parent.mkdir(exist_ok=True)
             if isinstance(data, Path):
                 shutil.copyfile(data, partial / name)
             else:

@@ -18,7 +18,7 @@ from tadrop_jax import processes
 from tadrop_jax.advancing import global_stages
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.opening import open_models, pytorch_places
-from tadrop_jax.checkpoints.safetensors import Sink, Source, check_directory, open_sink
+from tadrop_jax.checkpoints.safetensors import Sink, Source, check_beside, check_directory, open_sink
 from tadrop_jax.checkpoints.turned import Back, Turned
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
@@ -64,6 +64,8 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         bundle = output_of(request.chain) == "bundle"
         if bundle:
             check_directory(request.out, "one model per task makes a bundle of several files")
+        elif request.out.suffix == ".safetensors" and not request.resume:
+            check_beside(request.out, {REPORT: b""} | _beside(request.base, request.dtype))
         tasks = task_names(request.models)
         plan = make_plan(sources, request)
         layout = (
@@ -265,14 +267,13 @@ def _naming_files(turned: Turned):
 
 
 def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan, layout) -> None:
+    places = {"": request.base}
     if kind is not None:
-        for folder, path in (
-            ("base", request.base),
-            *((f"tasks/{t}", p) for t, p in zip(tasks, request.models, strict=True)),
-        ):
-            for file in sidecars(path):
-                if file.name not in _NOT_COPIED:
-                    sink.add_file(f"{folder}/{file.name}", file)
+        places = {"base/": request.base} | {f"tasks/{t}/": p for t, p in zip(tasks, request.models, strict=True)}
+    for place, path in places.items():
+        for name, data in _beside(path, request.dtype).items():
+            sink.add_file(place + name, data)
+    if kind is not None:
         folders = dict.fromkeys(name.partition("/")[0] for name in layout)
         sizes = {
             part: _part_bytes(layout, part)
@@ -283,12 +284,6 @@ def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan:
         shapes = {n: sources[0].tensors[n].shape for n in plan.merged}
         described = bundles.description(kind, tasks, shapes, scalars)
         sink.add_file(bundles.DESCRIPTION, json.dumps(described, indent=1).encode())
-    else:
-        for file in sidecars(request.base):
-            if file.name == "config.json" and request.dtype is not None:
-                sink.add_file(file.name, _config_with_dtype(file, request.dtype))
-            elif file.name not in _NOT_COPIED:
-                sink.add_file(file.name, file)
 
 
 def _part_bytes(layout, part: str) -> int:
@@ -386,6 +381,14 @@ def _fingerprint(request: Request, sources: Sequence[Source]) -> str:
         stats = [os.stat(f) for f in source.files]
         parts.append(source.header_digest + json.dumps([(s.st_size, s.st_mtime_ns) for s in stats]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _beside(path: Path, dtype: np.dtype | None) -> dict[str, bytes | Path]:
+    """What goes with a checkpoint's tensors, by name: files to copy, and its configuration with the result's dtype."""
+    found: dict[str, bytes | Path] = {n: file for n, file in sidecars(path).items() if n not in _NOT_COPIED}
+    if dtype is not None and isinstance(config := found.get("config.json"), Path):
+        found["config.json"] = _config_with_dtype(config, dtype)
+    return found
 
 
 def _config_with_dtype(file: Path, dtype: np.dtype) -> bytes:

@@ -67,6 +67,14 @@ def _by_l1(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"rescale": "l1" if values["rescale"] else None}
 
 
+def _della(values: dict[str, Any]) -> dict[str, Any]:
+    """A density of 1, the default, is none: the epsilon has no part in it."""
+    values, whole = _by_l1(values), [density >= 1 for density in values["density"]]
+    if any(whole) and not all(whole):
+        raise MergeError("density of della is 1, its default, for some models and less for others, which is not read")
+    return values | ({"density": None} if any(whole) else {})
+
+
 def _ties(values: dict[str, Any]) -> dict[str, Any]:
     if values.pop("rescale"):
         raise MergeError("rescale: true of ties is not read: use dare_ties or della, or our own recipe with sparsify")
@@ -104,9 +112,9 @@ _METHODS = {
     "della": _Reading(
         "della_merging",
         _sparse(True, True, epsilon=_EPSILON),
-        lambda values: _by_l1(values) | {"flavour": "mergekit"},
+        lambda values: _della(values) | {"flavour": "mergekit"},
     ),
-    "della_linear": _Reading("della_linear", _sparse(False, True, epsilon=_EPSILON), _by_l1),
+    "della_linear": _Reading("della_linear", _sparse(False, True, epsilon=_EPSILON), _della),
     "sce": _Reading("sce", {"select_topk": _Asked(1.0, "density")}),
     "ram": _Reading("ram", {"epsilon": _THRESHOLD}),
     "ramplus_tl": _Reading(
@@ -159,7 +167,7 @@ def read(data: Mapping[str, Any], folder: Path, tell: Callable[[str], None]) -> 
       ['/m']
     """
     name = data["merge_method"]
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise MergeError(f"merge_method {name!r} is not read; of mergekit's there are {', '.join(_METHODS)}")
     reading = _METHODS[name]
     for field in sorted(data.keys() - set(_FIELDS)):
@@ -217,6 +225,7 @@ def _leave_out(field: str, value: Any, tell) -> None:
 def _inputs(data: Mapping[str, Any], base: str | None, folder: Path) -> tuple[dict[str, dict], list[dict]]:
     """The models with their own parameters, and the parameters of all, those that come first first."""
     scopes = [_parameters(data)]
+    data = {field: value for field, value in data.items() if value is not None}
     if ("models" in data) == ("slices" in data):
         raise MergeError("a recipe has models, or slices")
     rows = data.get("models")
@@ -243,7 +252,7 @@ def _parameters(where: Mapping[str, Any]) -> dict[str, Any]:
     found = where.get("parameters") or {}
     if not isinstance(found, Mapping):
         raise MergeError(f"parameters must be a mapping of names to values, got {found!r}")
-    return dict(found)
+    return {str(name): value for name, value in found.items()}
 
 
 def _check_all_layers(path: str, layers: Any) -> None:

@@ -45,7 +45,7 @@ def number(method: str, name: str, value: Any, low: float = -float("inf"), high:
     """
     value = per_task(value)
     for v in value if isinstance(value, tuple) else (value,):
-        if isinstance(v, (bool, str)) or v is None:
+        if isinstance(v, bool) or not (isinstance(v, (numbers.Real, np.number)) or hasattr(v, "dtype")):
             raise ParameterError(f"{method}: {name} must be a number, got {v!r}")
         bounded, seen = low > -_LARGEST or high < _LARGEST, known(v)
         if seen is not None and bounded and not low <= seen <= high:  # also refuses NaN

@@ -286,10 +286,15 @@ def _inside(pattern: str) -> str:
 
 
 def patterns(given) -> tuple[str, ...]:
-    """None, one regular expression or several, as a tuple."""
-    if given is None:
-        return ()
-    return (given,) if isinstance(given, str) else tuple(given)
+    """None, one regular expression or several, as a tuple.
+
+    Raises:
+      ParameterError: for anything else.
+    """
+    found = () if given is None else (given,) if isinstance(given, str) else given
+    if not isinstance(found, (tuple, list)) or not all(isinstance(pattern, str) for pattern in found):
+        raise ParameterError(f"what restricts to tensors is a regular expression, or several, got {given!r}")
+    return tuple(found)
 
 
 def per_task_patterns(step: AnyStep) -> tuple[str, ...]:

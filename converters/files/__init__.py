@@ -164,7 +164,9 @@ def _reader(file: Path) -> tuple[str, Callable[[Path], dict[str, Leaf]]]:
         raise ConversionError(f"{file}: is a Git LFS pointer, not the weights; `git lfs pull` brings them.")
     if file.suffix == ".npz":
         return "npz", npz.read
-    if file.suffix in PICKLES or first[:2] in (b"PK", b"\x80\x02"):
+    # The first bytes of a safetensors file are a length in 64 bits, which may begin like a pickle, but ends in zeros.
+    pickled = first[:4] == b"PK\x03\x04" or (first[:2] == b"\x80\x02" and any(first[4:]))
+    if file.suffix in PICKLES or pickled:
         return "torch", torch_pickle.read
     if file.suffix == ".msgpack":
         return "msgpack", msgpack.read

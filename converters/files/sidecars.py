@@ -14,8 +14,12 @@ _LEFT_BEHIND = {
 }
 
 
-def sidecars(src_dir: str | os.PathLike[str]) -> list[Path]:
-    """Lists the files that belong beside a converted or merged model: configuration, tokenizer, processor, templates.
+# Where transformers puts every chat template but the first.
+_TEMPLATES = "additional_chat_templates"
+
+
+def sidecars(src_dir: str | os.PathLike[str]) -> dict[str, Path]:
+    """Finds the files that belong beside a converted or merged model: configuration, tokenizer, processor, templates.
 
     Weights, their indices, training state and results, and the model card are left behind.
 
@@ -23,17 +27,18 @@ def sidecars(src_dir: str | os.PathLike[str]) -> list[Path]:
         src_dir: a Hugging Face directory.
 
     Returns:
-        The files, sorted by name; nothing for a single file or a missing directory.
+        The files by their names, '/'-joined below the directory, sorted; none for a single file or a missing directory.
     """
     src_dir = Path(src_dir)
     if not src_dir.is_dir():
-        return []
-    return sorted(
-        file
-        for file in src_dir.iterdir()
+        return {}
+    files = sorted([*src_dir.iterdir(), *src_dir.glob(f"{_TEMPLATES}/*.jinja")])
+    return {
+        file.relative_to(src_dir).as_posix(): file
+        for file in files
         if file.is_file()
         and file.suffix in _SUFFIXES
         and not file.name.endswith(".index.json")
         and not file.name.startswith(".")
         and file.name.lower() not in _LEFT_BEHIND
-    )
+    }

@@ -90,8 +90,9 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
                     sink.write(name, start, block)
                 sink.mark_done(name)
             folder = path / "tasks" / task
-            for file in sorted((folder if folder.is_dir() else path / "base").glob("*")):
-                sink.add_file(file.name, file)
+            folder = folder if folder.is_dir() else path / "base"
+            for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+                sink.add_file(file.relative_to(folder).as_posix(), file)
             sink.finish()
         except BaseException:
             sink.discard()

@@ -25,8 +25,11 @@ def test_sidecars(tmp_path):
     for name in copied + left:
         (tmp_path / name).touch()
     (tmp_path / "folder.json").mkdir()
-    assert [file.name for file in sidecars(tmp_path)] == sorted(copied)
-    assert sidecars(tmp_path / "config.json") == []
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").touch()
+    copied += ["additional_chat_templates/tool_use.jinja"]
+    assert [*sidecars(tmp_path)] == sorted(copied)
+    assert sidecars(tmp_path / "config.json") == {}
 
 
 EMBEDDING = np.arange(12, dtype=np.float32).reshape(4, 3)

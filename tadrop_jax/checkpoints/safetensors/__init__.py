@@ -4,13 +4,14 @@ Reading is `open_source`, writing `open_sink`; both move flat blocks of one tens
 """
 
 from tadrop_jax.checkpoints.safetensors.huggingface import tied_aliases
-from tadrop_jax.checkpoints.safetensors.sink import Sink, check_directory, count_shards, open_sink
+from tadrop_jax.checkpoints.safetensors.sink import Sink, check_beside, check_directory, count_shards, open_sink
 from tadrop_jax.checkpoints.safetensors.source import Source, TensorInfo, open_source
 
 __all__ = [
     "Sink",
     "Source",
     "TensorInfo",
+    "check_beside",
     "check_directory",
     "count_shards",
     "open_sink",

@@ -167,7 +167,8 @@ class Sink:
                 _fsync_path(path)
             _refuse_occupied(self.out)
             if self.out.suffix == ".safetensors":
-                self._move_file({file for file in self.partial.iterdir() if file.name not in passing | {*self._fds}})
+                files = (file for file in self.partial.rglob("*") if file.is_file())
+                self._move_file({file for file in files if file.name not in passing | {*self._fds}})
                 shutil.rmtree(self.partial)
             else:
                 self.partial.rename(self.out)
@@ -180,11 +181,9 @@ class Sink:
 
     def _move_file(self, beside: Collection[Path]) -> None:
         """Moves the one file to its name, and first what stands beside it."""
-        moves = {file: self.out.with_name(f"{self.out.stem}.{file.name}") for file in beside}
-        for file, to in moves.items():
-            if to.exists() and to.read_bytes() != file.read_bytes():
-                raise CheckpointError(f"{to}: exists already; move it away, and resume.")
-        for file, to in moves.items():
+        files = {file.relative_to(self.partial).as_posix(): file for file in beside}
+        check_beside(self.out, files)
+        for file, to in ((file, _beside(self.out, name)) for name, file in files.items()):
             file.rename(to)
         (self.partial / self._shards[0].name).rename(self.out)
 
@@ -310,6 +309,26 @@ def open_sink(
             encoded = header.encode({name: plan[name] for name in wide_first}, _METADATA)
         shards.append(_Shard(shard_name(number, of_all), *encoded))
     return Sink(out, plan, shards, fingerprint, resume)
+
+
+def check_beside(out: Path, files: Mapping[str, bytes | Path]) -> None:
+    """Refuses a single file `x.safetensors` where other files have the names of those that are to stand beside it.
+
+    Args:
+        out: the file.
+        files: by name, their contents, or files to copy; what is there already with the same contents will do.
+
+    Raises:
+        CheckpointError: naming the one that is in the way.
+    """
+    for name, data in files.items():
+        to = _beside(out, name)
+        if to.exists() and to.read_bytes() != (data.read_bytes() if isinstance(data, Path) else data):
+            raise CheckpointError(f"{to}: exists already, and would be overwritten; move it away.")
+
+
+def _beside(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.stem}.{name.replace('/', '.')}")
 
 
 def check_directory(out: Path, why: str) -> None:
