@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.advancing import advance, global_stages, merge_stages
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.placement import AnyMesh, axis_names, entries_of, is_local, place, sharding_of
+from tadrop_jax.placement import AnyMesh, apart, axis_names, entries_of, is_local, place, sharding_of
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.steps import Piece, Step, Sums
 from tadrop_jax.trees import check_patterns, is_traced
@@ -91,7 +91,7 @@ class _OfRun(dict):
 
 
 class _Site(NamedTuple):
-    """What a compiled function depends on besides shapes and dtypes; ``functions`` is where it is kept, if not for good.
+    """What a compiled function depends on besides shapes and dtypes; and where it is kept, if not for good.
 
     What a step without a spec closes over may be a tracer of the caller's, or other with every call: it is compiled for
     one run, and forgotten.
@@ -268,9 +268,11 @@ def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
     probe = jax.eval_shape(_selected(sites[at[0]], stop), raw(at[0]), keys[at[0]], carries[at[0]])
     names, ranks = from_the_top(stage.at(n, carry), n, probe.shape[0])
 
+    scattered = apart([tensors[k].like for k in at])
+
     def count(pivots):
         parts = [_counted(sites[k], stop)(raw(k), keys[k], carries[k], pivots) for k in at]
-        return functools.reduce(wide.add, parts)
+        return functools.reduce(wide.add, jax.device_get(parts) if scattered else parts)
 
     eager = not is_traced([(tensors[k][1:3], carries[k]) for k in at] + [ranks])
     group = selection.bits_per_round(sites[at[0]].one_pass)

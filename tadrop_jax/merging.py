@@ -15,7 +15,7 @@ from tadrop_jax.errors import ContentError, MergeError, MergeWarning
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
 from tadrop_jax.parameters import single
-from tadrop_jax.placement import shardings_by_name
+from tadrop_jax.placement import apart, shardings_by_name, together
 from tadrop_jax.selection import attached, magnitude
 from tadrop_jax.steps import (
     AnyStep,
@@ -113,8 +113,9 @@ def merge(
 
     def tensor(i: int) -> memory.Tensor:
         order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]))
-        models_i = tuple(jnp.asarray(m) for m in columns[i])
-        return memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, lies.get(names[i]))
+        to = lies.get(names[i])
+        models_i = tuple(map(jnp.asarray, columns[i] if to is not None else together(leaves[i], columns[i])))
+        return memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, to)
 
     steps = expand(whole, len(models))
     results = _run_once(tensor, at, [(leaves[i], *columns[i]) for i in at], steps, len(models), key, spare)
@@ -227,7 +228,7 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
 
     def tensor(i: int) -> memory.Tensor:
         name, leaf, column = rows[i]
-        return memory.Tensor(name, tuple(jnp.asarray(m) for m in column), jnp.asarray(leaf))
+        return memory.Tensor(name, tuple(map(jnp.asarray, together(leaf, column))), jnp.asarray(leaf))
 
     results = _run_once(tensor, range(len(rows)), [(b, *c) for _, b, c in rows], steps, len(models), key)
     return {
@@ -355,6 +356,8 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int)
         scalars = {name: jnp.zeros(tasks) for name in kind.scalars}
     else:
         scalars = {} if rule.scalars is None else dict(rule.scalars(carry, tasks))
+    if apart(values):
+        scalars = {name: jnp.asarray(jax.device_get(value)) for name, value in scalars.items()}
     return Bundle(
         base=base,
         parts=tuple(None if v is None else packed(v, s) for v, s in zip(values, shapes, strict=True)),
@@ -427,7 +430,7 @@ def check_contents(rows, alone: str = "the stack") -> None:
     if is_traced(leaves):
         return
     with jax.ensure_compile_time_eval():  # concrete tensors inside a user's jit are checked all the same
-        found = jax.device_get([_contents(base, column) for _, base, column in rows])
+        found = jax.device_get([_contents(base, together(base, column)) for _, base, column in rows])
     for (name, base, column), (finite, _) in zip(rows, found, strict=True):
         who = (["the base"] if base is not None else []) + [f"model {t}" for t in range(len(column))]
         if base is None:

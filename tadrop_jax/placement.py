@@ -48,6 +48,20 @@ def place(leaf, to: NamedSharding):
     return jax.device_put(leaf, to)
 
 
+def apart(tree) -> bool:
+    """Whether the concrete arrays of a tree lie on different sets of devices: then no computation takes them all."""
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not is_traced(leaf))
+    return len({frozenset(leaf.devices()) for leaf in leaves}) > 1
+
+
+def together(leaf, others) -> tuple:
+    """Others brought to where an array lies, if not all of them lie on the same devices."""
+    if not apart((leaf, others)):
+        return tuple(others)
+    to = next(a for a in (leaf, *others) if isinstance(a, jax.Array)).sharding
+    return tuple(jax.device_put(other, to) for other in others)
+
+
 def gathered(leaf, mesh: AnyMesh):
     """Brings all of an array to every device."""
     return place(leaf, NamedSharding(mesh, PartitionSpec(*(None,) * leaf.ndim)))

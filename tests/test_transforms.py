@@ -1,6 +1,8 @@
 """Merging inside the user's jit, vmap and grad, and how often it compiles."""
 
 import contextlib
+import gc
+import weakref
 
 import chex
 import jax
@@ -83,6 +85,26 @@ def test_vmap_over_seeds(stack):
     for i in range(3):
         alone = tj.sparsify(stack, tj.dare(0.5), key=keys[i])
         assert_close(jax.tree.map(lambda x, i=i: x[i], swept), alone)
+
+
+def test_what_is_traced_does_not_leak(base, models):
+    """A step that closes over a tracer is compiled for the call alone."""
+
+    def merged(coefficient):
+        return tj.merge(base, models, tj.task_arithmetic(coefficient))
+
+    with jax.checking_leaks():
+        jax.jit(merged)(jnp.full(TASKS, 0.3))
+        jax.vmap(merged)(jnp.full((2, TASKS), 0.3))
+
+
+def test_what_a_step_without_a_spec_holds_is_let_go(base, models):
+    held = jnp.float32(2)
+    there = weakref.ref(held)
+    tj.merge(base, models, tj.chain(tj.Step(apply=lambda x, carry, held=held: held * x.stack), tj.average()))
+    del held
+    gc.collect()
+    assert there() is None
 
 
 def squares(tree) -> jax.Array:
