@@ -12,26 +12,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tadrop_jax.errors import MergeError
 from tadrop_jax.kinds import Kind
-from tadrop_jax.placement import axis_names, entries_of, gathered, place, sharding_of
+from tadrop_jax.placement import axis_names, entries_of, gathered, place, sharding_of, without_first_axis
 from tadrop_jax.trees import as_dtype_of, named_leaves
 
 
-def pack(masks: jax.Array) -> jax.Array:
+def pack(masks: jax.Array, lies: NamedSharding | None = None) -> jax.Array:
     """``(T, *S)`` masks as uint8 ``(T, ceil(n/8))``: ``np.packbits`` of the row-major tensor, one row a task.
 
     Of masks that are spread over devices by their first axis each device packs and keeps its part. For other axes the
     bits of this one tensor are brought together (not the masks, where the last axis divides into whole bytes), and are
     spread again where they divide evenly.
+
+    Args:
+      masks: of T tasks.
+      lies: how the tensor S lies, where traced masks do not tell.
     """
-    tasks, shape, lies = masks.shape[0], masks.shape[1:], sharding_of(masks)
+    tasks, shape = masks.shape[0], masks.shape[1:]
+    told = sharding_of(masks)
+    lies = lies if told is None else without_first_axis(told)
     if lies is None:
         return _flat_bits(masks)
-    spec = PartitionSpec(*entries_of(lies, masks.ndim))
+    spec = PartitionSpec(None, *entries_of(lies, len(shape)))
     names = axis_names(spec)
     spread = PartitionSpec(None, names)
     if _by_first_axis(shape, spec[1:], lies.mesh):
         return _on_each(_flat_bits, lies.mesh, spec, spread)(masks)
-    if shape and lies.shard_shape(masks.shape)[-1] % 8 == 0:
+    if shape and lies.shard_shape(shape)[-1] % 8 == 0:
         masks = _on_each(functools.partial(jnp.packbits, axis=-1), lies.mesh, spec, spec)(masks)
         bits = jnp.reshape(gathered(masks, lies.mesh), (tasks, -1))
     else:
@@ -252,4 +258,10 @@ EMRBundle = Bundle
 
 
 def _nbytes(tree) -> int:
-    return sum(np.asarray(leaf).nbytes if np.isscalar(leaf) else leaf.nbytes for leaf in jax.tree.leaves(tree))
+    def one(leaf) -> int:
+        if np.isscalar(leaf):
+            return np.asarray(leaf).nbytes
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)  # of a bundle that jax.eval_shape made
+        return math.prod(leaf.shape) * leaf.dtype.itemsize if abstract else leaf.nbytes
+
+    return sum(map(one, jax.tree.leaves(tree)))

@@ -1,5 +1,6 @@
 """The functions a user calls: merge, sparsify, explain."""
 
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from tadrop_jax.errors import ContentError, MergeError, MergeWarning
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
 from tadrop_jax.parameters import single
-from tadrop_jax.placement import apart, shardings_by_name, together
+from tadrop_jax.placement import apart, shardings_by_name, together, without_first_axis
 from tadrop_jax.selection import attached, magnitude
 from tadrop_jax.steps import (
     AnyStep,
@@ -131,6 +132,7 @@ def merge(
             results.values(),
             own_tensors,
             len(models),
+            [lies.get(name) for name in names],
         )
     out = [leaf if value is None else as_dtype_of(leaf, value) for value, leaf in zip(values, leaves, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, out)
@@ -143,6 +145,7 @@ def merge_task_vectors(
     sparsifier: AnyStep | None = None,
     layout: Mapping | Callable | None = None,
     key=None,
+    shardings=None,
 ):
     """Merges task vectors; the base is not added.
 
@@ -152,6 +155,8 @@ def merge_task_vectors(
       sparsifier: goes before the rule.
       layout: as for :func:`merge`; it is about ``shape``, without T.
       key: random key, for methods that are random.
+      shardings: as for :func:`merge`, a tree as the stack, of how ``(T, *shape)`` lies. The tasks of a tensor are
+        merged on one device: a first axis that is split is gathered.
 
     Returns:
       Tree of float32 arrays of shape ``shape``, the coefficient applied; or a bundle without a base for a per-task
@@ -169,10 +174,10 @@ def merge_task_vectors(
     whole = with_sparsifier(sparsifier, rule)
     if is_on_weights(whole):
         raise TypeError("this rule works on weights, not on task vectors: call tj.merge(base, models, rule)")
-    return _run_stack(stack, whole, key, layout)
+    return _run_stack(stack, whole, key, layout, shardings)
 
 
-def sparsify(stack, sparsifier: AnyStep, *, layout: Mapping | Callable | None = None, key=None):
+def sparsify(stack, sparsifier: AnyStep, *, layout: Mapping | Callable | None = None, key=None, shardings=None):
     """Sparsifies task vectors.
 
     Args:
@@ -180,6 +185,7 @@ def sparsify(stack, sparsifier: AnyStep, *, layout: Mapping | Callable | None = 
       sparsifier: any sparsifier, or a chain of them.
       layout: as for :func:`merge`, about ``shape`` without T: for n:m, DARE and what else goes by a tensor's order.
       key: random key, for methods that are random.
+      shardings: as for :func:`merge_task_vectors`.
 
     Returns:
       The same tree, float32, with more zeros.
@@ -194,7 +200,7 @@ def sparsify(stack, sparsifier: AnyStep, *, layout: Mapping | Callable | None = 
     """
     if output_of(sparsifier) != "stack":
         raise MergeError("sparsify takes a sparsifier, not a merge rule: call tj.merge or tj.merge_task_vectors")
-    return _run_stack(stack, sparsifier, key, layout)
+    return _run_stack(stack, sparsifier, key, layout, shardings)
 
 
 def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> dict[str, dict[str, np.ndarray]]:
@@ -286,7 +292,7 @@ def with_sparsifier(sparsifier: AnyStep | None, rule: AnyStep) -> Chain:
     return chain(sparsifier, rule)
 
 
-def _run_tensors(stack, steps_of, key, layout=None):
+def _run_tensors(stack, steps_of, key, layout=None, lies: Mapping = types.MappingProxyType({})):
     """Runs steps over a tree of stacks: tree definition, float positions, leaves, results and T."""
     names, leaves, treedef = named_leaves(stack)
     at = [i for i, leaf in enumerate(leaves) if leaf is not None]
@@ -305,7 +311,7 @@ def _run_tensors(stack, steps_of, key, layout=None):
 
     def tensor(i: int) -> memory.Tensor:
         order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]) - 1)
-        return memory.Tensor(names[i], (jnp.asarray(leaves[i]),), order=order, seed_name=seed_name)
+        return memory.Tensor(names[i], (jnp.asarray(leaves[i]),), None, order, seed_name, lies.get(names[i]))
 
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
     return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], steps, tasks, key), tasks
@@ -330,26 +336,29 @@ def _run_once(tensor: Callable[[int], memory.Tensor], at, held, steps, tasks: in
     return {i: of_first[k] for i, k in zip(at, firsts, strict=True)}
 
 
-def _run_stack(stack, whole: AnyStep, key, layout):
-    treedef, leaves, results, tasks = _run_tensors(stack, whole, key, layout)
+def _run_stack(stack, whole: AnyStep, key, layout, shardings):
+    named = _by_name(stack)
+    lies = {} if shardings is None else shardings_by_name(shardings, named)
+    treedef, leaves, results, tasks = _run_tensors(stack, whole, key, layout, lies)
     values = [results[i].value if i in results else None for i in range(len(leaves))]
     last = expand(whole, tasks)[-1:]
     if last and last[0].output == "bundle":
-        named, per_task = _by_name(stack), last[0].per_task
+        per_task = last[0].per_task
         check_patterns(per_task, named)
         held = [n for n, leaf in named.items() if per_task and leaf is not None and selected(n, per_task)]
         own = tuple({n: named[n][t] for n in held} for t in range(tasks))
         shapes = [np.shape(leaf)[1:] for leaf in leaves]
-        return _bundle(None, treedef, values, shapes, last[0], results.values(), own, tasks)
+        each = [without_first_axis(lies[name]) if name in lies else None for name in named]
+        return _bundle(None, treedef, values, shapes, last[0], results.values(), own, tasks, each)
     return jax.tree_util.tree_unflatten(treedef, values)
 
 
-def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int) -> Bundle:
+def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int, lies: Sequence) -> Bundle:
     kind: Kind = rule.kind  # type: ignore[assignment]
 
-    def packed(value, shape):
+    def packed(value, shape, lies):
         described = kind.parts(shape, tasks)
-        return {n: pack(v) if described[n].dtype == "bits" else v for n, v in value.items()}
+        return {n: pack(v, lies) if described[n].dtype == "bits" else v for n, v in value.items()}
 
     carry = next((r.carries[-1] for r in results if r.carries[-1]), {})
     if all(value is None for value in values):  # nothing was merged: no statistic of the tree was found
@@ -360,7 +369,7 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int)
         scalars = {name: jnp.asarray(jax.device_get(value)) for name, value in scalars.items()}
     return Bundle(
         base=base,
-        parts=tuple(None if v is None else packed(v, s) for v, s in zip(values, shapes, strict=True)),
+        parts=tuple(None if v is None else packed(v, s, to) for v, s, to in zip(values, shapes, lies, strict=True)),
         scalars=scalars,
         own=own,
         kind=kind,

@@ -33,6 +33,11 @@ def entries_of(sharding: NamedSharding, ndim: int) -> tuple:
     return (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
 
 
+def without_first_axis(sharding: NamedSharding) -> NamedSharding:
+    """How one task's tensor lies, of a stack."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
 def axis_names(spec: PartitionSpec) -> tuple[str, ...]:
     """All mesh axes that a spec names, in order."""
     names: list[str] = []
@@ -114,7 +119,7 @@ def shardings_by_name(tree, tensors: Mapping[str, Any]) -> dict[str, NamedShardi
     found = {}
     for name, sharding in zip(names, leaves, strict=True):
         if name not in tensors:
-            raise MergeError(f"shardings has {name!r}, which the base lacks")
+            raise MergeError(f"shardings has {name!r}, which is not there")
         if sharding is None or isinstance(sharding, SingleDeviceSharding):
             continue
         if not isinstance(sharding, NamedSharding):
