@@ -224,9 +224,9 @@ def test_float64_trees_keep_their_dtype():
 
 
 def test_patterns_and_numbers_that_will_not_do(base, models):
-    for bad in ("[", 1):
+    for bad in (["["], [1], 3):
         with pytest.raises(tj.MergeError, match="regular expression"):
-            tj.merge(base, models, tj.average(), include=[bad])
+            tj.merge(base, models, tj.average(), include=bad)
     for bad in (float("inf"), float("nan"), 1e39):
         with pytest.raises(tj.MergeError, match="coefficient"):
             tj.task_arithmetic(bad)
@@ -278,9 +278,20 @@ def test_what_is_excluded_need_not_be_alike_whatever_its_dtype():
         (lambda: tj.tadrop(jnp.float32(0.9), jnp.float32(0.5)), "q_low <= q_high"),
         (lambda: tj.tadrop(s_max=1.0), "s_max must lie below 1"),
         (lambda: tj.iso_c(coefficient=[0.5, 1.0]), "coefficient is one number"),
+        (lambda: tj.magnitude(np.array([[1.5]])), r"density must be a number, or one per task, got .* shape \(1, 1\)"),
+        (lambda: tj.average(np.ones((2, 1))), r"weights must be a number, or one per task, got .* shape \(2, 1\)"),
+        (lambda: tj.iso_c(np.ones((1, 1))), r"coefficient is one number, got an array of shape \(1, 1\)"),
+        (lambda: tj.average([np.ones(1), 1.0]), "weights must be a number, got array"),
+        (lambda: tj.average({"w": 0.3}), "weights must be a number, got {'w': 0.3}"),
+        (lambda: tj.average(1j), "weights must be a number, got 1j"),
+        (lambda: tj.average(np.complex64(1j)), "weights must be a number, got "),
+        (lambda: tj.average(np.array(["a", "b"])), "weights must be a number, got "),
+        (lambda: tj.average(jax.random.key(0)), "weights must be a number, got "),
+        (lambda: tj.average(np.True_), "weights must be a number, got "),
+        (lambda: tj.magnitude({"w": 0.5}), "density must be a number, got {'w': 0.5}"),
     ],
 )
-def test_parameters_that_are_concrete_arrays_are_checked(make, said):
+def test_parameters_of_a_wrong_kind_or_out_of_range_are_refused(make, said):
     with pytest.raises(tj.ParameterError, match=said):
         make()
 
