@@ -104,7 +104,7 @@ def merge(
     kept = {n for n in names if n not in own and not selected(n, include, exclude)}
     apart = frozenset(own | kept)
     columns = match(names, leaves, models, skip=apart)
-    at = [i for i, name in enumerate(names) if name not in apart and is_mergeable(leaves[i])]
+    at = {i: name for i, name in enumerate(names) if name not in apart and is_mergeable(leaves[i])}
     if not at:
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])
@@ -117,7 +117,8 @@ def merge(
         return memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, lies.get(names[i]))
 
     steps = expand(whole, len(models))
-    results = _run_once(tensor, at, [(leaves[i], *columns[i]) for i in at], steps, len(models), key, spare)
+    held = [(leaves[i], *columns[i]) for i in at]
+    results = _run_once(tensor, at, held, names, steps, len(models), key, spare)
     values = [results[i].value if i in results else None for i in range(len(leaves))]
     if steps[-1].output == "bundle":
         own_tensors = tuple({n: leaf for n, leaf in _by_name(model).items() if n in own} for model in models)
@@ -229,7 +230,8 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
         name, leaf, column = rows[i]
         return memory.Tensor(name, tuple(jnp.asarray(m) for m in column), jnp.asarray(leaf))
 
-    results = _run_once(tensor, range(len(rows)), [(b, *c) for _, b, c in rows], steps, len(models), key)
+    at = {i: name for i, (name, _, _) in enumerate(rows)}
+    results = _run_once(tensor, at, [(b, *c) for _, b, c in rows], names, steps, len(models), key)
     return {
         rows[i][0]: {k: np.asarray(v) for k, v in explanation(steps, result.carries).items()}
         for i, result in results.items()
@@ -288,7 +290,7 @@ def with_sparsifier(sparsifier: AnyStep | None, rule: AnyStep) -> Chain:
 def _run_tensors(stack, steps_of, key, layout=None):
     """Runs steps over a tree of stacks: tree definition, float positions, leaves, results and T."""
     names, leaves, treedef = named_leaves(stack)
-    at = [i for i, leaf in enumerate(leaves) if leaf is not None]
+    at = {i: names[i] for i, leaf in enumerate(leaves) if leaf is not None}
     sizes = {}
     for i in at:
         if not is_mergeable(leaves[i]) or np.ndim(leaves[i]) < 1:
@@ -307,26 +309,34 @@ def _run_tensors(stack, steps_of, key, layout=None):
         return memory.Tensor(names[i], (jnp.asarray(leaves[i]),), order=order, seed_name=seed_name)
 
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
-    return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], steps, tasks, key), tasks
+    return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], names, steps, tasks, key), tasks
 
 
-def _run_once(tensor: Callable[[int], memory.Tensor], at, held, steps, tasks: int, key, spare=frozenset()) -> dict:
+def _run_once(
+    tensor: Callable[[int], memory.Tensor], at, held, names, steps, tasks: int, key, spare=frozenset()
+) -> dict:
     """The results by their places; weights that are tied count once in statistics of the tree, and are merged once.
 
     Args:
       tensor: what to run on at a place.
-      at: the places.
+      at: the places, and the names there.
       held: for each of them the leaves.
+      names: all of the tree: a pattern of a step has to match one.
       steps: see :func:`memory.run`, as the rest.
       tasks: T.
       key: random key or None.
       spare: arrays that are used up.
     """
-    firsts = tied(held)
-    alone = sorted(set(firsts))
-    found = memory.run(steps, [tensor(at[k]) for k in alone], tasks, key, spare)
-    of_first = dict(zip(alone, found, strict=True))
-    return {i: of_first[k] for i, k in zip(at, firsts, strict=True)}
+    check_patterns([p for s in steps for p in s.named], names)
+    places = [*at]
+    firsts = [places[k] for k in tied(held)]
+    aliases: dict[int, tuple[str, ...]] = dict.fromkeys(firsts, ())
+    for i, first in zip(places, firsts, strict=True):
+        if i != first:
+            aliases[first] += (at[i],)
+    tensors = [tensor(i)._replace(aliases=others) for i, others in aliases.items()]
+    of_first = dict(zip(aliases, memory.run(steps, tensors, tasks, key, spare), strict=True))
+    return {i: of_first[first] for i, first in zip(places, firsts, strict=True)}
 
 
 def _run_stack(stack, whole: AnyStep, key, layout):

@@ -10,7 +10,7 @@ import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
 from tadrop_jax.errors import CheckpointError, MergeError
-from tadrop_jax.steps import AnyStep, output_of, patterns, per_task_patterns
+from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
 from tadrop_jax.task_vector import check_alike, check_names
 from tadrop_jax.trees import check_patterns, selected
 
@@ -95,6 +95,7 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     include, exclude = patterns(request.include), patterns(request.exclude)
     everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
     check_patterns((*include, *exclude, *per_task), everywhere)
+    check_patterns([pattern for step in expand(request.chain, len(models)) for pattern in step.named], names)
     apart = _differing(sources, request, names, everywhere)
     own = tuple(n for n in everywhere if n in apart or (per_task and selected(n, per_task)))
     kept: dict[str, str] = {}

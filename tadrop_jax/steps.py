@@ -200,14 +200,20 @@ class Step:
         """The regular expressions that have to match one of the tensors that the step sees."""
         return (*self.include, *self.exclude, *self.mentions)
 
-    def for_tensor(self, path: str, shape: tuple[int, ...], tasks: int) -> "Step":
-        """This step, or the one that takes its place for a tensor."""
-        other = None if self.instead is None else self.instead(path, shape, tasks)
-        return self if other is None else other
+    def for_tensor(self, path: str, shape: tuple[int, ...], tasks: int, aliases: tuple[str, ...] = ()) -> "Step":
+        """This step, or the one that takes its place for a tensor, by any of the names of one that is tied."""
+        if self.instead is None:
+            return self
+        others = (self.instead(name, shape, tasks) for name in (path, *aliases))
+        return next((other for other in others if other is not None), self)
 
-    def covers(self, path: str) -> bool:
-        """Whether the step is for the tensor of this path; exclude beats include."""
-        return selected(path, self.include, (*self.exclude, *self.per_task))
+    def covers(self, path: str, aliases: tuple[str, ...] = ()) -> bool:
+        """Whether the step is for the tensor of this path; exclude beats include.
+
+        What matches one of the names of a tensor that is tied matches the tensor.
+        """
+        names, leaves = (path, *aliases), (*self.exclude, *self.per_task)
+        return all(selected(n, (), leaves) for n in names) and any(selected(n, self.include) for n in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +259,9 @@ def chain(*steps: AnyStep) -> Chain:
 
 def masked(step: AnyStep, *, include=(), exclude=()) -> AnyStep:
     """Restricts a step to some tensors; the others pass through it untouched.
+
+    A pattern has to match a tensor of the tree, though it may be one that does not merge. Weights that are tied are one
+    tensor with several names: what matches one of them matches the tensor.
 
     Args:
       step: any step.

@@ -133,6 +133,35 @@ def test_tied_weights_count_once():
     np.testing.assert_array_equal(tied["head"], once["w"])
 
 
+@pytest.mark.parametrize("name", ["emb", "head"])
+def test_a_pattern_matches_tied_weights_by_any_of_their_names(name):
+    def tree(seed):
+        shared = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 4)), jnp.float32)
+        return {"emb": shared, "head": shared, "k": shared + 1}
+
+    base, models = tree(0), [tree(1), tree(2)]
+    mean, pruned = tj.average(), tj.average()
+    restricted = tj.merge(base, models, pruned, sparsifier=tj.masked(tj.magnitude(0.5), exclude=name))
+    included = tj.merge(base, models, pruned, sparsifier=tj.masked(tj.magnitude(0.5), include=name))
+    matrix = tj.merge(base, models, tj.tsv_m(mean_only=name))
+    untouched, all_pruned = tj.merge(base, models, mean), tj.merge(base, models, pruned, sparsifier=tj.magnitude(0.5))
+    for tied in ("emb", "head"):
+        np.testing.assert_array_equal(restricted[tied], untouched[tied])
+        np.testing.assert_array_equal(included[tied], all_pruned[tied])
+        np.testing.assert_array_equal(matrix[tied], untouched[tied])
+    np.testing.assert_array_equal(restricted["k"], all_pruned["k"])
+    np.testing.assert_array_equal(included["k"], untouched["k"])
+
+
+def test_a_mask_may_match_what_does_not_merge(base, models):
+    """What a mask names and `exclude` takes out besides is no misspelling."""
+    name = next(iter(base))
+    masked = tj.masked(tj.magnitude(0.5), exclude=f"^{name}$")
+    merged = tj.merge(base, models, tj.average(), sparsifier=masked, exclude=f"^{name}$")
+    expected = tj.merge(base, models, tj.average(), sparsifier=tj.magnitude(0.5), exclude=f"^{name}$")
+    jax.tree.map(np.testing.assert_array_equal, merged, expected)
+
+
 def test_an_election_that_cancels_is_zero_after_weighting():
     """XLA may fuse a product into a sum, whose rounding would leave a sign where +a and -a cancel."""
     rng = np.random.default_rng(4)
