@@ -29,7 +29,16 @@ from tadrop_jax.steps import (
     per_task_patterns,
 )
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected, tied
+from tadrop_jax.trees import (
+    as_dtype_of,
+    check_dtype,
+    check_patterns,
+    is_mergeable,
+    is_traced,
+    named_leaves,
+    selected,
+    tied,
+)
 
 
 class Layout(NamedTuple):
@@ -295,6 +304,7 @@ def _run_tensors(stack, steps_of, key, layout=None):
     for i in at:
         if not is_mergeable(leaves[i]) or np.ndim(leaves[i]) < 1:
             raise MergeError(f"{names[i]!r} is no stack of task vectors: it wants a float array (T, *shape)")
+        check_dtype(names[i], leaves[i])
         sizes.setdefault(np.shape(leaves[i])[0], names[i])
     if len(sizes) != 1:
         said = "; ".join(f"{name!r} has {t} tasks" for t, name in sizes.items()) or "it has no tensor"

@@ -252,6 +252,21 @@ def test_float64_trees_keep_their_dtype():
     assert merged["w"].tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [">f4", np.longdouble])
+def test_floats_that_jax_does_not_have_are_refused_by_name(dtype):
+    base, model = ({"a": np.full(3, v, dtype), "b": np.full(3, v, np.float32)} for v in (0, 1))
+    calls = (
+        lambda: tj.merge(base, [model], tj.average()),
+        lambda: tj.task_vectors(base, [model]),
+        lambda: tj.explain(base, [model], tj.tadrop()),
+        lambda: tj.sparsify(base, tj.tadrop()),
+    )
+    for call in calls:
+        with pytest.raises(tj.MergeError, match=f"tensor 'a' is {np.dtype(dtype)}, a dtype that JAX does not have"):
+            call()
+    assert tj.merge(base, [model], tj.average(), exclude="a")["a"] is base["a"]
+
+
 def test_patterns_and_numbers_that_will_not_do(base, models):
     for bad in (["["], [1], 3):
         with pytest.raises(tj.MergeError, match="regular expression"):
