@@ -75,7 +75,8 @@ def merge(
       sparsifier: goes before the rule. It does not switch off the rule's own trimming: pass ``density=None`` for that.
       include: regular expression(s) of the tensors to merge (``re.search`` on '/'-joined paths); None means all.
       exclude: regular expression(s) of tensors to take from the base; beats include. Such tensors leave global
-        statistics, and need not be alike in the models.
+        statistics, and need not be alike in the models. Of weights that are tied each name counts by itself here: one
+        that is excluded is the base's, also where its copy merges. (In files copies cannot come apart: all stay.)
       layout: maps a path to the permutation into PyTorch order, or to a :class:`Layout` (any pair of name and
         permutation, as ``converters.layout`` gives them), so that groups, rows and random positions follow the
         PyTorch tensor.

@@ -20,7 +20,7 @@ from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.kinds import Kind
 from tadrop_jax.pieces import Piece
 from tadrop_jax.selection import at_least, magnitude
-from tadrop_jax.trees import check_pattern, selected
+from tadrop_jax.trees import check_pattern, selected_tied
 from tadrop_jax.wide import Wide, floor_times
 
 __all__ = [
@@ -208,12 +208,8 @@ class Step:
         return next((other for other in others if other is not None), self)
 
     def covers(self, path: str, aliases: tuple[str, ...] = ()) -> bool:
-        """Whether the step is for the tensor of this path; exclude beats include.
-
-        What matches one of the names of a tensor that is tied matches the tensor.
-        """
-        names, leaves = (path, *aliases), (*self.exclude, *self.per_task)
-        return all(selected(n, (), leaves) for n in names) and any(selected(n, self.include) for n in names)
+        """Whether the step is for the tensor of this path, by any of the names of one that is tied."""
+        return selected_tied((path, *aliases), self.include, (*self.exclude, *self.per_task))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,6 +102,12 @@ def selected(name: str, include: Iterable[str] = (), exclude: Iterable[str] = ()
     return not include or any(re.search(p, name) for p in include)
 
 
+def selected_tied(names: Iterable[str], include: Iterable[str] = (), exclude: Iterable[str] = ()) -> bool:
+    """The same of one tensor with several names, since it is tied: what matches one of them matches the tensor."""
+    names = tuple(names)
+    return all(selected(n, (), exclude) for n in names) and any(selected(n, include) for n in names)
+
+
 def check_pattern(pattern: str) -> None:
     """Refuses what is no regular expression.
 
