@@ -27,6 +27,8 @@ from tadrop_jax.wide import Wide
 
 # Tensors that run together take at most this much in float32.
 _BATCH_BYTES = 256 << 20
+# So many compiled functions of a kind stay: one for each shape of a model, and a megabyte each.
+_KEPT = 256
 
 
 class Tensor(NamedTuple):
@@ -83,8 +85,19 @@ class Result(NamedTuple):
     carries: tuple[dict[str, jax.Array], ...]
 
 
+class _OfRun(dict):
+    """Compiled functions of one run, for its sites alone."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
 class _Site(NamedTuple):
-    """What a compiled function depends on besides shapes and dtypes."""
+    """What a compiled function depends on besides shapes and dtypes; ``functions`` is where it is kept, if not for good.
+
+    What a step without a spec closes over may be a tracer of the caller's, or other with every call: it is compiled for
+    one run, and forgotten.
+    """
 
     steps: tuple[Step, ...]
     active: tuple[bool, ...]
@@ -95,6 +108,23 @@ class _Site(NamedTuple):
     mesh: AnyMesh | None
     spec: PartitionSpec
     one_pass: bool
+    functions: _OfRun | None
+
+
+def _kept(make):
+    """Caches a function that compiles for a site, and for a stop in its chain if there is one."""
+    for_good = functools.lru_cache(maxsize=_KEPT)(make)
+
+    @functools.wraps(make)
+    def found(site: _Site, *stop):
+        if site.functions is None:
+            return for_good(site, *stop)
+        key = (make, site, *stop)
+        if key not in site.functions:
+            site.functions[key] = make(site, *stop)
+        return site.functions[key]
+
+    return found
 
 
 def run(
@@ -115,9 +145,18 @@ def run(
     Raises:
       MergeError: if a random step gets no key.
     """
-    steps = tuple(steps)
+    functions = _OfRun()
+    try:
+        # What a user forbids to promote is meant for the user's own code.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return _run(tuple(steps), tensors, tasks, key, spare, functions)
+    finally:
+        functions.clear()
+
+
+def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, spare, functions: _OfRun) -> list[Result]:
     key = randomness.check_needed(any(s.random for s in steps), key)
-    sites = [_site(steps, t, tasks) for t in tensors]
+    sites = [_site(steps, t, tasks, functions) for t in tensors]
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
 
     def raw(k):
@@ -192,7 +231,7 @@ def _finish_one(site, tensor: Tensor, raw, key, carries, spare):
     return _finished(site)(raw, key, carries)
 
 
-def _site(steps, tensor: Tensor, tasks: int) -> _Site:
+def _site(steps, tensor: Tensor, tasks: int, functions: _OfRun) -> _Site:
     stacked = tensor.base is None
     shape = tuple(tensor.shape[a] for a in tensor.order or range(len(tensor.shape)))
     active = tuple(s.covers(tensor.path, tensor.aliases) and tensor.size > 0 for s in steps)
@@ -205,7 +244,8 @@ def _site(steps, tensor: Tensor, tasks: int) -> _Site:
         mesh = lies.mesh if all(h or not a for h, a in zip(here, active, strict=True)) else None
     # Where shardings cannot be seen, a variadic reduction of a sharded array would be gathered.
     hidden = jax.device_count() > 1 and mesh is None and is_traced((tensor.base, tensor.models))
-    return _Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden)
+    own = None if all(s.spec is not None for s in steps) else functions
+    return _Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden, own)
 
 
 def _raw(tensor: Tensor, site: _Site):
@@ -234,7 +274,8 @@ def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
 
     eager = not is_traced([(tensors[k][1:3], carries[k]) for k in at] + [ranks])
     group = selection.bits_per_round(sites[at[0]].one_pass)
-    found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager)
+    varies = selection.varying(*(leaf for k in at for leaf in jax.tree.leaves((tensors[k][1:3], carries[k]))))
+    found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager, varies=varies)
     found = selection.from_ordered_bits(found, probe.dtype)
     if stage.attached and not eager:
         values = [_selected(sites[k], stop)(raw(k), keys[k], carries[k]) for k in at]
@@ -302,7 +343,7 @@ def _mapped(site: _Site, fn, outputs, extra=()):
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@_kept
 def _partial(site: _Site, stop):
     def fn(raw, key, carries):
         at = _advance(site, raw, key, carries, stop)
@@ -313,7 +354,7 @@ def _partial(site: _Site, stop):
     return _mapped(site, fn, lambda whole, stack, none, carries: (none, carries))
 
 
-@functools.lru_cache(maxsize=4096)
+@_kept
 def _prepared(site: _Site, stop):
     def fn(raw, key, carries):
         return _advance(site, raw, key, carries, stop).carries
@@ -321,7 +362,7 @@ def _prepared(site: _Site, stop):
     return _mapped(site, fn, lambda whole, stack, none, carries: carries)
 
 
-@functools.lru_cache(maxsize=4096)
+@_kept
 def _selected(site: _Site, stop):
     def fn(raw, key, carries):
         at = _advance(site, raw, key, carries, stop)
@@ -330,7 +371,7 @@ def _selected(site: _Site, stop):
     return _mapped(site, fn, lambda whole, stack, none, carries: stack)
 
 
-@functools.lru_cache(maxsize=4096)
+@_kept
 def _counted(site: _Site, stop):
     def fn(raw, key, carries, pivots):
         at = _advance(site, raw, key, carries, stop)
@@ -355,7 +396,7 @@ def _finisher(site: _Site):
     return fn
 
 
-@functools.lru_cache(maxsize=4096)
+@_kept
 def _finished_together(site: _Site):
     """The same for several tensors at once: decompositions of small matrices run batched."""
 
@@ -367,7 +408,7 @@ def _finished_together(site: _Site):
     return jax.jit(fn)
 
 
-@functools.lru_cache(maxsize=4096)
+@_kept
 def _finished(site: _Site):
     outputs = {"stack": "stack", "vector": "whole", "parameters": "whole"}
     kind = site.steps[-1].output if site.steps else "stack"
@@ -382,7 +423,7 @@ def _finished(site: _Site):
     return _mapped(site, _finisher(site), specs)
 
 
-@functools.lru_cache(maxsize=4096)
+@_kept
 def _consuming(site: _Site):
     """The same, with the first model's buffer for the result."""
     finished = _finished(site)

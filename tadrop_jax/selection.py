@@ -135,7 +135,14 @@ def count_at_least(keys, pivots, axes: Sequence[int], *, one_pass: bool = True) 
 
 
 def search(
-    count: Callable[[jax.Array], Wide], k: Wide, bits: int, uint, *, group: int = BITS_PER_ROUND, eager: bool = False
+    count: Callable[[jax.Array], Wide],
+    k: Wide,
+    bits: int,
+    uint,
+    *,
+    group: int = BITS_PER_ROUND,
+    eager: bool = False,
+    varies: Sequence[str] = (),
 ) -> jax.Array:
     """The largest key that at least ``k`` keys reach, bit group by bit group.
 
@@ -146,18 +153,19 @@ def search(
       uint: dtype of the keys.
       group: bits that a round settles, by ``2^group - 1`` pivots.
       eager: call ``count`` on concrete pivots, round by round, in place of tracing one loop.
+      varies: see :func:`varying`, of what is counted.
 
     Returns:
       Keys of shape K.
     """
-    rounds = -(-bits // group)
+    rounds, wanted = -(-bits // group), Wide(*(limb[None] for limb in k))
     steps = jnp.reshape(jnp.arange(1, 1 << group, dtype=uint), (-1,) + (1,) * k.low.ndim)
 
     def narrow(i, found):
         shift = (group * (rounds - 1 - i)).astype(uint)
         # The first round has fewer bits than a group: pivots that would not fit the width do not count.
         fits = steps <= (uint(np.iinfo(uint).max) >> shift)
-        reached = fits & wide.at_least(count(found[None] + (steps << shift)), k)
+        reached = fits & wide.at_least(count(found[None] + (steps << shift)), wanted)
         return found + (jnp.sum(reached, axis=0).astype(uint) << shift)
 
     found = jnp.zeros(k.low.shape, uint)
@@ -165,8 +173,17 @@ def search(
         for i in range(rounds):
             found = narrow(jnp.uint32(i), found)
         return found
+    found = lax.pcast(found, tuple(varies), to="varying") if varies else found
     # A loop, not unrolled: it compiles several times faster and runs about as fast.
     return lax.fori_loop(jnp.uint32(0), jnp.uint32(rounds), narrow, found)
+
+
+def varying(*arrays) -> tuple[str, ...]:
+    """The mesh axes that arrays vary over: inside the user's ``shard_map``, where types say so."""
+    types = [jax.typeof(array) for array in arrays if is_traced(array)]
+    # jax 0.10 keeps them among what it knows of manual axes.
+    seen = [getattr(t, "manual_axis_type", None) or t for t in types]
+    return tuple(sorted({axis for t in seen for axis in getattr(t, "varying", None) or getattr(t, "vma", ())}))
 
 
 def order_statistic(x, k: Wide, axes: Sequence[int], *, axis_names=(), one_pass: bool = True) -> jax.Array:
@@ -191,7 +208,8 @@ def order_statistic(x, k: Wide, axes: Sequence[int], *, axis_names=(), one_pass:
         return wide.psum(counts, axis_names) if axis_names else counts
 
     bits = 8 * keys.dtype.itemsize
-    return from_ordered_bits(search(count, k, bits, keys.dtype.type, group=bits_per_round(one_pass)), x.dtype)
+    group, varies = bits_per_round(one_pass), varying(keys, *k)
+    return from_ordered_bits(search(count, k, bits, keys.dtype.type, group=group, varies=varies), x.dtype)
 
 
 def bits_per_round(one_pass: bool) -> int:
