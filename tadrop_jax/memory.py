@@ -22,7 +22,7 @@ from tadrop_jax.pieces import piece_of
 from tadrop_jax.placement import AnyMesh, apart, axis_names, entries_of, is_local, place, sharding_of
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.steps import Piece, Step, Sums
-from tadrop_jax.trees import check_patterns, is_traced
+from tadrop_jax.trees import is_traced
 from tadrop_jax.wide import Wide
 
 # Tensors that run together take at most this much in float32.
@@ -41,6 +41,7 @@ class Tensor(NamedTuple):
       order: permutation of the axes into PyTorch order, or None.
       seed_name: the name that random numbers are drawn by; the PyTorch name where a layout is given.
       sharding: where to merge it, if not where it lies.
+      aliases: further names of it, where it is tied.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Tensor(NamedTuple):
     order: tuple[int, ...] | None = None
     seed_name: str = ""
     sharding: NamedSharding | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,7 +143,7 @@ def run(
       One result a tensor.
 
     Raises:
-      MergeError: if a random step gets no key; ParameterError if a pattern of a step matches no tensor.
+      MergeError: if a random step gets no key.
     """
     functions = _OfRun()
     try:
@@ -153,8 +155,6 @@ def run(
 
 
 def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, spare, functions: _OfRun) -> list[Result]:
-    names = [t.path for t in tensors]
-    check_patterns([p for s in steps for p in s.named], names)
     key = randomness.check_needed(any(s.random for s in steps), key)
     sites = [_site(steps, t, tasks, functions) for t in tensors]
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
@@ -234,8 +234,8 @@ def _finish_one(site, tensor: Tensor, raw, key, carries, spare):
 def _site(steps, tensor: Tensor, tasks: int, functions: _OfRun) -> _Site:
     stacked = tensor.base is None
     shape = tuple(tensor.shape[a] for a in tensor.order or range(len(tensor.shape)))
-    active = tuple(s.covers(tensor.path) and tensor.size > 0 for s in steps)
-    steps = tuple(s.for_tensor(tensor.path, shape, tasks) for s in steps)
+    active = tuple(s.covers(tensor.path, tensor.aliases) and tensor.size > 0 for s in steps)
+    steps = tuple(s.for_tensor(tensor.path, shape, tasks, tensor.aliases) for s in steps)
     mesh, spec = None, PartitionSpec()
     lies = tensor.lies
     if lies is not None:

@@ -30,7 +30,16 @@ from tadrop_jax.steps import (
     per_task_patterns,
 )
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected, tied
+from tadrop_jax.trees import (
+    as_dtype_of,
+    check_dtype,
+    check_patterns,
+    is_mergeable,
+    is_traced,
+    named_leaves,
+    selected,
+    tied,
+)
 
 
 class Layout(NamedTuple):
@@ -67,7 +76,8 @@ def merge(
       sparsifier: goes before the rule. It does not switch off the rule's own trimming: pass ``density=None`` for that.
       include: regular expression(s) of the tensors to merge (``re.search`` on '/'-joined paths); None means all.
       exclude: regular expression(s) of tensors to take from the base; beats include. Such tensors leave global
-        statistics, and need not be alike in the models.
+        statistics, and need not be alike in the models. Of weights that are tied each name counts by itself here: one
+        that is excluded is the base's, also where its copy merges. (In files copies cannot come apart: all stay.)
       layout: maps a path to the permutation into PyTorch order, or to a :class:`Layout` (any pair of name and
         permutation, as ``converters.layout`` gives them), so that groups, rows and random positions follow the
         PyTorch tensor.
@@ -105,7 +115,7 @@ def merge(
     kept = {n for n in names if n not in own and not selected(n, include, exclude)}
     apart = frozenset(own | kept)
     columns = match(names, leaves, models, skip=apart)
-    at = [i for i, name in enumerate(names) if name not in apart and is_mergeable(leaves[i])]
+    at = {i: name for i, name in enumerate(names) if name not in apart and is_mergeable(leaves[i])}
     if not at:
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])
@@ -119,7 +129,8 @@ def merge(
         return memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, to)
 
     steps = expand(whole, len(models))
-    results = _run_once(tensor, at, [(leaves[i], *columns[i]) for i in at], steps, len(models), key, spare)
+    held = [(leaves[i], *columns[i]) for i in at]
+    results = _run_once(tensor, at, held, names, steps, len(models), key, spare)
     values = [results[i].value if i in results else None for i in range(len(leaves))]
     if steps[-1].output == "bundle":
         own_tensors = tuple({n: leaf for n, leaf in _by_name(model).items() if n in own} for model in models)
@@ -236,7 +247,8 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
         name, leaf, column = rows[i]
         return memory.Tensor(name, tuple(map(jnp.asarray, together(leaf, column))), jnp.asarray(leaf))
 
-    results = _run_once(tensor, range(len(rows)), [(b, *c) for _, b, c in rows], steps, len(models), key)
+    at = {i: name for i, (name, _, _) in enumerate(rows)}
+    results = _run_once(tensor, at, [(b, *c) for _, b, c in rows], names, steps, len(models), key)
     return {
         rows[i][0]: {k: np.asarray(v) for k, v in explanation(steps, result.carries).items()}
         for i, result in results.items()
@@ -295,11 +307,12 @@ def with_sparsifier(sparsifier: AnyStep | None, rule: AnyStep) -> Chain:
 def _run_tensors(stack, steps_of, key, layout=None, lies: Mapping = types.MappingProxyType({})):
     """Runs steps over a tree of stacks: tree definition, float positions, leaves, results and T."""
     names, leaves, treedef = named_leaves(stack)
-    at = [i for i, leaf in enumerate(leaves) if leaf is not None]
+    at = {i: names[i] for i, leaf in enumerate(leaves) if leaf is not None}
     sizes = {}
     for i in at:
         if not is_mergeable(leaves[i]) or np.ndim(leaves[i]) < 1:
             raise MergeError(f"{names[i]!r} is no stack of task vectors: it wants a float array (T, *shape)")
+        check_dtype(names[i], leaves[i])
         sizes.setdefault(np.shape(leaves[i])[0], names[i])
     if len(sizes) != 1:
         said = "; ".join(f"{name!r} has {t} tasks" for t, name in sizes.items()) or "it has no tensor"
@@ -314,26 +327,34 @@ def _run_tensors(stack, steps_of, key, layout=None, lies: Mapping = types.Mappin
         return memory.Tensor(names[i], (jnp.asarray(leaves[i]),), None, order, seed_name, lies.get(names[i]))
 
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
-    return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], steps, tasks, key), tasks
+    return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], names, steps, tasks, key), tasks
 
 
-def _run_once(tensor: Callable[[int], memory.Tensor], at, held, steps, tasks: int, key, spare=frozenset()) -> dict:
+def _run_once(
+    tensor: Callable[[int], memory.Tensor], at, held, names, steps, tasks: int, key, spare=frozenset()
+) -> dict:
     """The results by their places; weights that are tied count once in statistics of the tree, and are merged once.
 
     Args:
       tensor: what to run on at a place.
-      at: the places.
+      at: the places, and the names there.
       held: for each of them the leaves.
+      names: all of the tree: a pattern of a step has to match one.
       steps: see :func:`memory.run`, as the rest.
       tasks: T.
       key: random key or None.
       spare: arrays that are used up.
     """
-    firsts = tied(held)
-    alone = sorted(set(firsts))
-    found = memory.run(steps, [tensor(at[k]) for k in alone], tasks, key, spare)
-    of_first = dict(zip(alone, found, strict=True))
-    return {i: of_first[k] for i, k in zip(at, firsts, strict=True)}
+    check_patterns([p for s in steps for p in s.named], names)
+    places = [*at]
+    firsts = [places[k] for k in tied(held)]
+    aliases: dict[int, tuple[str, ...]] = dict.fromkeys(firsts, ())
+    for i, first in zip(places, firsts, strict=True):
+        if i != first:
+            aliases[first] += (at[i],)
+    tensors = [tensor(i)._replace(aliases=others) for i, others in aliases.items()]
+    of_first = dict(zip(aliases, memory.run(steps, tensors, tasks, key, spare), strict=True))
+    return {i: of_first[first] for i, first in zip(places, firsts, strict=True)}
 
 
 def _run_stack(stack, whole: AnyStep, key, layout, shardings):

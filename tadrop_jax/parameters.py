@@ -15,6 +15,13 @@ def _concrete(value) -> bool:
     return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool)
 
 
+def _is_number(value) -> bool:
+    """Whether a value is one real number, of Python, NumPy or JAX, also a traced one."""
+    if getattr(value, "ndim", None) == 0:
+        return getattr(value.dtype, "kind", None) in {"i", "u", "f", "V"}  # V: bfloat16 and its like
+    return _concrete(value)
+
+
 def known(value) -> Any:
     """The number that a parameter is, also as an array; None if it cannot be seen."""
     if _concrete(value):
@@ -44,8 +51,10 @@ def number(method: str, name: str, value: Any, low: float = -float("inf"), high:
       ParameterError: naming method, parameter, value and range.
     """
     value = per_task(value)
+    if getattr(value, "ndim", 0) > 1:
+        raise ParameterError(f"{method}: {name} must be a number, or one per task, got an array of shape {value.shape}")
     for v in value if isinstance(value, tuple) else (value,):
-        if isinstance(v, bool) or not (isinstance(v, (numbers.Real, np.number)) or hasattr(v, "dtype")):
+        if not _is_number(v):
             raise ParameterError(f"{method}: {name} must be a number, got {v!r}")
         bounded, seen = low > -_LARGEST or high < _LARGEST, known(v)
         if seen is not None and bounded and not low <= seen <= high:  # also refuses NaN
@@ -63,6 +72,8 @@ def single(method: str, name: str, value: Any, low: float = -float("inf"), high:
     Raises:
       ParameterError: naming method, parameter, value and range.
     """
+    if getattr(value, "ndim", 0):
+        raise ParameterError(f"{method}: {name} is one number, got an array of shape {value.shape}")
     value = number(method, name, value, low, high)
     if isinstance(value, tuple):
         raise ParameterError(f"{method}: {name} is one number, got {len(value)}")

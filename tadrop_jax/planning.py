@@ -10,9 +10,9 @@ import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
 from tadrop_jax.errors import CheckpointError, MergeError
-from tadrop_jax.steps import AnyStep, output_of, patterns, per_task_patterns
+from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
 from tadrop_jax.task_vector import check_alike, check_names
-from tadrop_jax.trees import check_patterns, selected
+from tadrop_jax.trees import check_patterns, selected, selected_tied
 
 
 class Request(NamedTuple):
@@ -24,7 +24,7 @@ class Request(NamedTuple):
       out: where the result is to appear: a directory, or a file that ends in ``.safetensors``.
       chain: sparsifier and rule.
       recipe: the serialisable description, for the report and to recognise a merge that is resumed.
-      include: regular expressions of tensors to merge; empty means all.
+      include: regular expressions of tensors to merge; empty means all. A tied tensor is matched by any of its names.
       exclude: regular expressions of tensors to take from the base.
       differing: what becomes of tensors that a model lacks, or has in another shape: ``"refuse"``, or, for a per-task
         rule, ``"own"``: each task keeps its own; or, for a rule that gives one model, ``"overlap"``: of those with
@@ -95,14 +95,23 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     include, exclude = patterns(request.include), patterns(request.exclude)
     everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
     check_patterns((*include, *exclude, *per_task), everywhere)
+    check_patterns([pattern for step in expand(request.chain, len(models)) for pattern in step.named], names)
     apart = _differing(sources, request, names, everywhere)
+    copies: dict[str, list[str]] = {}
+    for alias, target in aliases.items():
+        copies.setdefault(target, []).append(alias)
+
+    def chosen(name: str) -> bool:
+        """Copies are one tensor in the result: what takes out one of them takes out all."""
+        return selected_tied((name, *copies.get(name, ())), include, exclude)
+
     own = tuple(n for n in everywhere if n in apart or (per_task and selected(n, per_task)))
     kept: dict[str, str] = {}
     for name in names:
         dtype = base.tensors[name].dtype
         if name in own:
             continue
-        if not selected(name, include, exclude):
+        if not chosen(name):
             kept[name] = "excluded"
         elif dtype.kind in "iub":
             kept[name] = f"{dtype} tensor"
@@ -111,7 +120,7 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
                 f"{base.tensors[name].file}: tensor {name!r} is {dtype}: only floats of up to 32 bits merge"
             )
     # What is excluded, tied or a task's own need not be alike; neither do extra tensors that a pattern takes out.
-    loose = {n for n in everywhere if n in own or n in aliases or not selected(n, include, exclude)}
+    loose = {n for n in everywhere if n in own or n in aliases or not chosen(n)}
     rows = _overlapping(sources, request, [n for n in names if n not in loose and n not in kept])
 
     def said(source: Source, name: str) -> tuple:

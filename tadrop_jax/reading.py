@@ -23,6 +23,7 @@ class Stream(NamedTuple):
       dtype: its storage dtype, the same in all files.
       read: ``(row, start, stop, out)`` reads entries of the flattened tensor; row 0 is the base, row t + 1 model t.
       seed_name: the name that random numbers are drawn by; "" for the tensor's own.
+      aliases: further names of it, where it is tied.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Stream(NamedTuple):
     dtype: np.dtype
     read: Callable[[int, int, int, np.ndarray], Any]
     seed_name: str = ""
+    aliases: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:

@@ -42,9 +42,9 @@ class TensorLog:
         """A merged tensor in numbers: what the steps computed anyway, and what they say of its shape."""
         row: dict[str, Any] = {"shape": list(stream.shape), "dtype": stream.dtype.name}
         for step, carry in zip(steps, carries, strict=True):
-            if not step.covers(stream.name):
+            if not step.covers(stream.name, stream.aliases):
                 continue
-            own = step.for_tensor(stream.name, stream.shape, tasks)
+            own = step.for_tensor(stream.name, stream.shape, tasks, stream.aliases)
             if own.report and carry:
                 row |= {k: _floats(v) for k, v in own.report(carry).items()}
             if own.note:

@@ -20,7 +20,7 @@ from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.kinds import Kind
 from tadrop_jax.pieces import Piece
 from tadrop_jax.selection import at_least, magnitude
-from tadrop_jax.trees import check_pattern, selected
+from tadrop_jax.trees import check_pattern, selected_tied
 from tadrop_jax.wide import Wide, floor_times
 
 __all__ = [
@@ -200,14 +200,16 @@ class Step:
         """The regular expressions that have to match one of the tensors that the step sees."""
         return (*self.include, *self.exclude, *self.mentions)
 
-    def for_tensor(self, path: str, shape: tuple[int, ...], tasks: int) -> "Step":
-        """This step, or the one that takes its place for a tensor."""
-        other = None if self.instead is None else self.instead(path, shape, tasks)
-        return self if other is None else other
+    def for_tensor(self, path: str, shape: tuple[int, ...], tasks: int, aliases: tuple[str, ...] = ()) -> "Step":
+        """This step, or the one that takes its place for a tensor, by any of the names of one that is tied."""
+        if self.instead is None:
+            return self
+        others = (self.instead(name, shape, tasks) for name in (path, *aliases))
+        return next((other for other in others if other is not None), self)
 
-    def covers(self, path: str) -> bool:
-        """Whether the step is for the tensor of this path; exclude beats include."""
-        return selected(path, self.include, (*self.exclude, *self.per_task))
+    def covers(self, path: str, aliases: tuple[str, ...] = ()) -> bool:
+        """Whether the step is for the tensor of this path, by any of the names of one that is tied."""
+        return selected_tied((path, *aliases), self.include, (*self.exclude, *self.per_task))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +255,9 @@ def chain(*steps: AnyStep) -> Chain:
 
 def masked(step: AnyStep, *, include=(), exclude=()) -> AnyStep:
     """Restricts a step to some tensors; the others pass through it untouched.
+
+    A pattern has to match a tensor of the tree, though it may be one that does not merge. Weights that are tied are one
+    tensor with several names: what matches one of them matches the tensor.
 
     Args:
       step: any step.

@@ -23,7 +23,6 @@ from tadrop_jax.advancing import global_stages, is_aside, merge_stages
 from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
 from tadrop_jax.steps import Step, Sums
-from tadrop_jax.trees import check_patterns
 from tadrop_jax.workers import cores, side_by_side
 
 __all__ = ["NonFinite", "Outcome", "Settings", "Stream", "measure", "run"]
@@ -96,7 +95,7 @@ def run(
 
     Raises:
       ContentError: for NaN or infinity, naming file, tensor and entry.
-      MergeError: if a random step has no key, or a pattern matches nothing.
+      MergeError: if a random step has no key.
     """
     return _Run(steps, streams, tasks, settings).go(write, done, frozenset(skip))
 
@@ -123,11 +122,10 @@ class _Run:
     """One run: what the passes share. The statistics found so far are its only state."""
 
     def __init__(self, steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settings: Settings):
-        check_patterns([p for s in steps for p in s.named], [t.name for t in streams])
         key = randomness.check_needed(any(s.random for s in steps), settings.key)
         self.steps, self.streams, self.tasks, self.settings = tuple(steps), tuple(streams), tasks, settings
-        self.active = [tuple(s.covers(t.name) and t.size > 0 for s in steps) for t in streams]
-        self.chains = [tuple(s.for_tensor(t.name, t.shape, tasks) for s in steps) for t in streams]
+        self.active = [tuple(s.covers(t.name, t.aliases) and t.size > 0 for s in steps) for t in streams]
+        self.chains = [tuple(s.for_tensor(t.name, t.shape, tasks, t.aliases) for s in steps) for t in streams]
         self.parts = [
             cutting.part_of(t.shape, [s for a, s in zip(active, chain, strict=True) if a])
             for t, active, chain in zip(streams, self.active, self.chains, strict=True)

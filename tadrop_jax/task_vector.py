@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax.errors import DtypeError, MergeError, MismatchError
-from tadrop_jax.trees import is_mergeable, named_leaves, tied
+from tadrop_jax.trees import check_dtype, is_mergeable, named_leaves, tied
 
 
 def task_vectors(base, models: Sequence[Any]):
@@ -60,6 +60,7 @@ def match(names: Sequence[str], leaves: Sequence[Any], models: Sequence[Any], sk
 
     Raises:
       MismatchError: naming the model, the tensor and both values.
+      MergeError: for floats that JAX does not have.
     """
     if not isinstance(models, (list, tuple)):
         raise MergeError(f"the models must come as a list, got {type(models).__name__}")
@@ -78,6 +79,7 @@ def match(names: Sequence[str], leaves: Sequence[Any], models: Sequence[Any], sk
         if name in skip:
             columns.append(())
             continue
+        check_dtype(name, leaf)
         column = tuple(table[name] for table in tables)
         for t, other in enumerate(column):
             check_alike(name, (np.shape(leaf), _dtype(leaf)), (np.shape(other), _dtype(other)), f"model {t}")

@@ -77,6 +77,17 @@ def is_mergeable(leaf) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
+def check_dtype(name: str, leaf) -> None:
+    """Refuses NumPy's floats that JAX does not have: of another byte order, or longer than 64 bits.
+
+    Raises:
+      MergeError: naming the tensor and its dtype.
+    """
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(dtype, np.dtype) and dtype.kind == "f" and not (dtype.isnative and dtype.itemsize <= 8):
+        raise MergeError(f"tensor {name!r} is {dtype}, a dtype that JAX does not have: give it as float32")
+
+
 def as_dtype_of(leaf, value):
     """The base's dtype, also float64 where JAX has none."""
     dtype = getattr(leaf, "dtype", None)
@@ -89,6 +100,12 @@ def selected(name: str, include: Iterable[str] = (), exclude: Iterable[str] = ()
     if any(re.search(p, name) for p in exclude):
         return False
     return not include or any(re.search(p, name) for p in include)
+
+
+def selected_tied(names: Iterable[str], include: Iterable[str] = (), exclude: Iterable[str] = ()) -> bool:
+    """The same of one tensor with several names, since it is tied: what matches one of them matches the tensor."""
+    names = tuple(names)
+    return all(selected(n, (), exclude) for n in names) and any(selected(n, include) for n in names)
 
 
 def check_pattern(pattern: str) -> None:

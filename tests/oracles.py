@@ -287,7 +287,8 @@ def ties(
 
     merged = np.zeros(plain.shape[1], np.float64)
     for i in range(merged.size):
-        agreeing = [t for t in range(tasks) if voters[t, i] != 0 and np.sign(voters[t, i]) == elected[i]]
+        # Where the majority is 0 too, the authors' code takes the negative entries.
+        agreeing = [t for t in range(tasks) if (voters[t, i] > 0 if elected[i] > 0 else voters[t, i] < 0)]
         if not agreeing:
             continue
         values = [weighted[t, i] for t in agreeing]

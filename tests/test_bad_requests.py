@@ -47,6 +47,7 @@ REQUESTS = {
     "include matches nothing": (["--include", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
     "exclude matches nothing": (["--exclude", "attention"], "ties", ["attention", "matches none", "layer/kernel"]),
     "per_task matches nothing": (["--set", "per_task=head"], "emr", ["head", "matches none", "layer/kernel"]),
+    "mean_only matches nothing": (["--set", "mean_only=head"], "tsv_m", ["head", "matches none", "layer/kernel"]),
     "all is excluded": (["--exclude", "layer"], "ties", ["no float tensor", "excluded"]),
     "include is no regex": (["--include", "layer["], "ties", ["layer[", "regular expression"]),
     "exclude is no regex": (["--exclude", "*bias"], "ties", ["*bias", "regular expression"]),

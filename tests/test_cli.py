@@ -314,6 +314,23 @@ def test_tied_weights_count_once(stored, tmp_path):
     assert rows.get("lm_head.weight") == ({"tied_to": "transformer.wte.weight"} if "base" in stored else None)
 
 
+def test_what_excludes_a_copy_excludes_the_tied_tensor(tmp_path):
+    """The result holds it once, so that the head could not stay the base's while the embedding merges."""
+    base, _ = save_tied(tmp_path)
+    assert merge(tmp_path, "--exclude", "lm_head") == 0
+    merged = read_model(tmp_path / "out")
+    np.testing.assert_array_equal(merged["transformer.wte.weight"], base["transformer.wte.weight"])
+    assert np.any(merged["transformer.ln_f.weight"] != base["transformer.ln_f.weight"])
+
+
+def test_a_pattern_of_a_rule_may_match_what_is_excluded(tmp_path):
+    base, _ = save_tied(tmp_path, ())
+    assert merge(tmp_path, "--set", "mean_only=ln_f", "--exclude", "ln_f", method="tsv_m") == 0
+    np.testing.assert_array_equal(
+        read_model(tmp_path / "out")["transformer.ln_f.weight"], base["transformer.ln_f.weight"]
+    )
+
+
 def test_a_head_that_was_untied_is_a_tensor_of_its_own(tmp_path):
     """One fine-tune trained its head apart from the embedding: what it learnt must not be dropped in silence."""
     save_tied(tmp_path)

@@ -133,6 +133,35 @@ def test_tied_weights_count_once():
     np.testing.assert_array_equal(tied["head"], once["w"])
 
 
+@pytest.mark.parametrize("name", ["emb", "head"])
+def test_a_pattern_matches_tied_weights_by_any_of_their_names(name):
+    def tree(seed):
+        shared = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 4)), jnp.float32)
+        return {"emb": shared, "head": shared, "k": shared + 1}
+
+    base, models = tree(0), [tree(1), tree(2)]
+    mean, pruned = tj.average(), tj.average()
+    restricted = tj.merge(base, models, pruned, sparsifier=tj.masked(tj.magnitude(0.5), exclude=name))
+    included = tj.merge(base, models, pruned, sparsifier=tj.masked(tj.magnitude(0.5), include=name))
+    matrix = tj.merge(base, models, tj.tsv_m(mean_only=name))
+    untouched, all_pruned = tj.merge(base, models, mean), tj.merge(base, models, pruned, sparsifier=tj.magnitude(0.5))
+    for tied in ("emb", "head"):
+        np.testing.assert_array_equal(restricted[tied], untouched[tied])
+        np.testing.assert_array_equal(included[tied], all_pruned[tied])
+        np.testing.assert_array_equal(matrix[tied], untouched[tied])
+    np.testing.assert_array_equal(restricted["k"], all_pruned["k"])
+    np.testing.assert_array_equal(included["k"], untouched["k"])
+
+
+def test_a_mask_may_match_what_does_not_merge(base, models):
+    """What a mask names and `exclude` takes out besides is no misspelling."""
+    name = next(iter(base))
+    masked = tj.masked(tj.magnitude(0.5), exclude=f"^{name}$")
+    merged = tj.merge(base, models, tj.average(), sparsifier=masked, exclude=f"^{name}$")
+    expected = tj.merge(base, models, tj.average(), sparsifier=tj.magnitude(0.5), exclude=f"^{name}$")
+    jax.tree.map(np.testing.assert_array_equal, merged, expected)
+
+
 def test_an_election_that_cancels_is_zero_after_weighting():
     """XLA may fuse a product into a sum, whose rounding would leave a sign where +a and -a cancel."""
     rng = np.random.default_rng(4)
@@ -223,10 +252,25 @@ def test_float64_trees_keep_their_dtype():
     assert merged["w"].tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [">f4", np.longdouble])
+def test_floats_that_jax_does_not_have_are_refused_by_name(dtype):
+    base, model = ({"a": np.full(3, v, dtype), "b": np.full(3, v, np.float32)} for v in (0, 1))
+    calls = (
+        lambda: tj.merge(base, [model], tj.average()),
+        lambda: tj.task_vectors(base, [model]),
+        lambda: tj.explain(base, [model], tj.tadrop()),
+        lambda: tj.sparsify(base, tj.tadrop()),
+    )
+    for call in calls:
+        with pytest.raises(tj.MergeError, match=f"tensor 'a' is {np.dtype(dtype)}, a dtype that JAX does not have"):
+            call()
+    assert tj.merge(base, [model], tj.average(), exclude="a")["a"] is base["a"]
+
+
 def test_patterns_and_numbers_that_will_not_do(base, models):
-    for bad in ("[", 1):
+    for bad in (["["], [1], 3):
         with pytest.raises(tj.MergeError, match="regular expression"):
-            tj.merge(base, models, tj.average(), include=[bad])
+            tj.merge(base, models, tj.average(), include=bad)
     for bad in (float("inf"), float("nan"), 1e39):
         with pytest.raises(tj.MergeError, match="coefficient"):
             tj.task_arithmetic(bad)
@@ -278,9 +322,20 @@ def test_what_is_excluded_need_not_be_alike_whatever_its_dtype():
         (lambda: tj.tadrop(jnp.float32(0.9), jnp.float32(0.5)), "q_low <= q_high"),
         (lambda: tj.tadrop(s_max=1.0), "s_max must lie below 1"),
         (lambda: tj.iso_c(coefficient=[0.5, 1.0]), "coefficient is one number"),
+        (lambda: tj.magnitude(np.array([[1.5]])), r"density must be a number, or one per task, got .* shape \(1, 1\)"),
+        (lambda: tj.average(np.ones((2, 1))), r"weights must be a number, or one per task, got .* shape \(2, 1\)"),
+        (lambda: tj.iso_c(np.ones((1, 1))), r"coefficient is one number, got an array of shape \(1, 1\)"),
+        (lambda: tj.average([np.ones(1), 1.0]), "weights must be a number, got array"),
+        (lambda: tj.average({"w": 0.3}), "weights must be a number, got {'w': 0.3}"),
+        (lambda: tj.average(1j), "weights must be a number, got 1j"),
+        (lambda: tj.average(np.complex64(1j)), "weights must be a number, got "),
+        (lambda: tj.average(np.array(["a", "b"])), "weights must be a number, got "),
+        (lambda: tj.average(jax.random.key(0)), "weights must be a number, got "),
+        (lambda: tj.average(np.True_), "weights must be a number, got "),
+        (lambda: tj.magnitude({"w": 0.5}), "density must be a number, got {'w': 0.5}"),
     ],
 )
-def test_parameters_that_are_concrete_arrays_are_checked(make, said):
+def test_parameters_of_a_wrong_kind_or_out_of_range_are_refused(make, said):
     with pytest.raises(tj.ParameterError, match=said):
         make()
 

@@ -131,6 +131,14 @@ def test_zeros_take_the_majority_of_the_whole_vector(nest, flatten):
     np.testing.assert_array_equal(out["a"], [1.0, 2.0])
 
 
+@pytest.mark.parametrize(("combine", "expected"), [("mean", [-1.0, -2.0]), ("sum", [-1.0, -2.0]), ("max", [0.0, 0.0])])
+def test_a_majority_of_0_takes_the_negative_entries(combine, expected):
+    """`disjoint_merge` of ties-merging: `torch.where(sign > 0, tensor > 0, tensor < 0)`."""
+    stacks = {"a": np.array([[1.0, 2.0], [-1.0, -2.0]], np.float32)}
+    np.testing.assert_array_equal(tj.merge_task_vectors(stacks, tj.ties(1.0, combine=combine))["a"], expected)
+    np.testing.assert_array_equal(oracles.ties(stacks, 1.0, combine=combine)["a"], expected)
+
+
 def test_an_exact_count_over_the_whole_tree_is_refused():
     """It would break ties by a position that no tensor has."""
     with pytest.raises(tj.MergeError, match="exact"):

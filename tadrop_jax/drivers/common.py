@@ -103,12 +103,15 @@ def vectors(of: Problem, sparsifier: AnyStep | None, layout, key) -> dict[str, t
         return {n: _differences(leaf, *(m[n] for m in of.models)) for n, leaf in of.base.items()}
     if output_of(sparsifier) != "stack":
         raise MergeError("sparsifier= takes a sparsifier, e.g. tj.tadrop(), not a merge rule")
+    steps = expand(sparsifier, of.tasks)
+    check_patterns([p for s in steps for p in s.named], of.names)
     tensors = []
     for name, leaf in of.base.items():
         order, seed_name = merging.laid_out(layout, name, np.ndim(leaf))
         models = tuple(jnp.asarray(m[name]) for m in of.models)
-        tensors.append(memory.Tensor(name, models, jnp.asarray(leaf), order, seed_name))
-    results = memory.run(expand(sparsifier, of.tasks), tensors, of.tasks, key)
+        aliases = tuple(other for other, first in of.aliases.items() if first == name)
+        tensors.append(memory.Tensor(name, models, jnp.asarray(leaf), order, seed_name, aliases=aliases))
+    results = memory.run(steps, tensors, of.tasks, key)
     found = {}
     for tensor in reversed(tensors):  # a stack is let go as soon as it is parted
         stack = results.pop().value

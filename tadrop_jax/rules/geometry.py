@@ -62,9 +62,10 @@ def cosines(products: jax.Array) -> jax.Array:
 
 
 def angle(cosine: jax.Array) -> jax.Array:
-    """Angle of a cosine; its gradient at 1 and -1 is 0."""
+    """Angle of a cosine; its gradient at 1 and -1 is 0. NaN, which overflow leaves, stays NaN."""
     inside = jnp.abs(cosine) < 1
-    return jnp.where(inside, jnp.arccos(jnp.where(inside, cosine, 0)), jnp.where(cosine > 0, 0, jnp.pi))
+    outside = jnp.where(cosine > 0, 0, jnp.where(cosine < 0, jnp.pi, jnp.nan))
+    return jnp.where(inside, jnp.arccos(jnp.where(inside, cosine, 0)), outside)
 
 
 def arc(cosine: jax.Array, t, linear: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,8 @@ from tadrop_jax.rules.geometry import (
 )
 from tadrop_jax.steps import Step, Sums, safe_ratio, spec
 
-_BALANCED = 1e-8
+# Of the sum of |w_t|: what float32 rounding leaves of unit vectors that balance out lies below.
+_BALANCED = 1e-5
 
 
 def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = True) -> Step:
@@ -30,8 +31,9 @@ def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = Tr
     repeated.
 
     The defaults give what mergekit gives with a ``base_model``, ``space="weights"`` what it gives without one. Where
-    the unit vectors balance out (:math:`|m| < 10^{-8}`) the result is the weighted mean :math:`\sum_t w_t \tau_t`, for
-    any number of models (mergekit: for two; it refuses more). One model is returned as it is.
+    the unit vectors balance out to within rounding (:math:`|m| \le 10^{-5} \sum_t |w_t|`) m has no direction, and the
+    result is the weighted mean :math:`\sum_t w_t \tau_t`, for any number of models (mergekit: below :math:`10^{-8}`,
+    for two; it refuses more). One model is returned as it is.
 
     Args:
       weights: w_t, a number or one per task.
@@ -74,7 +76,7 @@ def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = Tr
         if len(x.tasks) == 1:
             return vectors[0]
         size = root(carry["mean"][0])
-        balanced = size < _BALANCED
+        balanced = size <= _BALANCED * jnp.sum(jnp.abs(weighted(x)))
         scale = jnp.sum(weighted(x) * root(carry["square"])) / jnp.where(balanced, 1, size)
         return jnp.where(balanced, combined(x, vectors, weighted(x)), direction(x, carry) * scale)
 

@@ -20,13 +20,14 @@ def parts_of(rule: AnyStep, method: str) -> list:
 
 
 def put_on_top(rule: Step) -> Step:
-    """A rule's last step, with its merged vector put on top of the stack that it saw: ``(1 + T, *S)``."""
+    """A rule's last step, with its merged vector put on top of the task vectors that it saw: ``(1 + T, *S)``."""
 
     def apply(x, carry):
         merged = rule.apply(x, carry)
         if rule.output == "parameters":
             merged = merged - x.base
-        return jnp.concatenate([merged[None], x.stack])
+        # The rule may itself go on from a vector on top of the stack: that is no task.
+        return jnp.concatenate([merged[None], x.stack[-len(x.tasks) :]])
 
     def instead(path, shape, tasks):
         other = rule.for_tensor(path, shape, tasks)

@@ -77,7 +77,8 @@ def ties(
       elect: ``"unweighted"`` (the sign of the sum), ``"weighted"`` (of the weighted sum) or ``"frequency"`` (of the sum
         of signs; PEFT).
       zero_sign: the sign where the election ends in 0: ``"majority"`` of all elected signs over the whole vector, or
-        ``"positive"``.
+        ``"positive"``. Where the majority is 0 too, the negative entries are averaged or summed, and ``combine="max"``
+        gives 0 (as the authors' ``disjoint_merge``).
       divisor: of the mean: ``"count"`` of the agreeing tasks, or the sum of their ``"weights"``.
       keep: how many entries the trim keeps, see :func:`tadrop_jax.magnitude`. An exact count of a flavour becomes a
         count that keeps ties where ``granularity="global"`` overrides the flavour's.

@@ -40,6 +40,7 @@ def tadrop(
       q_high: upper quantile, at least ``q_low``.
       norm: p = 2, 1, or None for no scaling.
       mapping: g: ``"identity"``, ``"affine:SLOPE,OFFSET"``, ``"power:EXPONENT"``, or a function of the ratios ``(T,)``.
+        Steps with equal functions share a compilation: a function must go on to do what it did when it was first run.
       s_min: least sparsity in [0, 1].
       s_max: largest sparsity in [s_min, 1].
 
@@ -100,6 +101,8 @@ def _mapping(mapping) -> Callable:
         values = [float(v) for v in rest.split(",")] if rest else []
     except ValueError:
         values = []
+    for value in values:  # outside the try: the error is a ValueError itself
+        number("tadrop", "mapping", value)
     if kind == "identity" and not rest:
         return lambda ratio: ratio
     if kind == "affine" and len(values) == 2:

@@ -349,6 +349,7 @@ def test_tied_weights_stay_tied():
 
     base, models = tree(), [tree(), tree()]
     batches = [itertools.repeat(jnp.asarray(rng.integers(0, 5, 8))) for _ in models]
-    found = tj.adamerging([logits, logits], batches, base, models, steps=5, learning_rate=1e-2)
+    sparsifier = tj.masked(tj.magnitude(0.5), exclude="head")
+    found = tj.adamerging([logits, logits], batches, base, models, steps=5, learning_rate=1e-2, sparsifier=sparsifier)
     np.testing.assert_array_equal(found.params["wte"], found.params["head"])
     np.testing.assert_array_equal(found.coefficients["wte"], found.coefficients["head"])

@@ -55,6 +55,17 @@ def test_vectors_that_balance_out_give_the_weighted_mean():
     np.testing.assert_allclose(tj.merge_task_vectors(four, tj.multislerp())["w"], [0, -0.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_vectors_that_balance_out_to_within_rounding_have_no_direction(scale):
+    turns = 2 * np.pi / 3 * np.arange(3) + 0.3
+    stack = {"w": np.stack([np.cos(turns), np.sin(turns)], 1).astype(np.float32)}
+    rule = tj.multislerp(scale, normalize=False)
+    np.testing.assert_allclose(tj.merge_task_vectors(stack, rule)["w"] / scale, [0, 0], atol=1e-6)
+    numbers = {"w": np.float32([[1.1e4], [2.3e4], [-3.1e4]])}
+    found = tj.merge_task_vectors(numbers, tj.multislerp([0.5, 1.0, 1.5]))["w"]
+    np.testing.assert_allclose(found, [(0.5 * 1.1e4 + 2.3e4 - 1.5 * 3.1e4) / 3], rtol=1e-6)
+
+
 def test_zero_task_vectors_count_in_the_length_alone():
     stack = {"w": np.float32([[3, 4], [0, 0]]), "zero": np.zeros((2, 3), np.float32)}
     merged = tj.merge_task_vectors(stack, tj.multislerp())

@@ -80,6 +80,11 @@ def test_mergekit_takes_opposite_vectors_for_an_arc():
     assert max(lengths) > 100  # linear interpolation gives 0.5
 
 
+def test_norms_beyond_float32_leave_nan_and_no_other_vector():
+    stack = {"w": np.float32([[3e19, 1e19], [1e19, 3e19]])}
+    assert np.isnan(tj.merge_task_vectors(stack, tj.nuslerp())["w"]).all()
+
+
 def test_gradients_are_finite():
     rows = np.float32([[1, 2, 0], [2, 4, 0], [-1, -2, 0], [0, 0, 0], [3, 0, 1]])
 

@@ -61,6 +61,21 @@ def test_what_is_calibrated_on(stack, calibrate_on):
     np.testing.assert_allclose(merged, oracle(np.asarray(inner), np.asarray(measure), 1 / 3), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("calibrate_on", ["dense", "sparse"])
+def test_a_vector_that_the_rule_goes_on_from_is_no_task(stack, calibrate_on):
+    plain, on_top = tj.consensus(0), tj.consensus(0, multi_task=tj.task_arithmetic(1.0))
+    expected = tj.merge_task_vectors(stack, tj.svc(plain, calibrate_on=calibrate_on))
+    found = tj.merge_task_vectors(stack, tj.svc(on_top, calibrate_on=calibrate_on))
+    np.testing.assert_allclose(found["one/kernel"], expected["one/kernel"], rtol=1e-5, atol=1e-5)
+
+
+def test_svc_of_svc(stack):
+    inner = tj.svc(tj.task_arithmetic(1.0), 0.2)
+    expected = oracle(np.asarray(tj.merge_task_vectors(stack, inner)["one/kernel"]), stack["one/kernel"], 0.2)
+    found = tj.merge_task_vectors(stack, tj.svc(inner, 0.2, calibrate_on="sparse"))["one/kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_coefficient_cancels_where_nothing_is_below_alpha():
     rng = np.random.default_rng(0)
     common = rng.normal(size=(7, 5))

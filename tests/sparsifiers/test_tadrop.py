@@ -35,3 +35,9 @@ def test_mapping(name, make_stacks, nest, flatten):
 def test_unknown_mappings_are_refused(mapping):
     with pytest.raises(tj.ParameterError, match="tadrop: mapping must be 'identity', 'affine:SLOPE,OFFSET'"):
         tj.tadrop(mapping=mapping)
+
+
+@pytest.mark.parametrize("mapping", ["affine:nan,1", "affine:inf,-inf", "power:nan", "affine:1,1e39"])
+def test_mappings_are_of_finite_numbers(mapping):
+    with pytest.raises(tj.ParameterError, match="tadrop: mapping must be a finite number of float32, got "):
+        tj.tadrop(mapping=mapping)
