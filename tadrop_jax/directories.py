@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def inspect_directories(
         steps = explaining_steps(request.chain, len(request.models))
         plan = make_plan(sources, request)
         turned = Turned(sources, pytorch_places(sources[0]), request.workers)
-        streams = [s for s in (_stream(turned, name, plan.rows) for name in plan.merged) if s.size]
+        streams = [s for s in (_stream(turned, name, plan) for name in plan.merged) if s.size]
         settings = _settings(request, _counter(progress, _bytes_to_read(steps, sources, plan)))
         with _naming_files(turned):
             carries = measure(steps, streams, len(request.models), settings)
@@ -142,7 +142,7 @@ def _merge(
     base = sources[0]
     turned = Turned(sources, {} if bundle else pytorch_places(base), request.workers)
     back = Back(turned, sink.write)
-    streams = [_stream(turned, name, plan.rows) for name in plan.merged]
+    streams = [_stream(turned, name, plan) for name in plan.merged]
     total = _bytes_to_read(steps, sources, plan)
     log = TensorLog(sink.partial, fresh=not sink.done)
     prefix = "base/" if bundle else ""
@@ -294,8 +294,8 @@ def _part_bytes(layout, part: str) -> int:
     )
 
 
-def _stream(turned: Turned, name: str, rows: Mapping[str, int]) -> Stream:
-    shape = turned.shape(name)
+def _stream(turned: Turned, name: str, plan: Plan) -> Stream:
+    shape, rows = turned.shape(name), plan.rows
     if name in rows and turned.order(name) is not None:
         raise MergeError(
             f"tensor {name!r}: its rows are the last axis of the base's file; --exclude takes it from there"
@@ -306,6 +306,7 @@ def _stream(turned: Turned, name: str, rows: Mapping[str, int]) -> Stream:
         turned.sources[0].tensors[name].dtype,
         lambda row, start, stop, out: turned.read(row, name, start, stop, out),
         turned.places.get(name, (name, None))[0],
+        plan.copies_of(name),
     )
 
 

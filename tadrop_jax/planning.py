@@ -76,6 +76,10 @@ class Plan(NamedTuple):
     aliases: dict[str, str]
     rows: dict[str, int]
 
+    def copies_of(self, name: str) -> tuple[str, ...]:
+        """Further names of a tensor that is tied."""
+        return tuple(alias for alias, target in self.aliases.items() if target == name)
+
 
 def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     """Checks base and models against each other, before a tensor is read.
@@ -95,7 +99,9 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     include, exclude = patterns(request.include), patterns(request.exclude)
     everywhere = dict.fromkeys([*names, *(n for m in models for n in m.tensors)])
     check_patterns((*include, *exclude, *per_task), everywhere)
-    check_patterns([pattern for step in expand(request.chain, len(models)) for pattern in step.named], names)
+    check_patterns(
+        [pattern for step in expand(request.chain, len(models)) for pattern in step.named], [*names, *aliases]
+    )
     apart = _differing(sources, request, names, everywhere)
     copies: dict[str, list[str]] = {}
     for alias, target in aliases.items():

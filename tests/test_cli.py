@@ -323,6 +323,14 @@ def test_what_excludes_a_copy_excludes_the_tied_tensor(tmp_path):
     assert np.any(merged["transformer.ln_f.weight"] != base["transformer.ln_f.weight"])
 
 
+def test_a_pattern_of_a_rule_matches_a_tied_tensor_by_its_copy(tmp_path):
+    base, models = save_tied(tmp_path)
+    assert merge(tmp_path, "--set", "mean_only=lm_head", method="tsv_m") == 0
+    expected = tj.merge(base, models, tj.average())
+    for name, value in read_model(tmp_path / "out").items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+
+
 def test_a_pattern_of_a_rule_may_match_what_is_excluded(tmp_path):
     base, _ = save_tied(tmp_path, ())
     assert merge(tmp_path, "--set", "mean_only=ln_f", "--exclude", "ln_f", method="tsv_m") == 0
