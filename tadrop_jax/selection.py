@@ -287,7 +287,7 @@ def magnitude_quantile(x, q, method: str = "linear") -> jax.Array:
 
     Raises:
       MergeError: for an empty or non-float ``x``.
-      ParameterError: for an unknown method, or a concrete ``q`` outside [0, 1].
+      ParameterError: for an unknown method, a concrete ``q`` outside [0, 1], or several.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -299,6 +299,8 @@ def magnitude_quantile(x, q, method: str = "linear") -> jax.Array:
     n = _entries(x, axes, "magnitude_quantile")
     if method not in ("linear", "lower"):
         raise ParameterError(f"method must be 'linear' or 'lower', got {method!r}")
+    if np.ndim(q):
+        raise ParameterError(f"q must be one number, got an array of shape {np.shape(q)}: jax.vmap takes several")
     if not is_traced(q) and not 0 <= float(q) <= 1:
         raise ParameterError(f"q must lie in [0, 1], got {q}")
     low = wide.floor_times(q, n - 1)

@@ -221,9 +221,10 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class PerTasks:
-    """Steps that can be written down only when the number of tasks T is known."""
+    """Steps that can be written down only when the number of tasks T is known; equal if their ``spec`` is."""
 
-    build: Callable[[int], tuple[Step, ...]]
+    build: Callable[[int], tuple[Step, ...]] = dataclasses.field(compare=False)
+    spec: tuple
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 

@@ -94,6 +94,14 @@ def test_ranges_are_those_of_the_function(method):
                 registry.build(method.name, {parameter.name: value})
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.from_python], ids=ids)
+def test_the_same_method_is_the_same_step(method):
+    """So that what was compiled for one call serves the next, the user's own jit with a static rule as well."""
+    first, second = (registry.build(method.name, {}) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+
+
 @pytest.mark.parametrize(
     ("method", "name"), [(m, p.name) for m, p in PARAMETERS if p.kind == "flag" and not m.from_python], ids=ids
 )

@@ -42,7 +42,7 @@ def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
         inner = expand(sparsifier, tasks)
         return tuple(_restricted(step, task, turns[:i]) for i, task in enumerate(turns) for step in inner)
 
-    return PerTasks(build)
+    return PerTasks(build, ("conflict_aware", sparsifier, None if order is None else tuple(order)))
 
 
 def turns_of(method: str, order, tasks: int) -> tuple[int, ...]:

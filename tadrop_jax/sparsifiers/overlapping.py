@@ -48,7 +48,7 @@ def overlapping(n: int, m: int, overlap: str = "exact", order=None, tail: str = 
         turns = turns_of("cabs", order, tasks)
         return tuple(_turn(task, turns[:i], n, m, overlap, tail) for i, task in enumerate(turns))
 
-    return PerTasks(build)
+    return PerTasks(build, ("overlapping", n, m, overlap, None if order is None else tuple(order), tail))
 
 
 def _turn(task: int, earlier: tuple[int, ...], n: int, m: int, overlap: str, tail: str) -> Step:

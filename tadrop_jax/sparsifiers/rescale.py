@@ -49,7 +49,7 @@ def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -
         steps = expand(sparsifier, tasks)
         return (_restoring(_joined(steps), norm, granularity),) if steps else ()
 
-    return PerTasks(build)
+    return PerTasks(build, ("rescale", sparsifier, norm, granularity))
 
 
 def _restoring(step: Step, norm: int, granularity: Scope) -> Step:
