@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
-from tadrop_jax.errors import CheckpointError, MergeError
+from tadrop_jax.errors import CheckpointError, MergeError, ParameterError
 from tadrop_jax.steps import AnyStep, output_of, patterns, per_task_patterns
 from tadrop_jax.task_vector import check_alike, check_names
 from tadrop_jax.trees import check_patterns, selected
@@ -82,8 +82,10 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
 
     Raises:
       MismatchError: naming file, tensor and both values.
-      ParameterError: if a pattern matches nothing.
+      ParameterError: if a pattern matches nothing, or the seed has more than 64 bits.
     """
+    if not -(2**63) <= request.seed < 2**63:
+        raise ParameterError(f"seed must lie in [-2^63, 2^63 - 1], got {request.seed}")
     base, models = sources[0], sources[1:]
     per_task = per_task_patterns(request.chain)
     config = _config(request.base)
