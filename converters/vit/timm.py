@@ -10,7 +10,7 @@ from typing import Any
 
 from converters.errors import ConversionError
 from converters.mapping import Row, Transform, conv, linear, norm
-from converters.vit.config import ViTConfig, pair
+from converters.vit.config import POOLS, ViTConfig, pair
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,6 +25,7 @@ _ACTIVATIONS |= {"silu": "silu", "swish": "silu", "tanh": "tanh"}
 # Arguments of timm's VisionTransformer that have to be as they are here.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "pos_embed": ("learn",),
+    "global_pool": (None, *POOLS),
     "proj_bias": (True,),
     "scale_attn_norm": (False,),
     "scale_mlp_norm": (False,),

@@ -86,6 +86,7 @@ def test_what_is_not_supported_says_why(tmp_path):
             {"model_args": {"norm_layer": "rmsnorm", "act_layer": "mish"}},
             "(?s)norm_layer is 'rmsnorm'.*act_layer is 'mish'",
         ),
+        ({"num_heads": 2, "num_classes": 0, "global_pool": ""}, "global_pool is '', supported is None or 'token' or"),
         ({"num_heads": 2, "img_size": [8, 12]}, "pos_embed has 5 places, images of 8 by 12 need 6"),
         ({"num_heads": 2, "no_embed_class": True}, "pos_embed has 5 places, 1 tokens stand before"),
     ]:
