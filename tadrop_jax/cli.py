@@ -15,17 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tadrop_jax import __version__, console, processors, registry, writing
-from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, checkpoint_errors
+from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, RowsError, checkpoint_errors
 
 _PICTURES = (".png", ".svg", ".pdf")
 _EXCLUDE = " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks"
+_OWN = "; with a method that gives one model per task --differing own lets them stay each task's own"
+_OVERLAP = (
+    "; with one that gives one model --differing overlap merges the rows that all have, as of vocabularies that grew"
+)
 _ADVICE = {
     ("merge", ContentError): " (--allow-nonfinite lets it pass)",
-    ("merge", MismatchError): f"{_EXCLUDE}; with a method that gives one model per task --differing own lets them stay "
-    "each task's own)",
+    ("merge", MismatchError): f"{_EXCLUDE}{_OWN})",
+    ("merge", RowsError): f"{_EXCLUDE}{_OWN}{_OVERLAP})",
     ("merge", DtypeError): " (bring all models to one dtype first, for instance with transformers: "
     "model.to(dtype).save_pretrained(DIR); --dtype is that of the result)",
     ("inspect", MismatchError): f"{_EXCLUDE})",
+    ("inspect", RowsError): f"{_EXCLUDE})",
 }
 
 
