@@ -106,7 +106,7 @@ def convert(
         and any("/" in row.torch for row in opened.package.table(opened.config, entry.name))
     ):
         entry = families.counterpart(entry)  # a layout of trees: PyTorch has other names for it
-    if entry.package != opened.entry.package:
+    if families.module_of(entry) is not families.module_of(opened.entry):
         raise ConversionError(f"{source}: is {opened.entry.name}, which cannot be written as {entry.name}")
     _write(
         directory,

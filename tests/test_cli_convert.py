@@ -1,5 +1,6 @@
 """`tadrop convert`: there and back, what it says, and what it refuses."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -73,6 +74,17 @@ def test_a_tree_without_a_configuration(root, capsys):
     assert "absent.json: no such file" in capsys.readouterr().err
 
 
+def test_what_is_fused_is_said_where_flax_takes_part(root, capsys):
+    """Of the tensors that are there: this ViT has no bias of queries, keys and values, and pools without attention."""
+    config = dataclasses.replace(CONFIG, layer_norm_eps=1e-6, qkv_bias=False)
+    module = ViTForImageClassification(config, rngs=nnx.Rngs(0))
+    converters.save(root / "timm", module, architecture="timm/VisionTransformer")
+    assert convert(root, "timm", "flax", "--to", "flax") == 0
+    assert "fused in PyTorch and apart in Flax: blocks.{i}.attn.qkv.weight; methods" in capsys.readouterr().out
+    assert convert(root, "timm", "torch", "--to", "torch") == 0
+    assert "fused in PyTorch" not in capsys.readouterr().out
+
+
 def test_shards(root):
     assert convert(root, "vit", "out", "--to", "torch", "--max-shard-size", "1KB") == 0
     assert len(list((root / "out").glob("model-*.safetensors"))) > 2
@@ -91,8 +103,9 @@ def test_what_is_wrong(root, capsys):
     refused(root, capsys, convert(root, "absent", "out", "--to", "flax"), "absent", "no such file or directory")
     code = convert(root, "vit", "out", "--to", "torch", "--format", "npz")
     refused(root, capsys, code, "format must be safetensors with torch")
-    code = convert(root, "vit", "out", "--to", "torch", "--architecture", "CLIPModel")
-    refused(root, capsys, code, "ViTForImageClassification, which cannot be written as CLIPModel")
+    for other, to in (("CLIPModel", "torch"), ("ViTModel", "flax")):
+        code = convert(root, "vit", "out", "--to", to, "--architecture", other)
+        refused(root, capsys, code, f"vit: is ViTForImageClassification, which cannot be written as {other}\n")
     assert convert(root, "vit", "vit", "--to", "flax") == 2
     assert "not empty" in capsys.readouterr().err
     weights = root / "vit" / "model.safetensors"
