@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters import families
-from converters.errors import ConversionError
+from converters.errors import ConversionError, reading
 from converters.files import Stored, open_tensors
 from converters.mapping import Row, flatten, nest, translate
 from converters.names import Origin, learned, spelled
@@ -162,8 +162,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         ConversionError: there is none, or it cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise ConversionError(f"{path}: no such file")
+    with reading(path):
+        if not path.exists():
+            raise ConversionError(f"{path}: no such file")
     return read_json(path)
 
 
@@ -173,11 +174,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConversionError: it cannot be read.
     """
-    if not path.exists():
-        return {}
+    with reading(path):
+        if not path.exists():
+            return {}
+        text = path.read_bytes()
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        raw = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConversionError(f"{path}: is no JSON object")

@@ -219,6 +219,8 @@ def _config(path: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise CheckpointError(f"{file}: is not valid JSON: {error}") from None
     return config if isinstance(config, dict) else None

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -121,6 +122,25 @@ def test_what_is_wrong(root, capsys):
     config = json.loads((root / "vit" / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
     (root / "vit" / "config.json").write_text(json.dumps(config))
     refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), "LlamaForCausalLM is not supported")
+
+
+def test_an_output_that_cannot_be_begun(root, capsys):
+    refused(root, capsys, convert(root, "vit", "/proc/x", "--to", "torch"), "/proc/x: cannot be written: No such file")
+
+
+def test_a_source_that_cannot_be_read(root, capsys, monkeypatch):
+    tokenizer = root / "vit" / "tokenizer.json"
+    tokenizer.unlink()
+    tokenizer.symlink_to("/proc/self/mem")  # root cannot read its beginning either
+    code = convert(root, "vit", "out", "--to", "torch")
+    refused(root, capsys, code, f"{tokenizer}: cannot be read: Input/output error")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{path}/model.safetensors")
+
+    monkeypatch.setattr("converters.loading.open_tensors", refuse)
+    code = convert(root, "vit", "out", "--to", "torch")
+    refused(root, capsys, code, f"{root / 'vit'}/model.safetensors: cannot be read: Permission denied")
 
 
 def test_a_full_disk(root, capsys, monkeypatch):
