@@ -27,3 +27,12 @@ def reading(path: Any):
         yield
     except OSError as error:
         raise ConversionError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+
+
+def advice(config: str) -> str:
+    """Tells how to say what the files do not tell.
+
+    Args:
+        config: the contents of a `config.json`.
+    """
+    return f"pass config={config}, or put that into a config.json beside the file (tadrop convert takes --config FILE)"

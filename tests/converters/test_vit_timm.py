@@ -71,7 +71,7 @@ def test_shapes_tell_the_configuration(variant, tmp_path):
     assert detect({}, tensors).name == name
     bare = write(tmp_path / "without", tensors)
     if not config.qk_norm:  # whose shapes tell how wide a head is
-        with pytest.raises(ConversionError, match="number of heads of a ViT of width 8"):
+        with pytest.raises(ConversionError, match=r"number of heads of a ViT of width 8.*--config FILE"):
             open_model(bare)
     opened = open_model(bare, config={"num_heads": 2})
     assert (opened.entry.name, opened.config) == (name, config)
