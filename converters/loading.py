@@ -84,6 +84,10 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
         # An unsupported architecture is told before files are looked at.
         name = families.detect(raw, (), folder / "config.json").name
     stored = open_tensors(source)
+    if stored.is_adapter:
+        raise ConversionError(
+            f"{source}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload)"
+        )
     entry = families.architecture(name) if name else families.detect(raw, stored.tensors, folder / "config.json")
     package = families.package_of(entry)
     tensors, spelling = spelled(stored.tensors, package, entry)

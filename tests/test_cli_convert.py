@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import converters
 from converters.vit import Config, ViTForImageClassification
@@ -119,6 +120,9 @@ def test_what_is_wrong(root, capsys):
     code = convert(root, "vit", "out", "--to", "flax")
     refused(root, capsys, code, "pytorch_model.bin", "holds code", "posix.system")
     assert not (root / "executed").exists()
+    (root / "lora").mkdir()
+    save_file({"w.lora_A.weight": np.ones((1, 2), np.float32)}, root / "lora" / "adapter_model.safetensors")
+    refused(root, capsys, convert(root, "lora", "out", "--to", "flax"), "lora: is an adapter, no model")
     config = json.loads((root / "vit" / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
     (root / "vit" / "config.json").write_text(json.dumps(config))
     refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), "LlamaForCausalLM is not supported")
