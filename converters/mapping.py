@@ -239,7 +239,11 @@ def fused(source: Any, there: Iterable[str] | None = None) -> dict[str, tuple[st
     if there is None:
         return found
     held = list(there)
-    return {name: paths for name, paths in found.items() if any(map(_pattern(paths[0]).fullmatch, held))}
+    return {
+        name: paths
+        for name, paths in found.items()
+        if any(_pattern(path).fullmatch(one) for path in paths for one in held)
+    }
 
 
 def _rows_of(source: Any) -> Table:

@@ -31,7 +31,8 @@ def speaking(answer: Callable[[], int]) -> int:
         if error.filename is not None or error.errno not in _UNWRITTEN:
             raise
         print(f"tadrop: the standard output cannot be written: {error.strerror}", file=sys.stderr)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:  # what is left in it would be tried again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
