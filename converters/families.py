@@ -194,15 +194,19 @@ def package_of(entry: Architecture) -> Any:
     return importlib.import_module(entry.package)
 
 
+def module_of(entry: Architecture) -> Any:
+    """The class of an architecture's module."""
+    return package_of(entry).MODELS[entry.name]
+
+
 def counterpart(entry: Architecture) -> Architecture:
     """The architecture of transformers with the module of another layout.
 
     Raises:
         ConversionError: there is none.
     """
-    models = package_of(entry).MODELS
     for other in ARCHITECTURES.values():
-        same = other.package == entry.package and models[other.name] is models[entry.name]
+        same = other.package == entry.package and module_of(other) is module_of(entry)
         if same and other.layout == "transformers":
             return other
     raise ConversionError(f"pass architecture=: none of transformers has the module of {entry.name}")
@@ -229,7 +233,7 @@ def architecture_of(model: Any, config: Any = None) -> Architecture:
     for kind in type(model).__mro__:
         package = kind.__module__.rpartition(".")[0]
         for entry in ARCHITECTURES.values():
-            if entry.package == package and package_of(entry).MODELS[entry.name] is kind:
+            if entry.package == package and module_of(entry) is kind:
                 return entry
     named = (getattr(config, "other", None) or {}).get("architectures")
     if named:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters import families
-from converters.errors import ConversionError
+from converters.errors import ConversionError, reading
 from converters.files import Stored, open_tensors
 from converters.mapping import Row, flatten, nest, translate
 from converters.names import Origin, learned, spelled
@@ -84,6 +84,10 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
         # An unsupported architecture is told before files are looked at.
         name = families.detect(raw, (), folder / "config.json").name
     stored = open_tensors(source)
+    if stored.is_adapter:
+        raise ConversionError(
+            f"{source}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload)"
+        )
     entry = families.architecture(name) if name else families.detect(raw, stored.tensors, folder / "config.json")
     package = families.package_of(entry)
     tensors, spelling = spelled(stored.tensors, package, entry)
@@ -162,8 +166,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         ConversionError: there is none, or it cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise ConversionError(f"{path}: no such file")
+    with reading(path):
+        if not path.exists():
+            raise ConversionError(f"{path}: no such file")
     return read_json(path)
 
 
@@ -173,11 +178,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConversionError: it cannot be read.
     """
-    if not path.exists():
-        return {}
+    with reading(path):
+        if not path.exists():
+            return {}
+        text = path.read_bytes()
     try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        raw = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConversionError(f"{path}: is no JSON object")

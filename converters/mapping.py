@@ -223,18 +223,27 @@ def places(
     return found
 
 
-def fused(source: Any) -> dict[str, tuple[str, ...]]:
+def fused(source: Any, there: Iterable[str] | None = None) -> dict[str, tuple[str, ...]]:
     """The tensors that hold several of the module's, or one in another shape: names, and paths, as templates.
 
     Args:
         source: a module of ours, or a family's rows.
+        there: paths of the module's parameters, to leave out what a checkpoint lacks; None takes all rows.
 
     Example:
         >>> fused([Row("in_proj", ("q", "k", "v")), Row("out", "out")])
         {'in_proj': ('q', 'k', 'v')}
     """
     rows = ((row, (row.flax,) if isinstance(row.flax, str) else row.flax) for row in _rows_of(source))
-    return {row.torch: paths for row, paths in rows if len(paths) > 1 or row.shapes}
+    found = {row.torch: paths for row, paths in rows if len(paths) > 1 or row.shapes}
+    if there is None:
+        return found
+    held = list(there)
+    return {
+        name: paths
+        for name, paths in found.items()
+        if any(_pattern(path).fullmatch(one) for path in paths for one in held)
+    }
 
 
 def _rows_of(source: Any) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from converters import families
-from converters.errors import ConversionError
+from converters.errors import ConversionError, reading
 from converters.files import write_tensors
 from converters.files.sidecars import sidecars
 from converters.loading import NOTE, Opened, abstract, open_model
@@ -46,8 +46,9 @@ def save(
         max_shard_size: bytes of a safetensors file.
 
     Raises:
-        ConversionError: the directory is not empty, the configuration is missing, or a parameter is unmapped.
-        OSError: it cannot be written; nothing is left behind.
+        ConversionError: the directory is not empty or cannot be made, the configuration is missing, or a parameter is
+            unmapped.
+        OSError: writing failed midway; nothing is left behind.
 
     Example:
         >>> save("models/my-vit", module)  # doctest: +SKIP
@@ -90,15 +91,16 @@ def convert(
         What was read.
 
     Raises:
-        ConversionError: as `converters.load` and `converters.save`.
-        OSError: it cannot be written; nothing is left behind.
+        ConversionError: as `converters.load` and `converters.save`, or the source cannot be read.
+        OSError: writing failed midway; nothing is left behind.
 
     Example:
         >>> convert("models/gpt2", "models/gpt2-flax", to="flax")  # doctest: +SKIP
     """
     source, directory = Path(source), Path(directory)
     _check(directory, to, format)
-    opened = open_model(source, config=config)
+    with reading(source):
+        opened = open_model(source, config=config)
     entry = families.architecture(architecture) if architecture else opened.entry
     if (
         not architecture
@@ -106,7 +108,7 @@ def convert(
         and any("/" in row.torch for row in opened.package.table(opened.config, entry.name))
     ):
         entry = families.counterpart(entry)  # a layout of trees: PyTorch has other names for it
-    if entry.package != opened.entry.package:
+    if families.module_of(entry) is not families.module_of(opened.entry):
         raise ConversionError(f"{source}: is {opened.entry.name}, which cannot be written as {entry.name}")
     _write(
         directory,
@@ -174,10 +176,11 @@ def _beside(source: Path | None) -> dict[str, Path]:
     """The files that travel along; of a single file's neighbours only its configuration is known to be its own."""
     if source is None:
         return {}
-    if source.is_dir():
-        return {name: file for name, file in sidecars(source).items() if name != NOTE}
-    config = source.parent / "config.json"
-    return {config.name: config} if config.exists() else {}
+    with reading(source):
+        if source.is_dir():
+            return {name: file for name, file in sidecars(source).items() if name != NOTE}
+        config = source.parent / "config.json"
+        return {config.name: config} if config.exists() else {}
 
 
 def _check(directory: Path, to: str, format: str | None) -> str:
@@ -199,16 +202,19 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def _appear(directory: Path, files: Iterable[tuple[str, bytes | Path]], write: Any) -> None:
     """Writes into a directory beside it, which gets its name when all is done."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise ConversionError(f"{directory}: cannot be written: {error.strerror}") from error
     try:
         partial.chmod(0o755)
         for name, data in files:
             (partial / name).parent.mkdir(exist_ok=True)
             if isinstance(data, Path):
-                shutil.copyfile(data, partial / name)
-            else:
-                (partial / name).write_bytes(data)
+                with reading(data):
+                    data = data.read_bytes()
+            (partial / name).write_bytes(data)
         write(partial)
         os.replace(partial, directory)
     finally:

@@ -14,18 +14,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tadrop_jax import __version__, console, processors, registry
-from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, checkpoint_errors
+from tadrop_jax import __version__, console, processors, registry, writing
+from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, RowsError, checkpoint_errors
 
 _PICTURES = (".png", ".svg", ".pdf")
 _EXCLUDE = " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks"
+_OWN = "; with a method that gives one model per task --differing own lets them stay each task's own"
+_OVERLAP = (
+    "; with one that gives one model --differing overlap merges the rows that all have, as of vocabularies that grew"
+)
 _ADVICE = {
     ("merge", ContentError): " (--allow-nonfinite lets it pass)",
-    ("merge", MismatchError): f"{_EXCLUDE}; with a method that gives one model per task --differing own lets them stay "
-    "each task's own)",
+    ("merge", MismatchError): f"{_EXCLUDE}{_OWN})",
+    ("merge", RowsError): f"{_EXCLUDE}{_OWN}{_OVERLAP})",
     ("merge", DtypeError): " (bring all models to one dtype first, for instance with transformers: "
     "model.to(dtype).save_pretrained(DIR); --dtype is that of the result)",
     ("inspect", MismatchError): f"{_EXCLUDE})",
+    ("inspect", RowsError): f"{_EXCLUDE})",
 }
 
 
@@ -36,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; None takes them from the command line.
 
     Returns:
-      0 if it is done; 2 if the request or its inputs are wrong (then nothing was written); 1 if it failed midway.
+      0 if it is done; 2 if the request or its inputs are wrong (then nothing was written); 1 if it failed midway, or
+      what it has to say cannot be written to the standard output.
     """
+    return writing.speaking(lambda: _answer(argv))
+
+
+def _answer(argv: Sequence[str] | None) -> int:
+    """Runs a command. What it says of a file that cannot be read or written has its name; other errors are raised."""
     parser = _parser()
     try:
         options = parser.parse_args(argv)
@@ -53,9 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"tadrop {options.command}: interrupted", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.filename is None:
@@ -295,11 +303,13 @@ def _inspect(options) -> int:
     tasks = task_names(models)
     if options.json is not None:
         told = {n: {k: list(v) if k == "shape" else v.tolist() for k, v in row.items()} for n, row in rows.items()}
-        options.json.write_text(json.dumps({"tasks": tasks, "tensors": told}, indent=1))
+        with writing.asked_for(options.json):
+            options.json.write_text(json.dumps({"tasks": tasks, "tensors": told}, indent=1))
     if options.plot is not None:
         from tadrop_jax.plots import draw_inspection
 
-        draw_inspection(rows, tasks, options.plot)
+        with writing.asked_for(options.plot):
+            draw_inspection(rows, tasks, options.plot)
     if not options.quiet:
         console.print_inspection(rows, tasks, options.sparsify)
     return 0

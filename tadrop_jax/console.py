@@ -151,7 +151,8 @@ def print_conversion(opened, out: Path, to: str) -> None:
     print(f"{out}: {opened.entry.name} from {opened.stored.format} for {to}, {count} parameters, {size(nbytes)}")
     from converters import fused
 
-    if names := ", ".join(fused(opened.rows)):
+    flax = to == "flax" or opened.stored.is_tree
+    if names := ", ".join(fused(opened.rows, opened.leaves)) if flax else "":
         print(
             f"fused in PyTorch and apart in Flax: {names}; methods that go by rows, groups, ranks within a tensor or "
             "random numbers give other weights for these in Flax"

@@ -17,6 +17,10 @@ class MismatchError(MergeError):
     """Two models (or a model and the base) do not have the same tensors, shapes or dtypes."""
 
 
+class RowsError(MismatchError):
+    """A tensor of a model has another number of rows than the base's, and is alike but for that."""
+
+
 class DtypeError(MismatchError):
     """A tensor of a model has another dtype than the base's."""
 

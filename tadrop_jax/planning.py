@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
+<<<<<<< HEAD
 from tadrop_jax.errors import CheckpointError, MergeError
 from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
+=======
+from tadrop_jax.errors import CheckpointError, MergeError, ParameterError
+from tadrop_jax.steps import AnyStep, output_of, patterns, per_task_patterns
+>>>>>>> dee3156c19cca1d38f51116e7fe1776e67eb995a
 from tadrop_jax.task_vector import check_alike, check_names
 from tadrop_jax.trees import check_patterns, selected, selected_tied
 
@@ -86,8 +91,10 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
 
     Raises:
       MismatchError: naming file, tensor and both values.
-      ParameterError: if a pattern matches nothing.
+      ParameterError: if a pattern matches nothing, or the seed has more than 64 bits.
     """
+    if not -(2**63) <= request.seed < 2**63:
+        raise ParameterError(f"seed must lie in [-2^63, 2^63 - 1], got {request.seed}")
     base, models = sources[0], sources[1:]
     per_task = per_task_patterns(request.chain)
     config = _config(request.base)
@@ -232,6 +239,8 @@ def _config(path: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise CheckpointError(f"{file}: is not valid JSON: {error}") from None
     return config if isinstance(config, dict) else None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax.errors import DtypeError, MergeError, MismatchError
+from tadrop_jax.errors import DtypeError, MergeError, MismatchError, RowsError
 from tadrop_jax.trees import check_dtype, is_mergeable, named_leaves, tied
 
 
@@ -118,7 +118,8 @@ def check_alike(name: str, base: tuple, model: tuple, who: str, base_is: str = "
     for what, expected, found in zip(("shape", "dtype"), base, model, strict=True):
         if expected != found:
             show = list if what == "shape" else str
-            error = DtypeError if what == "dtype" else MismatchError
+            rows = what == "shape" and expected and found and expected[1:] == found[1:]
+            error = DtypeError if what == "dtype" else RowsError if rows else MismatchError
             raise error(f"tensor {name!r} has {what} {show(found)} in {who} and {show(expected)} in {base_is}")
 
 

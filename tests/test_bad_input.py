@@ -164,6 +164,10 @@ def config(file: Path):
     (file.parent / "config.json").write_text("{")
 
 
+def unreadable_config(file: Path):
+    (file.parent / "config.json").symlink_to("/proc/self/mem")  # root cannot read its beginning either
+
+
 DAMAGE = {
     truncated: [FILE, "truncated"],
     corrupt: [FILE, "header", "not valid JSON"],
@@ -176,6 +180,7 @@ DAMAGE = {
     nothing: ["m1", "no such file or directory"],
     bare: ["m1", "holds no safetensors file, torch pickle"],
     config: ["m1/config.json", "not valid JSON"],
+    unreadable_config: ["m1/config.json: cannot be read: Input/output error"],
     adapter: ["m1", "is an adapter", "merge_and_unload", "tj.knots"],
     adapter_file: ["m1", "is an adapter", "merge_and_unload"],
     other_dtype: ["has dtype float16", "one dtype first"],

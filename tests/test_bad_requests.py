@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,9 @@ REQUESTS = {
     "shard size without end": (["--max-shard-size", "infGB"], "ties", ["--max-shard-size", "infGB"]),
     "workers": (["--workers", "0"], "ties", ["--workers", "at least 1", "0"]),
     "a density twice": (["--density", ".2", "--set", "density=.3"], "ties", ["density is given twice"]),
+    "a parameter set twice": (["--set", "combine=sum", "--set", "combine=max"], "ties", ["combine is given twice"]),
+    "a sparsifier's twice": (["--sparsify", "tadrop:q_low=.5,q_low=.6"], "ties", ["tadrop", "q_low is given twice"]),
+    "a seed of 65 bits": (["--seed", f"{2**63}"], "dare_linear", ["seed", "[-2^63, 2^63 - 1]", f"{2**63}"]),
     "a second coefficient": (["--coefficient", ".5", ".3"], "ties", ["'.3' is taken for a recipe", "--coefficient"]),
     "nothing to resume": (["--resume"], "ties", ["out.partial", "nothing to resume"]),
 }
@@ -136,6 +141,28 @@ def test_what_the_system_refuses_is_said_in_one_line(root, capsys, monkeypatch):
     assert capsys.readouterr().err == f"tadrop inspect: {root / 'said.json'}: Permission denied\n"
 
 
+def test_a_file_that_does_not_fit_on_the_disk_goes_again(root, capsys, monkeypatch):
+    def fill(self, text):
+        self.write_bytes(b"{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    argv = ["inspect", "--base", str(root / "base"), "--models", str(root / "m0"), "--quiet"]
+    assert main([*argv, "--json", str(root / "said.json")]) == 2
+    assert capsys.readouterr().err == f"tadrop inspect: {root / 'said.json'}: No space left on device\n"
+    assert not (root / "said.json").exists()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_is_said_does_not_fit_on_the_disk(unbuffered):
+    argv = [sys.executable, "-m", "tadrop_jax.cli", "methods", "ties"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr == "tadrop: the standard output cannot be written: No space left on device\n"
+
+
 def test_an_output_without_a_parent(root, capsys):
     assert merge(root, "--out", str(root / "no" / "out")) == 2
     assert f"{root / 'no' / 'out'}: its parent directory does not exist" in capsys.readouterr().err
@@ -193,6 +220,14 @@ def test_recipes_that_cannot_be_read(name, root, capsys):
     code = main(["merge", str(file), "--out", str(root / "out")])
     # What is out of range shows only when the method is made, which no longer knows where its parameters came from.
     refused(root, capsys, code, *(["recipe.yaml"] if not name.startswith("density") else []), *words)
+
+
+def test_a_seed_of_65_bits(root, capsys):
+    (root / "recipe.yaml").write_text(f"{{base: base, models: [m0], method: ties, seed: {-(2**63) - 1}}}")
+    code = main(["merge", str(root / "recipe.yaml"), "--out", str(root / "out")])
+    refused(root, capsys, code, "seed", "[-2^63, 2^63 - 1]")
+    assert main(["inspect", "--base", f"{root / 'base'}", "--models", f"{root / 'm0'}", "--seed", f"{2**63}"]) == 2
+    assert "tadrop inspect: seed must lie in" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_not_there(root, capsys):

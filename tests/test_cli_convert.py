@@ -1,12 +1,15 @@
 """`tadrop convert`: there and back, what it says, and what it refuses."""
 
+import dataclasses
 import errno
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import converters
 from converters.vit import Config, ViTForImageClassification
@@ -73,6 +76,17 @@ def test_a_tree_without_a_configuration(root, capsys):
     assert "absent.json: no such file" in capsys.readouterr().err
 
 
+def test_what_is_fused_is_said_where_flax_takes_part(root, capsys):
+    """Of the tensors that are there: this ViT has no bias of queries, keys and values, and pools without attention."""
+    config = dataclasses.replace(CONFIG, layer_norm_eps=1e-6, qkv_bias=False)
+    module = ViTForImageClassification(config, rngs=nnx.Rngs(0))
+    converters.save(root / "timm", module, architecture="timm/VisionTransformer")
+    assert convert(root, "timm", "flax", "--to", "flax") == 0
+    assert "fused in PyTorch and apart in Flax: blocks.{i}.attn.qkv.weight; methods" in capsys.readouterr().out
+    assert convert(root, "timm", "torch", "--to", "torch") == 0
+    assert "fused in PyTorch" not in capsys.readouterr().out
+
+
 def test_shards(root):
     assert convert(root, "vit", "out", "--to", "torch", "--max-shard-size", "1KB") == 0
     assert len(list((root / "out").glob("model-*.safetensors"))) > 2
@@ -91,8 +105,9 @@ def test_what_is_wrong(root, capsys):
     refused(root, capsys, convert(root, "absent", "out", "--to", "flax"), "absent", "no such file or directory")
     code = convert(root, "vit", "out", "--to", "torch", "--format", "npz")
     refused(root, capsys, code, "format must be safetensors with torch")
-    code = convert(root, "vit", "out", "--to", "torch", "--architecture", "CLIPModel")
-    refused(root, capsys, code, "ViTForImageClassification, which cannot be written as CLIPModel")
+    for other, to in (("CLIPModel", "torch"), ("ViTModel", "flax")):
+        code = convert(root, "vit", "out", "--to", to, "--architecture", other)
+        refused(root, capsys, code, f"vit: is ViTForImageClassification, which cannot be written as {other}\n")
     assert convert(root, "vit", "vit", "--to", "flax") == 2
     assert "not empty" in capsys.readouterr().err
     weights = root / "vit" / "model.safetensors"
@@ -105,9 +120,31 @@ def test_what_is_wrong(root, capsys):
     code = convert(root, "vit", "out", "--to", "flax")
     refused(root, capsys, code, "pytorch_model.bin", "holds code", "posix.system")
     assert not (root / "executed").exists()
+    (root / "lora").mkdir()
+    save_file({"w.lora_A.weight": np.ones((1, 2), np.float32)}, root / "lora" / "adapter_model.safetensors")
+    refused(root, capsys, convert(root, "lora", "out", "--to", "flax"), "lora: is an adapter, no model")
     config = json.loads((root / "vit" / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
     (root / "vit" / "config.json").write_text(json.dumps(config))
     refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), "LlamaForCausalLM is not supported")
+
+
+def test_an_output_that_cannot_be_begun(root, capsys):
+    refused(root, capsys, convert(root, "vit", "/proc/x", "--to", "torch"), "/proc/x: cannot be written: No such file")
+
+
+def test_a_source_that_cannot_be_read(root, capsys, monkeypatch):
+    tokenizer = root / "vit" / "tokenizer.json"
+    tokenizer.unlink()
+    tokenizer.symlink_to("/proc/self/mem")  # root cannot read its beginning either
+    code = convert(root, "vit", "out", "--to", "torch")
+    refused(root, capsys, code, f"{tokenizer}: cannot be read: Input/output error")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{path}/model.safetensors")
+
+    monkeypatch.setattr("converters.loading.open_tensors", refuse)
+    code = convert(root, "vit", "out", "--to", "torch")
+    refused(root, capsys, code, f"{root / 'vit'}/model.safetensors: cannot be read: Permission denied")
 
 
 def test_a_full_disk(root, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import converters
 from converters.vit import Config, ViTForImageClassification
@@ -40,6 +41,8 @@ def test_pickles_are_merged_as_safetensors_are(method, tmp_path):
     as_pickle(tmp_path / "m0", save_legacy)
     (tmp_path / "m1" / "pytorch_model.bin").unlink(missing_ok=True)
     as_pickle(tmp_path / "m1")
+    (tmp_path / "m1" / "adapter_config.json").write_text("{}")  # of an adapter that lies beside it
+    save_file({"w.lora_A.weight": np.ones((1, 2), np.float32)}, tmp_path / "m1" / "adapter_model.safetensors")
     assert merge(tmp_path, "--digests", method=method) == 0
     ours, plain = (read_model(tmp_path / name) for name in ("out", "plain"))
     assert ours.keys() == plain.keys()

@@ -88,6 +88,7 @@ def test_what_names_begin_with_is_said_once_on_narrow_terminals(folders, capsys,
         (("--include", "nothing"), "matches none"),
         (("--json", "/no/such/folder/x.json"), "parent directory"),
         (("--json", "/"), "is a directory"),
+        (("--json", "/dev/full"), "tadrop inspect: /dev/full: No space left on device"),
         (("--plot", "/tmp/picture.txt"), "--plot writes a picture"),
     ],
 )

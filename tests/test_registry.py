@@ -148,6 +148,8 @@ def test_broken_assignments_are_refused():
         tj.ParameterError, match=r"no parameter 'densty' \(did you mean 'density'\?\); it has density, coeff"
     ):
         parse(METHODS["ties"], ["densty=0.2"])
+    with pytest.raises(tj.ParameterError, match="ties: density is given twice"):
+        parse(METHODS["ties"], ["density=.2", "density=.3"])
     with pytest.raises(tj.ParameterError, match="average has no parameter 'x'; it has weights"):
         registry.build("average", {"x": 1})
 

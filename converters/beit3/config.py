@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, advice
 
 # What torchscale can do and BEiT3 does not: a value other than this one is refused.
 _FIXED = {
@@ -130,7 +130,7 @@ def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arc
         if width % 64:
             raise ConversionError(
                 f"the shapes do not tell how many heads a BEiT3 of width {width} has: "
-                'pass config={"encoder_attention_heads": N}'
+                + advice('{"encoder_attention_heads": N}')
             )
         told["encoder_attention_heads"] = width // 64
     return BEiT3Config.from_dict(told | dict(raw))

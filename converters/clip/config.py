@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ def configure(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arc
         if width % 64 and "num_attention_heads" not in given:
             raise ConversionError(
                 f"the shapes do not tell how many heads a tower of width {width} has: "
-                f'pass config={{"{part}_config": {{"num_attention_heads": N}}}}'
+                + advice(f'{{"{part}_config": {{"num_attention_heads": N}}}}')
             )
         return {
             "hidden_size": width,

@@ -17,6 +17,7 @@ from converters.leaves import Leaf
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 # What training leaves beside a model: pickles, but not of its weights.
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+_ADAPTER = "adapter_model."  # how PEFT's files begin
 FORMATS = ("safetensors", "orbax", "msgpack", "npz")
 
 
@@ -36,6 +37,12 @@ class Stored(NamedTuple):
     files: tuple[Path, ...]
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it is what PEFT adds to a model, and no model: its files or its tensors are called so."""
+        named = bool(self.files) and all(file.name.startswith(_ADAPTER) for file in self.files)
+        return named or (bool(self.tensors) and all("lora_" in name for name in self.tensors))
+
+    @property
     def is_tree(self) -> bool:
         """Whether the names are paths of a tree, not those of a PyTorch module."""
         return self.format in ("orbax", "msgpack") or any("/" in name for name in self.tensors)
@@ -45,8 +52,8 @@ def open_tensors(path: str | os.PathLike) -> Stored:
     """Opens a checkpoint: a file, or a directory with one, of any of the formats.
 
     A directory is searched as `transformers` searches: `model.safetensors`, or the shards that its index names; else
-    any `*.safetensors`; else `pytorch_model.bin`, or its shards; else `flax_model.msgpack`; else an Orbax checkpoint;
-    else the only pickle or archive in it.
+    any `*.safetensors` (but an adapter's beside a `pytorch_model.bin`); else `pytorch_model.bin`, or its shards; else
+    `flax_model.msgpack`; else an Orbax checkpoint; else the only pickle or archive in it.
 
     Raises:
         ConversionError: there is nothing to read, several files of which one would have to be chosen, a shard is
@@ -79,7 +86,7 @@ def open_tensors(path: str | os.PathLike) -> Stored:
             raise ConversionError(f"{path}: more than one index: {', '.join(index.name for index in indices)}.")
         if indices:
             return _from_index(path, indices[0])
-        if single == "model.safetensors" and (files := sorted(path.glob(pattern))):
+        if single == "model.safetensors" and (files := _any_safetensors(path)):
             return _from_files(path, files)
     tree = orbax.find(path)
     if tree is not None:
@@ -97,6 +104,13 @@ def open_tensors(path: str | os.PathLike) -> Stored:
         kinds = "safetensors file, torch pickle, msgpack file, npz archive or Orbax checkpoint"
         raise ConversionError(f"{path}: holds no {kinds}.")
     return _from_files(path, files)
+
+
+def _any_safetensors(path: Path) -> list[Path]:
+    """The safetensors files of a directory without an adapter's beside a `pytorch_model.bin`."""
+    files = sorted(path.glob("*.safetensors"))
+    whole = any(path.glob("pytorch_model*.bin"))
+    return [file for file in files if not (whole and file.name.startswith(_ADAPTER))]
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:

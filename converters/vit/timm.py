@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, advice
 from converters.mapping import Row, Transform, conv, linear, norm
-from converters.vit.config import ViTConfig, pair
+from converters.vit.config import POOLS, ViTConfig, pair
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,6 +25,7 @@ _ACTIVATIONS |= {"silu": "silu", "swish": "silu", "tanh": "tanh"}
 # Arguments of timm's VisionTransformer that have to be as they are here.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "pos_embed": ("learn",),
+    "global_pool": (None, *POOLS),
     "proj_bias": (True,),
     "scale_attn_norm": (False,),
     "scale_mlp_norm": (False,),
@@ -161,8 +162,8 @@ def _heads(args: Mapping[str, Any], variant: str, width: int, shapes: Shapes) ->
     if width in _HEADS or (width % 64 == 0 and width >= 192):
         return _HEADS.get(width, width // 64)
     raise ConversionError(
-        f"nothing tells the number of heads of a ViT of width {width}: pass config={{'num_heads': ...}}, or put timm's "
-        "config.json beside the file"
+        f"nothing tells the number of heads of a ViT of width {width}: " + advice('{"num_heads": N}') + "; timm's own "
+        "config.json tells it too"
     )
 
 
@@ -200,7 +201,7 @@ def places(args: Mapping[str, Any], places: int, prefix: int, patch: tuple[int, 
     if len(set(squares)) != 1:
         raise ConversionError(
             f"pos_embed has {places} places, {prefix} tokens stand before the patches: this does not tell the size of "
-            "images, pass config={'img_size': [height, width]}"
+            "images: " + advice('{"img_size": [HEIGHT, WIDTH]}')
         )
     side = round(squares[0] ** 0.5)
     height, width = side * patch[0], side * patch[1]

@@ -82,17 +82,14 @@ def open_model(path: Path) -> Source:
     from converters.files import open_tensors
     from tadrop_jax.checkpoints.leaves import LeafSource
 
-    adapter = CheckpointError(
-        f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge LoRA "
-        "adapters from Python (tj.knots, tj.core_space)"
-    )
     try:
-        if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
-            raise adapter
         with checkpoint_errors():
             stored = open_tensors(path)
-        if stored.tensors and all("lora_" in name for name in stored.tensors):
-            raise adapter
+        if stored.is_adapter:
+            raise CheckpointError(
+                f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge "
+                "LoRA adapters from Python (tj.knots, tj.core_space)"
+            )
         return open_source(path) if stored.format == "safetensors" else LeafSource(stored)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

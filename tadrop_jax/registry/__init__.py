@@ -66,14 +66,17 @@ def parse(found: Method, assignments: Iterable[str]) -> dict[str, Any]:
     """Values from ``NAME=VALUE`` texts, as the command line gives them.
 
     Raises:
-      ParameterError: for an unknown parameter, or a text that is no value of its kind.
+      ParameterError: for an unknown parameter, one that is given twice, or a text that is no value of its kind.
     """
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ParameterError(f"{found.name}: write NAME=VALUE, got {assignment!r}")
-        values[name.strip()] = _value(found, found.parameter(name.strip()), text.strip())
+        name = name.strip()
+        if name in values:
+            raise ParameterError(f"{found.name}: {name} is given twice")
+        values[name] = _value(found, found.parameter(name), text.strip())
     return values
 
 

@@ -102,6 +102,8 @@ def test_a_pair_is_a_layout():
 def test_what_is_fused_is_told():
     rows = [Row("in_proj", ("q/kernel", "k/kernel"), converters.Transform.LINEAR), *ROWS]
     assert converters.fused(rows) == {"in_proj": ("q/kernel", "k/kernel")}
+    assert converters.fused(rows, ["q/kernel", "k/kernel"]) == converters.fused(rows)
+    assert converters.fused(rows, ["q/bias"]) == {}
     assert converters.fused(MODULE) == {}
     assert converters.layout(rows)("k/kernel") == ("k/kernel", (1, 0))
     assert converters.layout(MODULE)("classifier/bias") == ("classifier.bias", None)

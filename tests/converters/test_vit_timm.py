@@ -71,7 +71,7 @@ def test_shapes_tell_the_configuration(variant, tmp_path):
     assert detect({}, tensors).name == name
     bare = write(tmp_path / "without", tensors)
     if not config.qk_norm:  # whose shapes tell how wide a head is
-        with pytest.raises(ConversionError, match="number of heads of a ViT of width 8"):
+        with pytest.raises(ConversionError, match=r"number of heads of a ViT of width 8.*--config FILE"):
             open_model(bare)
     opened = open_model(bare, config={"num_heads": 2})
     assert (opened.entry.name, opened.config) == (name, config)
@@ -86,6 +86,7 @@ def test_what_is_not_supported_says_why(tmp_path):
             {"model_args": {"norm_layer": "rmsnorm", "act_layer": "mish"}},
             "(?s)norm_layer is 'rmsnorm'.*act_layer is 'mish'",
         ),
+        ({"num_heads": 2, "num_classes": 0, "global_pool": ""}, "global_pool is '', supported is None or 'token' or"),
         ({"num_heads": 2, "img_size": [8, 12]}, "pos_embed has 5 places, images of 8 by 12 need 6"),
         ({"num_heads": 2, "no_embed_class": True}, "pos_embed has 5 places, 1 tokens stand before"),
     ]:
