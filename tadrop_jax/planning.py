@@ -9,13 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
-<<<<<<< HEAD
-from tadrop_jax.errors import CheckpointError, MergeError
-from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
-=======
 from tadrop_jax.errors import CheckpointError, MergeError, ParameterError
-from tadrop_jax.steps import AnyStep, output_of, patterns, per_task_patterns
->>>>>>> dee3156c19cca1d38f51116e7fe1776e67eb995a
+from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
 from tadrop_jax.task_vector import check_alike, check_names
 from tadrop_jax.trees import check_patterns, selected, selected_tied
 

@@ -163,6 +163,11 @@ def test_quantile_out_of_range_is_refused(q):
         tj.magnitude_quantile(np.ones(33, np.float32), q)
 
 
+def test_several_quantiles_are_refused():
+    with pytest.raises(tj.ParameterError, match=r"q must be one number, got an array of shape \(2,\)"):
+        tj.magnitude_quantile(np.ones(33, np.float32), jnp.array([0.1, 0.3]))
+
+
 def test_unknown_method_is_refused():
     with pytest.raises(tj.MergeError, match="nearest-ish"):
         tj.magnitude_quantile(np.ones(33, np.float32), 0.5, method="nearest-ish")
