@@ -352,7 +352,7 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int)
 
     carry = next((r.carries[-1] for r in results if r.carries[-1]), {})
     if all(value is None for value in values):  # nothing was merged: no statistic of the tree was found
-        scalars = {name: jnp.zeros(tasks) for name in kind.scalars}
+        scalars = {name: jnp.zeros(tasks, jnp.float32) for name in kind.scalars}
     else:
         scalars = {} if rule.scalars is None else dict(rule.scalars(carry, tasks))
     return Bundle(
