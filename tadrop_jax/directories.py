@@ -370,7 +370,7 @@ def _finite_in_all(stream: Stream, rows: int, start: int, stop: int) -> np.ndarr
     block = np.empty((rows, stop - start), stream.dtype)
     for row in range(rows):
         stream.read(row, start, stop, block[row])
-    return np.isfinite(block).all(axis=0)
+    return np.all(np.isfinite(block), axis=0)
 
 
 def _copy(
