@@ -1,6 +1,7 @@
 """Merging checkpoints on disk into a checkpoint on disk: what ``tadrop merge`` does."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from tadrop_jax.checkpoints.safetensors import Sink, Source, check_beside, check
 from tadrop_jax.checkpoints.turned import Back, Turned
 from tadrop_jax.errors import CheckpointError, ContentError, MergeError
 from tadrop_jax.explaining import explaining_steps, explanation
+from tadrop_jax.overflow import Overflow, warnings_of
 from tadrop_jax.planning import Plan, Request, implausible, make_plan, refuse_same_file, task_names
 from tadrop_jax.report import LINES, REPORT, TensorLog, describe_input, versions
 from tadrop_jax.steps import expand, output_of
@@ -145,12 +147,13 @@ def _merge(
     streams = [_stream(turned, name, plan) for name in plan.merged]
     total = _bytes_to_read(steps, sources, plan)
     log = TensorLog(sink.partial, fresh=not sink.done)
+    overflow = Overflow(log)
     prefix = "base/" if bundle else ""
     for name in base.tensors:
         if name not in share.tensors or (bundle and name in plan.own):
             continue
         if bundle or name in plan.kept or name in plan.own:
-            _copy(base, name, sink, prefix + name, request)
+            _copy(base, name, sink, prefix + name, request, overflow)
         if name in plan.kept:
             log.add(name, {"from": "base", "because": plan.kept[name]})
     for name, target in plan.aliases.items():
@@ -160,7 +163,7 @@ def _merge(
         for source, task in zip(sources[1:], tasks, strict=True):
             for name in plan.own:
                 if name in source.tensors and name in share.tensors:
-                    _copy(source, name, sink, f"own/{task}/{name}", request)
+                    _copy(source, name, sink, f"own/{task}/{name}", request, overflow)
         for name in share.tensors & {*plan.own}:
             log.add(name, {"from": "each task's own model"})
 
@@ -168,15 +171,22 @@ def _merge(
         parts = steps[-1].kind.parts(stream.shape, len(tasks)) if bundle else {}
         return [f"{part}/{stream.name}" for part in parts] if bundle else [stream.name]
 
+    def look(k: int, start: int, value: np.ndarray) -> None:
+        read = functools.partial(_finite_in_all, streams[k], len(sources), start, start + value.shape[-1])
+        overflow.look(streams[k].name, value, None if request.check_finite else read)
+
     def write(k: int, start: int, value: Any) -> None:
         name = streams[k].name
         if value is None:
             return
         if not bundle:
+            look(k, start, value)
             back.write(name, start, value)
             return
         parts = steps[-1].kind.parts(streams[k].shape, len(tasks))
         for part, array in value.items():
+            if request.check_finite or parts[part].over != "tasks":  # the latter cannot be traced to single inputs
+                look(k, start, array)
             if parts[part].over != "tasks and entries":
                 sink.write(f"{part}/{name}", start, array)
                 continue
@@ -196,8 +206,9 @@ def _merge(
             row |= {"shape": list(base.tensors[stream.name].shape), "merged rows": plan.rows[stream.name]}
         log.add(stream.name, row)
         if stream.name in plan.rows:
-            _copy(base, stream.name, sink, stream.name, request, start=stream.size)
+            _copy(base, stream.name, sink, stream.name, request, overflow, start=stream.size)
             return
+        overflow.note(stream.name)
         for name in outputs_of(stream):
             sink.mark_done(name)
 
@@ -217,11 +228,13 @@ def _merge(
         "scalars": {k: v.tolist() for k, v in scalars.items()},
         "tensors": log.rows(),
     }
+    dtype = request.dtype or (np.dtype(np.float32) if bundle else None)
     several = share.among is not None
     # A resumed merge has not seen all of its tensors, nor has one of several processes.
     report["warnings"] = [] if skip else processes.equal_to_base(request.models, outcome.differs)
     if several:
         report |= {"fingerprint": fingerprint, "differs": None if there else list(outcome.differs)}
+    report["warnings"] += warnings_of(report["tensors"], lambda name: dtype or base.tensors[name].dtype)
     if request.differing == "own":
         report["warnings"] += implausible(sources, plan, request.models)
     for name in (n for n in plan.rows if n in share.tensors):
@@ -353,7 +366,17 @@ def _out_dtype(dtype: np.dtype, wanted: np.dtype | None) -> np.dtype:
     return dtype if wanted is None or dtype.kind in "iubc" else wanted
 
 
-def _copy(source: Source, name: str, sink: Sink, target: str, request: Request, start: int = 0) -> None:
+def _finite_in_all(stream: Stream, rows: int, start: int, stop: int) -> np.ndarray:
+    """Which entries of a tensor are finite in the base and all models."""
+    block = np.empty((rows, stop - start), stream.dtype)
+    for row in range(rows):
+        stream.read(row, start, stop, block[row])
+    return np.all(np.isfinite(block), axis=0)
+
+
+def _copy(
+    source: Source, name: str, sink: Sink, target: str, request: Request, overflow: Overflow, start: int = 0
+) -> None:
     """Copies a tensor as it is, or cast to the output dtype, from an entry on."""
     if target in sink.done:
         return
@@ -364,7 +387,12 @@ def _copy(source: Source, name: str, sink: Sink, target: str, request: Request, 
             bad = int(np.flatnonzero(~np.isfinite(block))[0])
             entry = [int(i) for i in np.unravel_index(at + bad, info.shape)] if info.shape else []
             raise ContentError(f"{info.file}: tensor {name!r} holds {float(block[bad])} at {entry}")
-        sink.write(target, at, block.astype(dtype, copy=False))
+        with np.errstate(over="ignore"):
+            cast = block.astype(dtype, copy=False)
+        if cast is not block:
+            overflow.look(name, cast, functools.partial(np.isfinite, block))
+        sink.write(target, at, cast)
+    overflow.note(name)
     sink.mark_done(target)
 
 

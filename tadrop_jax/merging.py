@@ -68,6 +68,8 @@ def merge(
     """Merges fine-tunes of one base into one model, or into one model per task.
 
     Traces inside ``jit``, ``grad`` and ``vmap``. Tensors that carry a ``NamedSharding`` are merged where they lie.
+    Arithmetic is in float32, for float64 tensors too, whose values are rounded to it. What overflows the base's dtype
+    becomes infinite without a warning: to look at the result would cost another pass over it.
 
     Args:
       base: the pretrained parameters: nested dict, FrozenDict, ``nnx.State``, Linen variables, or any pytree.
@@ -383,7 +385,7 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int,
 
     carry = next((r.carries[-1] for r in results if r.carries[-1]), {})
     if all(value is None for value in values):  # nothing was merged: no statistic of the tree was found
-        scalars = {name: jnp.zeros(tasks) for name in kind.scalars}
+        scalars = {name: jnp.zeros(tasks, jnp.float32) for name in kind.scalars}
     else:
         scalars = {} if rule.scalars is None else dict(rule.scalars(carry, tasks))
     if apart(values):
@@ -441,8 +443,9 @@ def laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]
 
 @jax.jit
 def _contents(base, models):
-    """Which of base and models hold NaN or infinity, and which models differ from the base."""
-    finite = [jnp.all(jnp.isfinite(a)) for a in (() if base is None else (base,)) + tuple(models)]
+    """Which of base and models hold NaN or infinity (in float32), and which models differ from the base."""
+    leaves = (() if base is None else (base,)) + tuple(models)
+    finite = [jnp.all(jnp.isfinite(jnp.asarray(a, jnp.float32))) for a in leaves]
     return finite, [] if base is None else [jnp.any(m != base) for m in models]
 
 
@@ -459,15 +462,20 @@ def check_contents(rows, alone: str = "the stack") -> None:
     leaves = [leaf for _, base, column in rows for leaf in (base, *column) if leaf is not None]
     if is_traced(leaves):
         return
-    with jax.ensure_compile_time_eval():  # concrete tensors inside a user's jit are checked all the same
+    # Concrete tensors inside a user's jit are checked all the same; of what float32 cannot hold we speak ourselves.
+    with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
         found = jax.device_get([_contents(base, together(base, column)) for _, base, column in rows])
     for (name, base, column), (finite, _) in zip(rows, found, strict=True):
         who = (["the base"] if base is not None else []) + [f"model {t}" for t in range(len(column))]
         if base is None:
             who = [alone]
-        for ok, one in zip(finite, who, strict=True):
+        values = (*([base] if base is not None else []), *column)
+        for ok, one, leaf in zip(finite, who, values, strict=True):
             if not ok:
-                raise ContentError(f"tensor {name!r} holds NaN or infinity in {one}")
+                seen = getattr(leaf, "is_fully_addressable", True)
+                wide = seen and np.all(np.isfinite(leaf))  # float64
+                what = "values beyond the range of float32" if wide else "NaN or infinity"
+                raise ContentError(f"tensor {name!r} holds {what} in {one}")
     if rows and rows[0][1] is not None:
         for t in range(len(rows[0][2])):
             if not any(differs[t] for _, differs in found):

@@ -1,4 +1,4 @@
-"""Checks of method parameters. What is traced is taken as it is."""
+"""Checks of method parameters. What is traced is taken as it is, what is not as Python's numbers."""
 
 import numbers
 from typing import Any
@@ -26,17 +26,33 @@ def known(value) -> Any:
     """The number that a parameter is, also as an array; None if it cannot be seen."""
     if _concrete(value):
         return value
-    seen = getattr(value, "ndim", None) == 0 and not is_traced(value) and getattr(value, "is_fully_addressable", True)
-    return float(value) if seen else None
+    return float(value) if getattr(value, "ndim", None) == 0 and _is_seen(value) else None
 
 
 def per_task(value: Any) -> Any:
-    """One number as it is; a list, tuple or vector of one number per task as a tuple."""
+    """One number; a list, tuple or vector of one number per task as a tuple."""
     if isinstance(value, (list, tuple)):
-        return tuple(value)
+        return tuple(_plain(v) for v in value)
     if getattr(value, "ndim", 0) == 1:
-        return tuple(value[i] for i in range(value.shape[0]))
-    return value
+        return tuple(value.tolist() if _is_seen(value) else (_plain(value[i]) for i in range(value.shape[0])))
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or JAX as a Python number, which compares by value and leaves arithmetic in float32.
+
+    What is traced stays so, in float32 at most.
+    """
+    if getattr(value, "ndim", None) != 0:
+        return value
+    if _is_seen(value):
+        return value.item()
+    return value.astype(np.float32) if value.dtype == np.float64 else value
+
+
+def _is_seen(array) -> bool:
+    """Whether the values of an array are at hand."""
+    return not is_traced(array) and getattr(array, "is_fully_addressable", True)
 
 
 def lengths(**values: Any) -> tuple[tuple[str, int], ...]:
@@ -45,7 +61,7 @@ def lengths(**values: Any) -> tuple[tuple[str, int], ...]:
 
 
 def number(method: str, name: str, value: Any, low: float = -float("inf"), high: float = float("inf")) -> Any:
-    """A number in [low, high], or one per task.
+    """A number in [low, high], or one per task; concrete arrays and scalars as Python numbers.
 
     Raises:
       ParameterError: naming method, parameter, value and range.
@@ -81,14 +97,14 @@ def single(method: str, name: str, value: Any, low: float = -float("inf"), high:
 
 
 def fixed(method: str, name: str, value: Any, low: float, high: float) -> float:
-    """One number in [low, high] that shapes depend on, so that it cannot be an array.
+    """One number in [low, high] that shapes depend on, so that it cannot be traced.
 
     Raises:
       ParameterError: naming method, parameter, value and range.
     """
     value = single(method, name, value, low, high)
     if not _concrete(value):
-        raise ParameterError(f"{method}: {name} decides on shapes and must be a Python number, got {value!r}")
+        raise ParameterError(f"{method}: {name} decides on shapes and cannot be traced, got {value!r}")
     return float(value)
 
 

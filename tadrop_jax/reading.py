@@ -124,7 +124,7 @@ class Reader:
     def _check(self, block: Block, row: int, values: np.ndarray, base: np.ndarray) -> None:
         if row and not self.differs[row - 1] and not np.array_equal(base, values.view(base.dtype)):
             self.differs[row - 1] = True
-        if not self.check_finite or _all_finite(values):
+        if not self.check_finite or all_finite(values):
             return
         stream, values = self.streams[block.at], values.astype(np.float32)
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -132,7 +132,7 @@ class Reader:
         raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[bad]))
 
 
-def _all_finite(values: np.ndarray) -> bool:
+def all_finite(values: np.ndarray) -> bool:
     """Whether a row has neither NaN nor infinity."""
     if values.dtype.itemsize != 2:  # there are 8-bit floats without infinity
         return bool(np.isfinite(values if values.dtype == np.float32 else values.astype(np.float32)).all())

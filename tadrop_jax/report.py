@@ -33,9 +33,11 @@ class TensorLog:
             file.write(json.dumps({"name": name, **row}) + "\n")
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """All rows by name, the last word on each."""
-        found = [json.loads(line) for line in self.file.read_text().splitlines()]
-        return {row.pop("name"): row for row in found}
+        """What was noted of each tensor, by name; of each thing the last word."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in (json.loads(line) for line in self.file.read_text().splitlines()):
+            found.setdefault(row.pop("name"), {}).update(row)
+        return found
 
     @staticmethod
     def describe(stream, carries, steps, tasks: int) -> dict[str, Any]:

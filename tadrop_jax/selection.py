@@ -103,7 +103,7 @@ def attached(found: jax.Array, values) -> jax.Array:
 @attached.defjvp
 def _(primals, tangents):
     (found, values), (_, moved) = primals, tangents
-    total, count = jnp.zeros(found.shape), jnp.zeros(found.shape)
+    total, count = jnp.zeros_like(found), jnp.zeros_like(found)
     for value, tangent in zip(jax.tree.leaves(values), jax.tree.leaves(moved), strict=True):
         axes = tuple(range(1, value.ndim))
         ties = ordered_bits(value) == ordered_bits(jnp.reshape(found, (-1, *(1,) * len(axes))))

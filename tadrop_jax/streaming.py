@@ -411,7 +411,8 @@ class _Run:
                 found[name] = np.packbits(array, axis=1)  # many times faster than XLA's
             else:
                 kept = self.settings.dtype if part.dtype == "values" else None
-                found[name] = array.astype(kept or np.float32, copy=False)
+                with np.errstate(over="ignore"):  # whoever writes it looks
+                    found[name] = array.astype(kept or np.float32, copy=False)
         return found
 
     def keep(self, k: int, stop=None) -> dict | None:

@@ -20,7 +20,7 @@ def task_vectors(base, models: Sequence[Any]):
 
     Returns:
       The tree of the base; each float leaf a float32 stack ``(T, *shape)``, each integer or boolean leaf None. The
-      difference is taken in float32 whatever the storage dtype.
+      difference is taken in float32 whatever the storage dtype, float64 too.
 
     Raises:
       MismatchError: naming the tensor and both values, if tensors, shapes or dtypes differ.

@@ -271,6 +271,58 @@ def test_a_model_that_equals_the_base_is_a_warning(method, root, capsys):
     assert len(report["warnings"]) == 1
 
 
+def warned(root, capsys) -> list[str]:
+    """The warnings of a merge, as they were printed."""
+    said = [line.removeprefix("warning: ") for line in capsys.readouterr().err.splitlines() if "overflow" in line]
+    report = json.loads((root / "out" / "merge_report.json").read_text())
+    assert said == [line for line in report["warnings"] if "overflow" in line]
+    return said
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "values"),
+    [
+        ("average", [], "2 values"),
+        ("average", ["--exclude", "bias"], "1 value"),
+        ("average", ["--allow-nonfinite"], "2 values"),
+        ("emr", [], "2 values"),  # one of the base, one of what the tasks share
+    ],
+)
+def test_values_beyond_the_output_dtype_are_a_warning(method, options, values, root, capsys):
+    """Whether they are merged or copied."""
+    for t, name in enumerate(("base", "m0", "m1")):
+        rewrite(root / name, lambda w, t=t: w["layer/bias"].__setitem__(slice(1, 3), [1e5, -6.4e4 - 8e4 * t]))
+    if options == ["--allow-nonfinite"]:
+        rewrite(root / "m0", lambda w: w["layer/bias"].__setitem__(0, np.nan))
+    assert merge(root, "--dtype", "float16", *options, method=method) == 0
+    (line,) = warned(root, capsys)
+    assert line.startswith(f"layer/bias: {values} of finite inputs overflowed float16 and became infinite or NaN; ")
+    assert "--dtype bfloat16 or float32" in line
+
+
+def test_values_that_overflow_float32_are_a_warning(root, capsys):
+    for name in ("m0", "m1"):
+        rewrite(root / name, lambda w: w["layer/kernel"].__setitem__((3, 4), 3e38))
+    assert merge(root, "--coefficient", "1", method="task_arithmetic") == 0
+    (line,) = warned(root, capsys)
+    assert line == "layer/kernel: 1 value of finite inputs overflowed float32 and became infinite or NaN"
+
+
+def test_overflow_that_a_resumed_merge_had_seen(root, capsys, monkeypatch):
+    for name in ("base", "m0", "m1"):
+        rewrite(root / name, lambda w: {n: 0 * v + np.float32(1e5) for n, v in w.items()})
+    options = ["--dtype", "float16", "--exclude", "bias"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", no_space)
+        assert merge(root, *options, method="average") == 1
+    capsys.readouterr()
+    assert merge(root, *options, "--resume", method="average") == 0
+    assert sorted(line.split(" of ")[0] for line in warned(root, capsys)) == [
+        "layer/bias: 5 values",
+        "layer/kernel: 60 values",
+    ]
+
+
 def no_space(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 

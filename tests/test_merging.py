@@ -267,6 +267,24 @@ def test_floats_that_jax_does_not_have_are_refused_by_name(dtype):
     assert tj.merge(base, [model], tj.average(), exclude="a")["a"] is base["a"]
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_float64_values_that_float32_cannot_hold_are_refused(wide):
+    with jax.enable_x64(wide):
+        leaf = (jnp.asarray if wide else np.asarray)([1 / 3, 1e300], np.float64)
+        one = {"w": leaf[:1]}
+        assert tj.merge(one, [one, one], tj.average())["w"].tolist() == [float(np.float32(1 / 3))]
+        for call in (
+            lambda: tj.merge({"w": leaf}, [{"w": leaf}], tj.average()),
+            lambda: tj.explain({"w": leaf}, [{"w": leaf}], tj.tadrop()),
+            lambda: tj.sparsify({"w": leaf[None]}, tj.tadrop()),
+        ):
+            with pytest.raises(tj.MergeError, match="tensor 'w' holds values beyond the range of float32 in the"):
+                call()
+        bad = {"w": leaf * np.array([np.nan, 0])}
+        with pytest.raises(tj.MergeError, match="'w' holds NaN or infinity in model 0"):
+            tj.merge({"w": 0 * leaf}, [bad], tj.average())
+
+
 def test_patterns_and_numbers_that_will_not_do(base, models):
     for bad in (["["], [1], 3):
         with pytest.raises(tj.MergeError, match="regular expression"):

@@ -266,7 +266,7 @@ OWN_VALUES = {"q_high": (0.875, 1.0), "learning_rate": (2.0**-10, 2.0**-8), "tim
 
 
 def swept(method: registry.Method) -> tuple[dict[str, tuple], list[str]]:
-    """Values of the parameters that may be arrays, three of each, and the names of those that may not."""
+    """Values of the parameters that may be traced, three of each, and the names of those that may not."""
     values, refused = {}, []
     for p in method.parameters:
         if p.kind not in ("number", "numbers"):
@@ -274,9 +274,9 @@ def swept(method: registry.Method) -> tuple[dict[str, tuple], list[str]]:
         low, high = OWN_VALUES.get(p.name, VALUES.get(p.range, (0.25, 0.5)))
         edges = p.name == "density" and "density" in method.properties
         try:
-            registry.build(method.name, {p.name: jnp.float32(low)})
+            jax.make_jaxpr(lambda v, p=p: registry.build(method.name, {p.name: v}) and v)(low)
         except tj.ParameterError as refusal:
-            said = f"{method.name}: {p.name} decides on shapes and must be a Python number"
+            said = f"{method.name}: {p.name} decides on shapes and cannot be traced"
             if not str(refusal).startswith(said):
                 raise
             refused.append(p.name)
@@ -290,7 +290,7 @@ SWEPT = [m for m in RUNNABLE if any(p.kind in ("number", "numbers") for p in m.p
 
 @pytest.mark.parametrize("name", [m.name for m in SWEPT])
 def test_a_vmap_over_parameters_equals_a_loop(name):
-    """Over all parameters of a method that may be arrays at once; the others are refused by name."""
+    """Over all parameters of a method that may be traced at once; the others are refused by name."""
     method = registry.METHODS[name]
     values, _ = swept(method)
     if not values:
@@ -306,7 +306,21 @@ def test_a_vmap_over_parameters_equals_a_loop(name):
         assert_close({n: x[i] for n, x in at_once.items()}, alone, share=1e-4 if whole else 1e-6)
 
 
-def test_shares_that_decide_on_shapes_are_no_arrays():
+@every_method
+def test_float32_where_64_bits_are_enabled(name):
+    """Whatever NumPy and JAX make of numbers; tracing tells the dtypes."""
+    method = registry.METHODS[name]
+    stack = {NAMES[0]: normal(np.random.default_rng(0))}
+    with jax.enable_x64(True):
+        values = {p: v[1] for p, v in swept(method)[0].items()}
+        for given in ({}, {p: np.float64(v) for p, v in values.items()}):
+            found = jax.eval_shape(lambda x, given=given: run(name, given, x), stack)
+            assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+        found = jax.eval_shape(lambda x, given: run(name, given, x), stack, values)
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+
+
+def test_shares_that_decide_on_shapes_are_not_traced():
     refused = {(m.name, p) for m in SWEPT for p in swept(m)[1]}
     fixed = {
         "iso_cts": "common",

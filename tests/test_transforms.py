@@ -182,6 +182,8 @@ def test_the_gradient_of_a_quantile_ratio_goes_to_its_two_order_statistics():
     expected = [[0.0, -1 / 16, 1 / 16, 0.0, -1 / 32], [0.0] * 5]
     np.testing.assert_array_equal(jax.grad(ratio)(stack), expected)
     np.testing.assert_array_equal(jax.jit(jax.vmap(jax.grad(ratio)))(stack[None])[0], expected)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.grad(ratio)(stack), expected)
 
 
 def test_coefficients_can_be_learned(base, models, stack):
@@ -232,6 +234,19 @@ def test_a_second_merge_does_not_compile(name, base, models):
     with count_compilations() as again:
         tj.merge(base, models, rule, key=key)
         tj.merge(base, models[::-1], make(), key=key)
+    assert not again
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32, np.array, jnp.float32, lambda c: jnp.full(TASKS, c), lambda c: [jnp.float32(c)] * TASKS]
+)
+def test_arrays_as_coefficients_do_not_compile_again(number, base, models):
+    """Arrays that are not traced are numbers: a step built anew from them equals the one before."""
+    assert tj.task_arithmetic(number(0.5)) == tj.task_arithmetic(number(0.5))
+    once = tj.merge(base, models, tj.task_arithmetic(number(0.5)))
+    coefficient = number(0.5)
+    with count_compilations() as again:
+        chex.assert_trees_all_equal(tj.merge(base, models, tj.task_arithmetic(coefficient)), once)
     assert not again
 
 

@@ -133,7 +133,7 @@ def adamerging(
     remat = flag("adamerging", "remat", remat)
     choice("adamerging", "bounds", bounds, ("clip", "project", None))
     whole("adamerging", "steps", steps, 1)
-    single("adamerging", "learning_rate", learning_rate, 0)
+    learning_rate = single("adamerging", "learning_rate", learning_rate, 0)
     if patience is not None:
         whole("adamerging", "patience", patience, 1)
     if optimizer is not None and learning_rate != 1e-3:

@@ -68,7 +68,7 @@ def knots(
       [[2.0, 0.0], [0.0, 1.0]]
     """
     choice("knots", "shared", shared, ("output", "input"))
-    single("knots", "cutoff", cutoff, 0)
+    cutoff = single("knots", "cutoff", cutoff, 0)
 
     def basis(pair: Pair) -> Shared:
         if shared == "output":

@@ -62,9 +62,8 @@ def ace(
       >>> tj.merge_task_vectors(stack, tj.ace(1e-6))["w"].round(3).tolist()
       [[0.5, 0.5], [-0.5, -0.5]]
     """
-    single("ace", "epsilon", epsilon, _TINY)
-    single("ace", "threshold", threshold, 0)
-    fixed("ace", "share", share, 0, 1)
+    epsilon, threshold = single("ace", "epsilon", epsilon, _TINY), single("ace", "threshold", threshold, 0)
+    share = fixed("ace", "share", share, 0, 1)
 
     def merge(stack):
         return solved(stack, epsilon, threshold, share)
@@ -92,7 +91,7 @@ def solved(stack, epsilon, threshold, share: float):
     size = jnp.where(differ, traces + _TINY, 1)
     floors = epsilon * jnp.where(differ & (traces == 0), 0, 1 / size)
 
-    eye = jnp.eye(inputs)
+    eye = jnp.eye(inputs, dtype=stack.dtype)
     covariances = jnp.stack([linalg.matmul(c.T, c) for c in centred]) / size[:, None, None]
     total = over_tasks(jnp.add, covariances)
     bars = jnp.mean(total, axis=0) / jnp.where(differ, jnp.mean(squares) + _TINY, 1)

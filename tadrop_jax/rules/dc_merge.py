@@ -110,5 +110,5 @@ def smoothed(s, smoothing: str | None, ratio):
         return jnp.broadcast_to(total / r, s.shape)
     zero = s[:, -1:] == 0
     first = jnp.minimum(ratio, jnp.where(zero, ratio, s[:, :1] / jnp.where(zero, 1, s[:, -1:])))
-    falling = first + (1 - first) * jnp.linspace(0, 1, r)
+    falling = first + (1 - first) * jnp.linspace(0, 1, r, dtype=s.dtype)
     return total * falling / jnp.sum(falling, axis=-1, keepdims=True)

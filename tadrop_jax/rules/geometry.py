@@ -42,7 +42,7 @@ def gram(carry: Mapping[str, jax.Array]) -> jax.Array:
     """The ``(T, T)`` inner products that :func:`inner_products` found."""
     tasks = carry["lag_0"].shape[0]
     at = jnp.arange(tasks)
-    matrix = jnp.zeros((tasks, tasks))
+    matrix = jnp.zeros((tasks, tasks), jnp.float32)
     for d in range(tasks // 2 + 1):
         other = (at + d) % tasks
         matrix = matrix.at[at, other].set(carry[f"lag_{d}"]).at[other, at].set(carry[f"lag_{d}"])

@@ -69,8 +69,9 @@ def ram_plus(
         return found if granularity == "tensor" else {k: v.astype(jnp.float32) for k, v in found.items()}
 
     def factor(carry):
+        shared, unique = (carry[name].astype(jnp.float32) for name in ("shared", "unique"))
         # Without a unique entry there is nothing to scale.
-        return 1 + r * jnp.minimum(carry["shared"] / jnp.maximum(carry["unique"], 1), alpha)
+        return 1 + r * jnp.minimum(shared / jnp.maximum(unique, 1), alpha)
 
     def apply(x, carry):
         active, count = changed(x, threshold)

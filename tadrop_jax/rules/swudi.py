@@ -67,9 +67,9 @@ def swudi(
       >>> tj.merge_task_vectors(stack, tj.swudi(share=1.0))["w"].round(3).tolist()
       [[1.0, 2.0]]
     """
-    single("swudi", "time", time, 0)
+    time = single("swudi", "time", time, 0)
     natural_time = flag("swudi", "natural_time", natural_time)
-    fixed("swudi", "share", share, 0, 1)
+    share = fixed("swudi", "share", share, 0, 1)
 
     def gains(values, shape):
         tasks, _, inputs = shape

@@ -64,9 +64,9 @@ def wudi(
       [[1.0, 2.0]]
     """
     choice("wudi", "solver", solver, ("adam", "closed"))
-    single("wudi", "learning_rate", learning_rate, 0)
+    learning_rate = single("wudi", "learning_rate", learning_rate, 0)
     steps = whole("wudi", "steps", steps, 0)
-    fixed("wudi", "cutoff", cutoff, 1e-3, 1)
+    cutoff = fixed("wudi", "cutoff", cutoff, 1e-3, 1)
 
     def merge(stack):
         return minimiser(stack, cutoff) if solver == "closed" else descended(stack, learning_rate, steps)

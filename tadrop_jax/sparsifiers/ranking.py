@@ -41,7 +41,7 @@ def _order(keys: jax.Array) -> jax.Array:
     """The stable order of keys ``(R, C)`` along the last axis, as int32."""
 
     def sorted_pairs(keys):
-        return jnp.argsort(keys, axis=-1, stable=True)
+        return jnp.argsort(keys, axis=-1, stable=True).astype(jnp.int32)  # of 64 bits where those are enabled
 
     return lax.platform_dependent(keys, cpu=_sorted_as_one, default=sorted_pairs)
 
