@@ -43,7 +43,7 @@ def _plain(value: Any) -> Any:
 
     What is traced stays so, in float32 at most.
     """
-    if getattr(value, "ndim", None) != 0:
+    if getattr(value, "ndim", None) != 0 or not _is_number(value):
         return value
     if _is_seen(value):
         return value.item()
