@@ -53,13 +53,14 @@ def test_models_on_other_devices_than_the_base(spread, trees):
     assert tj.explain(base, models, tj.tadrop())["kernel"]["sparsity"].shape == (2,)
 
 
-def test_inside_shard_map(trees):
+@pytest.mark.parametrize("rule", [tj.ties(0.3), tj.della_linear(0.5), tj.cabs(20, 40)], ids=["ties", "della", "cabs"])
+def test_inside_shard_map(rule, trees):
     """Each device merges what it holds, as if that were all; types say what varies over the mesh."""
     (base, models), lies = trees, split(over=2)
     x, y = (jax.device_put(tree["kernel"], lies) for tree in (base, models[0]))
 
     def merged(b, m):
-        return tj.merge({"w": b}, [{"w": m}, {"w": 2 * m}], tj.ties(0.3))["w"]
+        return tj.merge({"w": b}, [{"w": m}, {"w": 2 * m}], rule, key=jax.random.key(0))["w"]
 
     inside = jax.shard_map(merged, mesh=lies.mesh, in_specs=lies.spec, out_specs=lies.spec)(x, y)
     parts = [merged(b, m) for b, m in zip(np.split(np.asarray(x), 2), np.split(np.asarray(y), 2), strict=True)]

@@ -41,7 +41,9 @@ def _order(keys: jax.Array) -> jax.Array:
     """The stable order of keys ``(R, C)`` along the last axis, as int32."""
 
     def sorted_pairs(keys):
-        return jnp.argsort(keys, axis=-1, stable=True).astype(jnp.int32)  # of 64 bits where those are enabled
+        # Positions that inside shard_map vary as the keys do: those of jnp.argsort do not.
+        at = lax.broadcasted_iota(jnp.int32, keys.shape, 1) + (keys & 0).astype(jnp.int32)
+        return lax.sort((keys, at), dimension=1, is_stable=True, num_keys=1)[1]
 
     return lax.platform_dependent(keys, cpu=_sorted_as_one, default=sorted_pairs)
 
