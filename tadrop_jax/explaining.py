@@ -32,7 +32,7 @@ def explaining_steps(sparsifier: AnyStep, tasks: int) -> tuple[Step, ...]:
     """
     if output_of(sparsifier) != "stack":
         raise MergeError("what is explained is a sparsifier, not a merge rule")
-    return (_before(), ratio_step(0.75, 0.95), *expand(sparsifier, tasks), _after())
+    return (_before(), ratio_step(0.95, 0.99), *expand(sparsifier, tasks), _after())
 
 
 def explanation(steps: Sequence[Step], carries: Sequence[dict]) -> dict:

@@ -227,7 +227,7 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
 
     Returns:
       For each float tensor, by path: ``quantile_ratio`` (T,), of the sparsifier's own quantiles if it is TADrop, else
-      of (.75, .95); ``sparsity`` (T,), the share of zeros after; ``norm`` and ``norm_after`` (T,), Euclidean; and
+      of (.95, .99); ``sparsity`` (T,), the share of zeros after; ``norm`` and ``norm_after`` (T,), Euclidean; and
       ``sign_conflict``, the share of entries whose non-zero task values differ in sign, before.
 
     Raises:
@@ -257,7 +257,7 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
     }
 
 
-def quantile_ratios(stack, *, q_low=0.75, q_high=0.95):
+def quantile_ratios(stack, *, q_low=0.95, q_high=0.99):
     """The quantile ratio of each tensor of each task: what TADrop reads a tensor's sparsity off.
 
     Here the ratio has a gradient: that of the entries which are the two quantiles, evenly split among equal magnitudes,

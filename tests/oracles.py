@@ -77,8 +77,8 @@ def rescale_to_norm(before: np.ndarray, after: np.ndarray, norm: int | None) -> 
 
 def tadrop_sparsity(
     x: np.ndarray,
-    q_low: float = 0.75,
-    q_high: float = 0.95,
+    q_low: float = 0.95,
+    q_high: float = 0.99,
     s_min: float = 0.0,
     s_max: float = 0.9,
     mapping: Callable[[np.float32], np.float32] = lambda ratio: ratio,
@@ -94,7 +94,7 @@ def tadrop_sparsity(
 def tadrop(stacks: Tree, *, norm: int | None = 2, **parameters) -> Tree:
     def one(x: np.ndarray, _: int) -> np.ndarray:
         s = tadrop_sparsity(x, **parameters)
-        if quantile_lower(np.abs(x), parameters.get("q_high", 0.95)) == 0:
+        if quantile_lower(np.abs(x), parameters.get("q_high", 0.99)) == 0:
             return x
         return rescale_to_norm(x, keep_largest(x, x.size - math.floor(float(s) * x.size)), norm)
 

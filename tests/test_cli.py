@@ -392,7 +392,7 @@ def test_the_report(root):
     assert recipe["base"] == str(root / "base")
     assert recipe["models"] == [str(root / "m0"), str(root / "m1")]
     assert (recipe["method"], recipe["seed"], recipe["dtype"]) == ("ties", 5, None)
-    assert recipe["sparsify"]["parameters"]["q_low"] == 0.75
+    assert recipe["sparsify"]["parameters"]["q_low"] == 0.95
     assert recipe["parameters"]["coefficient"] == 1.0
     assert report["versions"]["jax"] == jax.__version__
     assert report["tasks"] == ["m0", "m1"]

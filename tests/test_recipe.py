@@ -62,7 +62,7 @@ def test_two_ways_to_name_a_sparsifier(sparsify):
     assert found["name"] == "tadrop"
     assert found["parameters"] == {
         "q_low": 0.5,
-        "q_high": 0.95,
+        "q_high": 0.99,
         "norm": 1,
         "mapping": "identity",
         "s_min": 0.0,

@@ -20,7 +20,7 @@ Shares = list[np.ndarray]
 LARGEST = 0.98  # no tensor is pruned further than that
 
 
-def tadrop_shares(stack: Stack, q_low: float = 0.75, q_high: float = 0.95, s_max: float = 0.9) -> Shares:
+def tadrop_shares(stack: Stack, q_low: float, q_high: float, s_max: float = 0.9) -> Shares:
     """TADrop's sparsities: the quantile ratios, clipped."""
     ratios = jax.tree.leaves(tj.quantile_ratios(stack, q_low=q_low, q_high=q_high))
     found = []

@@ -280,11 +280,11 @@ def _mean_length(stack) -> float:
 
 
 def describe(suite: Suite, out: Path) -> None:
-    """Writes each tensor's quantile ratio, the mean and the standard deviation over tasks, to a CSV file.
+    """Writes each tensor's quantile ratio (.75/.95), its mean and standard deviation over tasks, to a CSV file.
 
     Over the tasks that change the tensor: a path that a task does not use has no distribution.
     """
-    said = tj.explain(suite.base, [tuned.params for tuned in suite.tuned], tj.tadrop())
+    said = tj.explain(suite.base, [tuned.params for tuned in suite.tuned], tj.tadrop(0.75, 0.95))
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("tensor", "entries", "ratio", "sd_over_tasks", "sparsity", "conflict"))

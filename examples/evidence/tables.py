@@ -117,6 +117,31 @@ def suites(rule: str, *arguments: str) -> str:
     return markdown([f"before {rule}", *(file.removesuffix(".csv") for file, _ in files)], rows)
 
 
+def validation(rule: str, *files: str) -> str:
+    """Validation accuracies by TADrop's quantiles, one column a suite, each the mean over seeds, and their mean.
+
+    Args:
+        rule: its name.
+        files: suites, `FILE TASKS`; what is only a part of a suite's arms may lie in several, `FILE+FILE TASKS`.
+    """
+    columns: list[dict[str, float]] = []
+    for names, tasks in (file.split() for file in files):
+        found: dict[str, list[float]] = defaultdict(list)
+        for line in {str(line): line for name in names.split("+") for line in read(name)}.values():
+            if (line["tasks"], line["rule"]) == (tasks, rule) and re.fullmatch(
+                r"TADrop [\d.]+/[\d.]+", line["sparsifier"]
+            ):
+                found[line["sparsifier"].removeprefix("TADrop ")].append(100 * float(line["validation"]))
+        columns.append({name: float(np.mean(values)) for name, values in found.items()})
+    rows = []
+    for name in sorted(columns[0], key=lambda name: [float(part) for part in name.split("/")]):
+        cells = [f"{column[name]:.1f}" if name in column else "" for column in columns]
+        mean = f"{np.mean([column[name] for column in columns]):.1f}" if all(cells) else ""
+        rows.append([name, *cells, mean])
+    heads = (names.split("+")[0].removesuffix(".csv") for names, _ in (file.split() for file in files))
+    return markdown(["quantiles", *heads, "mean"], rows)
+
+
 def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
     """The same for one rule, by the number of tasks that are merged; with `arm`'s own accuracies in the first row.
 
@@ -211,6 +236,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "lines": lines,
     "over_tasks": over_tasks,
     "suites": suites,
+    "validation": validation,
     "models": models,
     "ratios": ratios,
 }

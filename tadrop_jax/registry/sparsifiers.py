@@ -12,8 +12,8 @@ ENTRIES = (
         "tensor",
         "task vectors",
         (
-            Parameter("q_low", "number", 0.75, "lower quantile", range=(0, 1)),
-            Parameter("q_high", "number", 0.95, "upper quantile", range=(0, 1)),
+            Parameter("q_low", "number", 0.95, "lower quantile", range=(0, 1)),
+            Parameter("q_high", "number", 0.99, "upper quantile", range=(0, 1)),
             NORM,
             Parameter(
                 "mapping", "text", "identity", "ratio to sparsity: identity, affine:SLOPE,OFFSET or power:EXPONENT"

@@ -23,7 +23,7 @@ def stack():
 
 
 def test_pruning_at_tadrops_shares_is_tadrop(stack):
-    ours, theirs = arms.prune(stack, arms.tadrop_shares(stack)), tj.sparsify(stack, tj.tadrop())
+    ours, theirs = arms.prune(stack, arms.tadrop_shares(stack, 0.75, 0.95)), tj.sparsify(stack, tj.tadrop(0.75, 0.95))
     for name in stack:
         assert np.array_equal(ours[name] != 0, np.asarray(theirs[name]) != 0), name
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
@@ -40,8 +40,8 @@ def sparse(stack):
 
 
 def test_zeros_are_no_part_of_the_budget(sparse):
-    theirs = tj.sparsify(sparse, tj.tadrop())
-    shares = arms.tadrop_shares(sparse)
+    theirs = tj.sparsify(sparse, tj.tadrop(0.75, 0.95))
+    shares = arms.tadrop_shares(sparse, 0.75, 0.95)
     for name, ours in arms.prune(sparse, shares).items():
         assert np.array_equal(ours != 0, np.asarray(theirs[name]) != 0), name
     wanted = sum(np.count_nonzero(np.asarray(leaf).reshape(2, -1), axis=1) for leaf in theirs.values())
@@ -53,14 +53,14 @@ def test_zeros_are_no_part_of_the_budget(sparse):
 
 @pytest.mark.parametrize("name", [*arms.CONTROLS, *arms.CANDIDATES])
 def test_a_spread_keeps_the_budget(stack, name):
-    shares = arms.tadrop_shares(stack)
+    shares = arms.tadrop_shares(stack, 0.75, 0.95)
     spread = (arms.CONTROLS | arms.CANDIDATES)[name](stack, shares)
     np.testing.assert_allclose(arms.budget(stack, spread), arms.budget(stack, shares), atol=2e-3)
     assert all(share.shape == (2,) and np.all((share >= 0) & (share <= arms.LARGEST)) for share in spread)
 
 
 def test_spreads_spread_as_they_say(stack):
-    shares = arms.tadrop_shares(stack)
+    shares = arms.tadrop_shares(stack, 0.75, 0.95)
     names = sorted(stack)  # the order of jax.tree.leaves
     at = dict(zip(names, shares, strict=True))
     assert np.all(at["heavy"] < at["normal"])
@@ -83,7 +83,7 @@ def test_spreads_spread_as_they_say(stack):
 
 
 def test_dominance_has_tadrops_budget(stack):
-    shares = arms.tadrop_shares(stack)
+    shares = arms.tadrop_shares(stack, 0.75, 0.95)
     pruned = tj.sparsify(stack, tj.dominance(arms.dominance_shares(stack, shares)))
     kept = [np.concatenate([np.asarray(pruned[n][t] != 0).ravel() for n in stack]) for t in range(2)]
     most = np.minimum(arms.budget(stack, shares), 0.5)  # of two tasks, one is the larger

@@ -40,6 +40,20 @@ def test_growth_pairs_what_both_arms_have_and_gives_the_t_interval(results):
     assert found[4] == "| minus uniform |  |  |"  # no seed has both
 
 
+def test_validation_has_a_mean_where_every_suite_has_the_arm(results):
+    def write(name, *arms):
+        rows = [f"2,{seed},EMR,{arm},0.5,,{value},0,0 0" for seed, arm, value in arms]
+        (results / name).write_text("\n".join([",".join(FIELDS), *rows]) + "\n")
+
+    both = (0, "TADrop 0.9/0.99", 0.7), (1, "TADrop 0.9/0.99", 0.8)
+    write("a.csv", *both, (0, "TADrop 0.5/0.9", 0.5), (0, "TADrop norm 1", 0.1), (0, "uniform", 0.2))
+    write("b.csv", (0, "TADrop 0.9/0.99", 0.6))
+    write("c.csv", (0, "TADrop 0.9/0.99", 0.6))  # the same line once more counts once
+    found = tables.validation("EMR", "a.csv 2", "b.csv+c.csv 2").splitlines()
+    assert found[0] == "| quantiles | a | b | mean |"
+    assert found[2:] == ["| 0.5/0.9 | 50.0 |  |  |", "| 0.9/0.99 | 75.0 | 60.0 | 67.5 |"]
+
+
 def test_growth_on_the_first_tasks_alone(results):
     found = tables.growth("x-growth.csv", "EMR", "2", "TADrop 0.75/0.95", "none").splitlines()
     assert found[2].endswith("| 65.0 | 65.0 |")
