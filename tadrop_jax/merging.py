@@ -1,7 +1,6 @@
 """The functions a user calls: merge, sparsify, explain."""
 
 import types
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ import numpy as np
 
 from tadrop_jax import memory
 from tadrop_jax.bundles import Bundle, pack
-from tadrop_jax.errors import ContentError, MergeError, MergeWarning
+from tadrop_jax.contents import check_contents
+from tadrop_jax.errors import MergeError
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
 from tadrop_jax.parameters import single
@@ -439,44 +439,3 @@ def laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]
     if sorted(order) != list(range(ndim)):
         raise MergeError(f"layout of {name!r} must be a permutation of its {ndim} axes, got {order}")
     return (None if order == tuple(range(ndim)) else order), torch_name
-
-
-@jax.jit
-def _contents(base, models):
-    """Which of base and models hold NaN or infinity (in float32), and which models differ from the base."""
-    leaves = (() if base is None else (base,)) + tuple(models)
-    finite = [jnp.all(jnp.isfinite(jnp.asarray(a, jnp.float32))) for a in leaves]
-    return finite, [] if base is None else [jnp.any(m != base) for m in models]
-
-
-def check_contents(rows, alone: str = "the stack") -> None:
-    """Refuses NaN and infinity, and warns of a model that equals the base; concrete inputs only.
-
-    Args:
-      rows: name, base or None, and what is compared with it, of each tensor.
-      alone: what it is called where there is no base.
-
-    Raises:
-      ContentError: naming the tensor and the model.
-    """
-    leaves = [leaf for _, base, column in rows for leaf in (base, *column) if leaf is not None]
-    if is_traced(leaves):
-        return
-    # Concrete tensors inside a user's jit are checked all the same; of what float32 cannot hold we speak ourselves.
-    with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
-        found = jax.device_get([_contents(base, together(base, column)) for _, base, column in rows])
-    for (name, base, column), (finite, _) in zip(rows, found, strict=True):
-        who = (["the base"] if base is not None else []) + [f"model {t}" for t in range(len(column))]
-        if base is None:
-            who = [alone]
-        values = (*([base] if base is not None else []), *column)
-        for ok, one, leaf in zip(finite, who, values, strict=True):
-            if not ok:
-                seen = getattr(leaf, "is_fully_addressable", True)
-                wide = seen and np.all(np.isfinite(leaf))  # float64
-                what = "values beyond the range of float32" if wide else "NaN or infinity"
-                raise ContentError(f"tensor {name!r} holds {what} in {one}")
-    if rows and rows[0][1] is not None:
-        for t in range(len(rows[0][2])):
-            if not any(differs[t] for _, differs in found):
-                warnings.warn(f"model {t} equals the base: its task vector is zero", MergeWarning, stacklevel=3)

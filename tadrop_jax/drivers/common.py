@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax import memory, merging
+from tadrop_jax.contents import check_contents
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.steps import AnyStep, expand, output_of, over_tasks, patterns
@@ -79,9 +80,9 @@ def problem(method: str, base, models: Sequence[Any], include=None, exclude=None
     aliases = {row[0]: every[first][0] for i, (row, first) in enumerate(zip(every, firsts, strict=True)) if first != i}
     merged = {row[0] for row in every}
     if same:
-        merging.check_contents([(n, None, column) for n, _, column in rows], alone="the parameters")
+        check_contents([(n, None, column) for n, _, column in rows], alone="the parameters")
     else:
-        merging.check_contents(rows)
+        check_contents(rows)
     return Problem(
         method,
         treedef,
