@@ -133,6 +133,19 @@ def test_an_occupied_output_is_refused_before_anything_is_written(tmp_path, name
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_came_to_lie_beside_a_single_file_is_not_overwritten(tmp_path):
+    sink = open_sink(tmp_path / "m.safetensors", plan_of(WEIGHTS))
+    fill(sink, WEIGHTS)
+    sink.add_file("config.json", b"ours")
+    (tmp_path / "m.config.json").write_text("another's")
+    with pytest.raises(CheckpointError, match=r"m.config.json: exists already"):
+        sink.finish()
+    assert not (tmp_path / "m.safetensors").exists()
+    (tmp_path / "m.config.json").write_text("ours")  # as an interruption of the last step leaves it
+    sink.finish()
+    assert (tmp_path / "m.safetensors").exists()
+
+
 def test_a_mount_point_is_refused():
     with pytest.raises(CheckpointError, match="mount point"):
         open_sink("/proc", plan_of(WEIGHTS))
