@@ -145,7 +145,10 @@ CASES = {
         native=None,
         rtol=1e-3,
     ),
-    "multislerp": Case(tj.multislerp(WEIGHTS), "multislerp", {"weight": WEIGHTS}, tasks=5, native=2.0**-5),
+    # The signs of the scalar balance out to rounding, which mergekit takes for a direction.
+    "multislerp": Case(
+        tj.multislerp(WEIGHTS), "multislerp", {"weight": WEIGHTS}, tasks=5, native=2.0**-5, without=("scale",)
+    ),
     "multislerp of weights": Case(
         tj.multislerp([0.3, 0.9], space="weights", normalize=False),
         "multislerp",
