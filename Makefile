@@ -50,8 +50,8 @@ evidence: setup
 	run vision --recipe low-rate --count 4 --lines; run vision --recipe low-rate --count 7 --seeds 0 1; \
 	run language --recipe sgd; \
 	run language --recipe lora --seeds 0; \
-	run vision --recipe sgd --seeds 0; \
 	run vision --base-seed 1 --seeds 0 --out $(OUT)/vision-base1; \
+	run vision --base-seed 1 --recipe sgd --seeds 0 1 --out $(OUT)/vision-base1; \
 	run language --base-seed 1 --seeds 0 --out $(OUT)/language-second
 
 clean:
