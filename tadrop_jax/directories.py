@@ -28,6 +28,7 @@ from tadrop_jax.planning import Plan, Request, implausible, make_plan, refuse_sa
 from tadrop_jax.report import LINES, REPORT, TensorLog, describe_input, versions
 from tadrop_jax.steps import expand, output_of
 from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, measure, run
+from tadrop_jax.trees import copies_of
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -66,10 +67,10 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         bundle = output_of(request.chain) == "bundle"
         if bundle:
             check_directory(request.out, "one model per task makes a bundle of several files")
-        elif request.out.suffix == ".safetensors" and not request.resume:
-            check_beside(request.out, {REPORT: b""} | _beside(request.base, request.dtype))
         tasks = task_names(request.models)
         plan = make_plan(sources, request)
+        if request.out.suffix == ".safetensors" and not request.resume:
+            check_beside(request.out, {REPORT: b""} | _beside(request.base, request.dtype))
         layout = (
             _bundle_layout(sources, plan, tasks, steps[-1].kind, request.dtype)
             if bundle
@@ -319,7 +320,7 @@ def _stream(turned: Turned, name: str, plan: Plan) -> Stream:
         turned.sources[0].tensors[name].dtype,
         lambda row, start, stop, out: turned.read(row, name, start, stop, out),
         turned.places.get(name, (name, None))[0],
-        plan.copies_of(name),
+        copies_of(name, plan.aliases),
     )
 
 

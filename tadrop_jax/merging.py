@@ -115,9 +115,9 @@ def merge(
         n for n, leaf in zip(names, leaves, strict=True) if per_task and selected(n, per_task) and is_mergeable(leaf)
     }
     kept = {n for n in names if n not in own and not selected(n, include, exclude)}
-    apart = frozenset(own | kept)
-    columns = match(names, leaves, models, skip=apart)
-    at = {i: name for i, name in enumerate(names) if name not in apart and is_mergeable(leaves[i])}
+    aside = frozenset(own | kept)
+    columns = match(names, leaves, models, skip=aside)
+    at = {i: name for i, name in enumerate(names) if name not in aside and is_mergeable(leaves[i])}
     if not at:
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])

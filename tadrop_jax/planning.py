@@ -12,7 +12,7 @@ from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
 from tadrop_jax.errors import CheckpointError, MergeError, ParameterError
 from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
 from tadrop_jax.task_vector import check_alike, check_names
-from tadrop_jax.trees import check_patterns, selected, selected_tied
+from tadrop_jax.trees import check_patterns, copies_of, selected, selected_tied
 
 
 class Request(NamedTuple):
@@ -76,10 +76,6 @@ class Plan(NamedTuple):
     aliases: dict[str, str]
     rows: dict[str, int]
 
-    def copies_of(self, name: str) -> tuple[str, ...]:
-        """Further names of a tensor that is tied."""
-        return tuple(alias for alias, target in self.aliases.items() if target == name)
-
 
 def make_plan(sources: Sequence[Source], request: Request) -> Plan:
     """Checks base and models against each other, before a tensor is read.
@@ -105,13 +101,10 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
         [pattern for step in expand(request.chain, len(models)) for pattern in step.named], [*names, *aliases]
     )
     apart = _differing(sources, request, names, everywhere)
-    copies: dict[str, list[str]] = {}
-    for alias, target in aliases.items():
-        copies.setdefault(target, []).append(alias)
 
     def chosen(name: str) -> bool:
         """Copies are one tensor in the result: what takes out one of them takes out all."""
-        return selected_tied((name, *copies.get(name, ())), include, exclude)
+        return selected_tied((name, *copies_of(name, aliases)), include, exclude)
 
     own = tuple(n for n in everywhere if n in apart or (per_task and selected(n, per_task)))
     kept: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """Names of the leaves of any pytree, alike in all containers, and selection by them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -106,6 +106,11 @@ def selected_tied(names: Iterable[str], include: Iterable[str] = (), exclude: It
     """The same of one tensor with several names, since it is tied: what matches one of them matches the tensor."""
     names = tuple(names)
     return all(selected(n, (), exclude) for n in names) and any(selected(n, include) for n in names)
+
+
+def copies_of(name: str, aliases: Mapping[str, str]) -> tuple[str, ...]:
+    """The further names of a tensor, of a table from such names to the one that stands for them."""
+    return tuple(alias for alias, first in aliases.items() if first == name)
 
 
 def check_pattern(pattern: str) -> None:

@@ -14,7 +14,16 @@ from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.steps import AnyStep, expand, output_of, over_tasks, patterns
 from tadrop_jax.task_vector import match
-from tadrop_jax.trees import as_dtype_of, check_patterns, is_mergeable, is_traced, named_leaves, selected, tied
+from tadrop_jax.trees import (
+    as_dtype_of,
+    check_patterns,
+    copies_of,
+    is_mergeable,
+    is_traced,
+    named_leaves,
+    selected,
+    tied,
+)
 
 
 class Problem(NamedTuple):
@@ -110,7 +119,7 @@ def vectors(of: Problem, sparsifier: AnyStep | None, layout, key) -> dict[str, t
     for name, leaf in of.base.items():
         order, seed_name = merging.laid_out(layout, name, np.ndim(leaf))
         models = tuple(jnp.asarray(m[name]) for m in of.models)
-        aliases = tuple(other for other, first in of.aliases.items() if first == name)
+        aliases = copies_of(name, of.aliases)
         tensors.append(memory.Tensor(name, models, jnp.asarray(leaf), order, seed_name, aliases=aliases))
     results = memory.run(steps, tensors, of.tasks, key)
     found = {}
