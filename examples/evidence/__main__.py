@@ -38,7 +38,12 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--base-seed", type=int, default=0, metavar="N", help="of pretraining; a base wants an OUT of its own"
     )
+    parser.add_argument(
+        "--pretraining", type=float, default=1.0, metavar="SHARE", help="of the usual steps: a shorter, weaker base"
+    )
     parser.add_argument("--count", type=int, metavar="N", help="tasks (default: the suite's main table)")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="in place of the suite's own; needs a --table")
+    parser.add_argument("--table", metavar="NAME", help="of the table's file (default: the recipe's)")
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all that do not learn)")
     parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
     parser.add_argument("--lines", action="store_true", help="also test what lies between the base and the fine-tunes")
@@ -47,6 +52,8 @@ def main(arguments: list[str] | None = None) -> Path:
     chosen = parser.parse_args(arguments)
     if chosen.data is None and not chosen.fast:
         parser.error("--data is needed, or --fast")
+    if chosen.tasks and not chosen.table:
+        parser.error("--tasks: give a --table of its own: a table's lines say how many tasks were merged, not which")
     chosen.out.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
@@ -59,15 +66,21 @@ def main(arguments: list[str] | None = None) -> Path:
     # A name that there is not would be noticed after hours of training.
     check(parser, "--recipe", [recipe], suite.RECIPES)
     check(parser, "--count", [count], suite.GROUPS)
+    check(parser, "--tasks", chosen.tasks, suite.KNOWN)
     check(parser, "--rules", chosen.rules, experiments.RULES | experiments.OWN | experiments.LEARNED)
     check(parser, "--sparsifiers", chosen.sparsifiers, experiments.sparsifiers(Suite(None, [], None), None))
-    names, settings = suite.GROUPS[count], suite.Settings.fast() if chosen.fast else suite.Settings()
-    settings = dataclasses.replace(settings, seed=chosen.base_seed)
-    base_report = chosen.out / "base.json"
-    if base_report.exists() and (there := json.loads(base_report.read_text()).get("seed", 0)) != chosen.base_seed:
-        parser.error(f"--base-seed: the base in {chosen.out} is of seed {there}; give another --out")
+    names = tuple(chosen.tasks or suite.GROUPS[count])
+    settings = suite.Settings.fast() if chosen.fast else suite.Settings()
+    settings = dataclasses.replace(settings, seed=chosen.base_seed, share=chosen.pretraining)
+    if (base_report := chosen.out / "base.json").exists():
+        there = {"seed": 0, "share": 1.0} | json.loads(base_report.read_text())
+        for option, name in (("--base-seed", "seed"), ("--pretraining", "share")):
+            if (wanted := getattr(settings, name)) != there[name]:
+                parser.error(
+                    f"{option}: the base in {chosen.out} is of {there[name]}, not {wanted}; give another --out"
+                )
     rules = chosen.rules or [*experiments.RULES, *(experiments.OWN.keys() - experiments.RULES.keys())]
-    table = chosen.out / f"{recipe}.csv"
+    table = chosen.out / f"{chosen.table or recipe}.csv"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         base = functools.partial(suite.pretrain, chosen.data, chosen.out, settings=settings, bfloat16=chosen.bfloat16)
@@ -82,10 +95,10 @@ def main(arguments: list[str] | None = None) -> Path:
             models = suite.load(chosen.data, chosen.out, recipe, seed, names)
             with metered(chosen.out / HOURS, f"merging {recipe}, seed {seed}"):
                 experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
-            experiments.describe(models, table.with_name(f"{recipe}-ratios.csv"))
+            experiments.describe(models, table.with_name(f"{table.stem}-ratios.csv"))
             if chosen.lines:
-                lines.walk(models, table.with_name(f"{recipe}-lines.csv"), seed, told(bar, f"between, seed {seed}"))
-    write_models(table.with_name(f"{recipe}-models.csv"), chosen.out / recipe, names)
+                lines.walk(models, table.with_name(f"{table.stem}-lines.csv"), seed, told(bar, f"between, seed {seed}"))
+    write_models(table.with_name(f"{table.stem}-models.csv"), chosen.out / recipe, names)
     return table
 
 

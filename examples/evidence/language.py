@@ -22,6 +22,7 @@ from examples.evidence.suites import Head, Suite, Tuned, class_names, place
 from examples.evidence.training import Progress, Recipe
 
 GROUPS = language_tasks.GROUPS
+KNOWN = (*language_tasks.GENERATED, *language_tasks.TASKS)
 COUNT = 9  # tasks of the main table
 # No weight decay, as in transformers' Trainer: embeddings of tokens that a task does not have stay as they are.
 RECIPES = {
@@ -45,6 +46,7 @@ class Settings:
     batch: int = 16
     epochs: float = 2.3
     rate: float = 2e-3
+    share: float = 1.0  # of the pretraining
     seed: int = 0
 
     @classmethod
@@ -64,7 +66,7 @@ def pretrain(
     train, held = _windows(words.stream(tokenizer, texts), settings.context + 1)
     module = gpt2.MODELS["GPT2LMHeadModel"](_config(settings, tokenizer), rngs=nnx.Rngs(settings.seed))
     graph, params = nnx.split(mixed(module) if bfloat16 else module)
-    steps = int(settings.epochs * len(train) / settings.batch)
+    steps = int(settings.share * settings.epochs * len(train) / settings.batch)
 
     def loss(params, windows, key):
         logits = nnx.merge(graph, params)(windows[:, :-1])
@@ -84,7 +86,8 @@ def pretrain(
     nats = float(suites.features(measure, params, held, settings.batch).mean())
     characters = sum(map(len, texts)) / (len(train) + len(held)) / (settings.context + 1)
     report = {"perplexity": float(np.exp(nats)), "bits_per_character": nats / float(np.log(2)) / characters}
-    module, report["seed"] = nnx.merge(graph, params), settings.seed
+    module = nnx.merge(graph, params)
+    report |= {"seed": settings.seed, "share": settings.share}
     suites.save(out / "base", module, module.config, report, files=_files(out))
 
 

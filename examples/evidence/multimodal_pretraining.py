@@ -52,6 +52,7 @@ class Settings:
     rate: float = 1.5e-3
     initial: float = 0.06  # standard deviation of the first weights; the modules' own, 0.02, is for larger widths
     move: int = 4  # pixels that an image is moved by at most
+    share: float = 1.0  # of the pretraining
     seed: int = 0
 
     @classmethod
@@ -96,19 +97,21 @@ def pretrain(
     graph, params = nnx.split(mixed(module) if bfloat16 else module)
     params = jax.tree.map(lambda leaf: leaf * settings.initial / 0.02 if leaf.ndim > 1 else leaf, params)
     batch, report = _data(data, settings, tokenizer)
+    steps = int(settings.share * settings.steps)
 
     params = training.fit(
         params,
         lambda params, batch, key: loss(nnx.merge(graph, params), batch, key, settings.move),
         batch,
-        training.adamw(settings.rate, settings.steps),
-        settings.steps,
+        training.adamw(settings.rate, steps),
+        steps,
         out=out / "pretraining",
         seed=settings.seed,
         progress=progress,
     )
     module = nnx.merge(graph, params)
-    suites.save(out / "base", module, config, report(module) | {"seed": settings.seed}, files=files)
+    found = report(module) | {"seed": settings.seed, "share": settings.share}
+    suites.save(out / "base", module, config, found, files=files)
 
 
 def loss(module, batch: Batch, key: jax.Array, move: int) -> jax.Array:

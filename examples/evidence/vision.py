@@ -25,7 +25,7 @@ class Recipe(training.Recipe):
     move: int = 4
 
 
-GROUPS = vision_tasks.GROUPS
+GROUPS, KNOWN = vision_tasks.GROUPS, vision_tasks.KNOWN
 COUNT = 8  # tasks of the main table
 RECIPES = {
     "fast": Recipe(training.adamw, 1e-3, 100, batch=50, move=0),
@@ -50,6 +50,7 @@ class Settings:
     rate: float = 1e-3
     initial: float = 0.02  # standard deviation of the first weights
     move: int = 4  # pixels that an image is moved by at most
+    share: float = 1.0  # of the pretraining
     seed: int = 0
 
     @classmethod
@@ -80,7 +81,7 @@ def pretrain(
     module = ViTForImageClassification(config, rngs=nnx.Rngs(settings.seed))
     apply = encode(module)
     graph, params = nnx.split(mixed(module) if bfloat16 else module)
-    steps = settings.epochs * (len(train.labels) // settings.batch)
+    steps = int(settings.share * settings.epochs * (len(train.labels) // settings.batch))
 
     def loss(params, batch, key):
         logits = nnx.merge(graph, params)(
@@ -102,7 +103,8 @@ def pretrain(
     )
     head = _head(params)
     found = suites.features(apply, params["vit"], test.inputs)
-    report = {"accuracy": suites.share_right(found, head, test.labels), "seed": settings.seed}
+    accuracy = suites.share_right(found, head, test.labels)
+    report = {"accuracy": accuracy, "seed": settings.seed, "share": settings.share}
     suites.save(out / "base", params, config, report)
 
 

@@ -52,7 +52,7 @@ def task(data: Path | None, name: str) -> Task:
 
     Args:
         data: the directory of image sets; `FAST` needs none.
-        name: one of `THIRTY` or `FAST`, or any other that the rules above make.
+        name: one of `KNOWN`.
     """
     return cut(name, *_labelled(data, name), by_order=name.startswith("gtsrb"))
 
@@ -156,6 +156,19 @@ def _swapped(image: np.ndarray, way: int) -> np.ndarray:
 
 
 _CHANGES = {"turned": np.rot90, "swapped": _swapped}
+
+_WHOLE = (
+    *("mnist", "kmnist", "fashion_mnist", "cifar10", "gtsrb", "caltech101", "dtd10", "scenes"),
+    *("pacs_photo", "pacs_art_painting", "pacs_cartoon"),
+)
+# Every task that there is, in a group or not.
+KNOWN = (
+    *(*FAST, *_WHOLE, "pacs_domain"),
+    *(f"{how}_{whole}" for how in _CHANGES for whole in (*_WHOLE, "tiny")),
+    *(f"mnist_{question}" for question in _QUESTIONS),
+    *(f"gtsrb_{kind}" for kind in _SIGNS),
+    *(f"{whole}_{i}" for whole, parts in {"tiny": 6, "kmnist": 2, "caltech": 5}.items() for i in range(parts)),
+)
 
 
 def _changed(all_: Part, change: Callable[[np.ndarray, int], np.ndarray], seed: int) -> Part:

@@ -44,10 +44,13 @@ def test_fine_tunes_beat_the_probe_and_leave_unseen_tokens_alone(out):
     assert suite.layout("h/0/attn/c_attn/kernel")
 
 
-def test_a_base_of_another_seed_is_not_taken(out, capsys):
+@pytest.mark.parametrize(
+    ("option", "said"), [("--base-seed", "is of 0, not 2"), ("--pretraining", "is of 1.0, not 2.0")]
+)
+def test_another_base_is_not_taken(option, said, out, capsys):
     with pytest.raises(SystemExit):
-        command.main(["language", "--fast", "--base-seed", "1", "--out", str(out)])
-    assert "is of seed 0" in capsys.readouterr().err
+        command.main(["language", "--fast", option, "2", "--out", str(out)])
+    assert said in capsys.readouterr().err
 
 
 def test_pairs_have_one_length_and_the_longer_text_is_cut(out):
