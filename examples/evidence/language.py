@@ -24,6 +24,7 @@ from examples.evidence.training import Progress, Recipe
 GROUPS = language_tasks.GROUPS
 KNOWN = (*language_tasks.GENERATED, *language_tasks.TASKS)
 COUNT = 9  # tasks of the main table
+PART, STEP = 40, 16  # texts that are computed at once, and steps of their length
 # No weight decay, as in transformers' Trainer: embeddings of tokens that a task does not have stay as they are.
 RECIPES = {
     "fast": Recipe(training.adamw, 5e-3, 100, batch=50),
@@ -113,7 +114,13 @@ def finetune(
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
     steps = directory.with_suffix(".training")
-    params = training.finetune(params, loss, task.train, how, out=steps, seed=seed, progress=progress)
+
+    def prepared(batch):
+        return batch._replace(inputs=shortened(batch.inputs, config.pad_token_id))
+
+    params = training.finetune(
+        params, loss, task.train, how, out=steps, seed=seed, progress=progress, prepared=prepared
+    )
     tuned = suites.features(apply, params["transformer"], task.test.inputs)
     report = {
         "probe": suites.share_right(seen[2], head, task.test.labels),
@@ -137,14 +144,33 @@ def load(data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str,
 
 
 def encode(module) -> suites.Encode:
-    """Gives the jitted function of a backbone's parameters and tokens (N, length): features of the last (N, width)."""
+    """Gives the jitted function of a backbone's parameters and tokens (N, length): features of the last (N, width).
+
+    Half of a batch is padding, which nothing looks at: NumPy's tokens are computed in parts of texts of like lengths.
+    """
     graph, pad = nnx.graphdef(module.transformer), module.config.pad_token_id
 
     def apply(params, tokens):
         last = (tokens != pad).sum(-1) - 1
         return nnx.merge(graph, params)(tokens)[jnp.arange(len(tokens)), last]
 
-    return jax.jit(apply)
+    jitted = jax.jit(apply)
+
+    def by_length(params, tokens):
+        if not isinstance(tokens, np.ndarray):
+            return jitted(params, tokens)
+        order = np.argsort((tokens != pad).sum(-1), kind="stable")
+        parts = np.array_split(order, max(len(order) // PART, 1))
+        found = np.concatenate([jitted(params, shortened(tokens[part], pad)) for part in parts])
+        return found[np.argsort(order)]
+
+    return by_length
+
+
+def shortened(tokens: np.ndarray, pad: int) -> np.ndarray:
+    """Tokens (N, length) without padding that all texts have, in steps of `STEP`, each of which is compiled for."""
+    longest = int((tokens != pad).sum(-1).max())
+    return tokens[:, : -(-longest // STEP) * STEP]
 
 
 def _config(settings: Settings, tokenizer) -> gpt2.Config:

@@ -118,15 +118,27 @@ def finetune(
     out: Path,
     seed: int,
     progress: Progress,
+    prepared: Callable[[Any], Any] = lambda batch: batch,
 ) -> Params:
-    """Trains by a recipe on `data`, a `suites.Part`; the seed is that of the order, the factors and the loss's keys."""
+    """Trains by a recipe on `data`, a `suites.Part`; the seed is that of the order, the factors and the loss's keys.
+
+    Args:
+        params: where to start.
+        loss: as in `fit`.
+        data: what to train on.
+        recipe: how.
+        out: as in `fit`.
+        seed: of everything random.
+        progress: as in `fit`.
+        prepared: what is done to each batch before it is computed with.
+    """
     index = shuffled(len(data.labels), recipe.batch, seed=seed)
 
     def trained(start, loss, recipe):
         return fit(
             start,
             loss,
-            lambda step: data.take(index(step)),
+            lambda step: prepared(data.take(index(step))),
             recipe.schedule(),
             recipe.steps,
             out=out,

@@ -53,6 +53,16 @@ def test_another_base_is_not_taken(option, said, out, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_texts_computed_by_their_lengths_have_the_features_that_they_have_padded(out):
+    module, params = converters.load(out / "base")
+    apply, params = language.encode(module), params["transformer"]
+    texts = language_tasks.task(None, "doer", words.read(out / "base")).test.inputs
+    texts = np.pad(texts, ((0, 0), (0, 48 - texts.shape[1])), constant_values=module.config.pad_token_id)
+    assert language.shortened(texts, module.config.pad_token_id).shape[1] < 48
+    padded = jax.jit(apply)(params, texts)
+    np.testing.assert_allclose(apply(params, texts), padded, rtol=1e-4, atol=1e-5)
+
+
 def test_pairs_have_one_length_and_the_longer_text_is_cut(out):
     tokenizer = words.read(out / "base")
     texts = np.array([("the fox", ""), ("the fox", "the old mole takes the lamp " * 20)], object)
