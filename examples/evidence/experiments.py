@@ -113,6 +113,9 @@ def sparsifiers(
     def spread(how, quantiles=quantiles):
         return lambda: _counted(stack, arms.prune(stack, how(stack, shares_of(*quantiles))))
 
+    def scaled(quantiles=quantiles):
+        return lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares_of(*quantiles))), 0.0)
+
     found = {"none": lambda: Arm(stack, 0.0)}
     found |= {f"magnitude {density}": library(tj.magnitude(density)) for density in (0.1, 0.2, 0.5)}
     found |= {f"uniform {sparsity}": library(tj.uniform(sparsity)) for sparsity in (0.3, 0.5, 0.7, 0.9)}
@@ -124,7 +127,7 @@ def sparsifiers(
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
     found |= {"learned for EMR": lambda: _counted(stack, arms.prune(stack, learned.shares(suite, stack)))}
-    found |= {"scaling alone": lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares())), 0.0)}
+    found |= {"scaling alone": scaled()}
     found |= {"dominance": lambda: library(tj.dominance(arms.dominance_shares(stack, shares())))()}
     found |= {f"dominance {share}": library(tj.dominance(share)) for share in (0.3, 0.4, 0.5, 0.6, 0.8)}
     found |= {"dominance 0.5, no norm": library(tj.dominance(0.5, norm=None))}
@@ -133,7 +136,9 @@ def sparsifiers(
     }
     for other in QUANTILES:
         if other != quantiles:
-            found |= {f"{name} of {other[0]}/{other[1]}": spread(how, other) for name, how in arms.CONTROLS.items()}
+            pair = f"{other[0]}/{other[1]}"
+            found |= {f"{name} of {pair}": spread(how, other) for name, how in arms.CONTROLS.items()}
+            found |= {f"scaling alone of {pair}": scaled(other)}
     return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
 
 

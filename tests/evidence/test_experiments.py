@@ -39,6 +39,11 @@ def test_controls_prune_as_much_as_tadrop_at_their_quantiles():
             shares = [np.mean(np.asarray(leaf) == 0) for leaf in (arm.stack["a"], arm.stack["b"])]
             assert (abs(shares[0] - shares[1]) < 1e-3) == (control == "uniform")
             assert (shares[0] < shares[1]) == (control == "reversed") or control == "uniform"
+        grown, pruned = ways["scaling alone" + name](), ways[f"TADrop {quantiles}"]()
+        assert grown.sparsity == 0
+        for leaf, after in zip(grown.stack.values(), pruned.stack.values(), strict=True):
+            kept = np.asarray(after) != 0  # pruned entries are back, the others have grown as much
+            np.testing.assert_allclose(leaf[kept], np.asarray(after)[kept], rtol=0.01)
 
 
 @pytest.mark.parametrize("option", ["--recipe=x", "--count=9", "--tasks=x", "--rules=x", "--sparsifiers=x"])
