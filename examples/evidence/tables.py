@@ -229,9 +229,23 @@ def ratios(file: str, *_: str) -> str:
     return markdown(["tensors", "entries", "ratio", "s.d. over layers", "s.d. over tasks"], rows)
 
 
+def by_rule(table: Callable[..., str]) -> Callable[..., str]:
+    """A table whose columns are rules, with a row for each of them instead: where there are many."""
+
+    def turned(*arguments: str) -> str:
+        text, _, rest = table(*arguments).partition("\n\n")
+        columns = [line[2:-2].split(" | ") for line in text.splitlines()]
+        head, *rows = [list(row) for row in zip(columns[0], *columns[2:], strict=True)]
+        return markdown(head, rows) + "\n\n" + rest
+
+    return turned
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "accuracies": accuracies,
+    "accuracies_by_rule": by_rule(accuracies),
     "differences": differences,
+    "differences_by_rule": by_rule(differences),
     "growth": growth,
     "lines": lines,
     "over_tasks": over_tasks,

@@ -54,6 +54,16 @@ def test_validation_has_a_mean_where_every_suite_has_the_arm(results):
     assert found[2:] == ["| 0.5/0.9 | 50.0 |  |  |", "| 0.9/0.99 | 75.0 | 60.0 | 67.5 |"]
 
 
+def test_a_table_turned_has_a_row_for_each_rule(results):
+    arguments = "x-growth.csv", "2", "TADrop 0.75/0.95", "none", "uniform"
+    usual = tables.differences(*arguments).splitlines()
+    turned = tables.TABLES["differences_by_rule"](*arguments).splitlines()
+    assert usual[0] == "| TADrop 0.75/0.95 minus | EMR |"
+    assert turned[0] == "| TADrop 0.75/0.95 minus | none | uniform |"
+    assert turned[2] == f"| EMR | {usual[2].removeprefix('| none | ').removesuffix(' |')} |  |"
+    assert turned[3:] == usual[4:]
+
+
 def test_growth_on_the_first_tasks_alone(results):
     found = tables.growth("x-growth.csv", "EMR", "2", "TADrop 0.75/0.95", "none").splitlines()
     assert found[2].endswith("| 65.0 | 65.0 |")
