@@ -19,7 +19,8 @@ _HOME = {
         "CheckpointError",
         "MergeWarning",
     ],
-    "merging": ["merge", "merge_task_vectors", "sparsify", "explain", "quantile_ratios", "Layout"],
+    "merging": ["merge", "merge_task_vectors", "sparsify", "explain", "quantile_ratios"],
+    "layouts": ["Layout"],
     "task_vector": ["task_vectors"],
     "selection": ["kth_largest_magnitude", "magnitude_quantile"],
     "steps": [

@@ -21,9 +21,9 @@ from tadrop_jax.errors import MismatchError as MismatchError
 from tadrop_jax.errors import ParameterError as ParameterError
 from tadrop_jax.kinds import Kind as Kind
 from tadrop_jax.kinds import Part as Part
+from tadrop_jax.layouts import Layout as Layout
 from tadrop_jax.lora.core_space import core_space as core_space
 from tadrop_jax.lora.knots import knots as knots
-from tadrop_jax.merging import Layout as Layout
 from tadrop_jax.merging import explain as explain
 from tadrop_jax.merging import merge as merge
 from tadrop_jax.merging import merge_task_vectors as merge_task_vectors

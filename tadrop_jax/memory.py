@@ -19,58 +19,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.advancing import advance, global_stages, merge_stages
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.placement import AnyMesh, apart, axis_names, entries_of, is_local, place, sharding_of
+from tadrop_jax.placement import apart, place
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
+from tadrop_jax.sites import OfRun, Site, Tensor, crossed, kept, site_of
 from tadrop_jax.steps import Piece, Step, Sums
 from tadrop_jax.trees import is_traced
 from tadrop_jax.wide import Wide
 
 # Tensors that run together take at most this much in float32.
 _BATCH_BYTES = 256 << 20
-# So many compiled functions of a kind stay: one for each shape of a model, and a megabyte each.
-_KEPT = 256
-
-
-class Tensor(NamedTuple):
-    """One tensor of the tree, of the base and of every model (or a stack of task vectors).
-
-    Attributes:
-      path: its name in the tree.
-      models: the T fine-tuned tensors of shape S, or one stack ``(T, *S)`` if ``base`` is None.
-      base: shape S, or None.
-      order: permutation of the axes into PyTorch order, or None.
-      seed_name: the name that random numbers are drawn by; the PyTorch name where a layout is given.
-      sharding: where to merge it, if not where it lies.
-      aliases: further names of it, where it is tied.
-    """
-
-    path: str
-    models: tuple[Any, ...]
-    base: Any = None
-    order: tuple[int, ...] | None = None
-    seed_name: str = ""
-    sharding: NamedSharding | None = None
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """S."""
-        return self.models[0].shape[1:] if self.base is None else self.base.shape
-
-    @property
-    def like(self):
-        """The array that says where the tensor lies."""
-        return self.models[0] if self.base is None else self.base
-
-    @property
-    def lies(self) -> NamedSharding | None:
-        """How it is spread over several devices; None if it is not, or if that cannot be seen."""
-        return sharding_of(self.like) if self.sharding is None else self.sharding
-
-    @property
-    def size(self) -> int:
-        """Entries of S."""
-        return math.prod(self.shape)
 
 
 class Result(NamedTuple):
@@ -83,48 +40,6 @@ class Result(NamedTuple):
 
     value: Any
     carries: tuple[dict[str, jax.Array], ...]
-
-
-class _OfRun(dict):
-    """Compiled functions of one run, for its sites alone."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-    __eq__ = object.__eq__
-
-
-class _Site(NamedTuple):
-    """What a compiled function depends on besides shapes and dtypes; and where it is kept, if not for good.
-
-    What a step without a spec closes over may be a tracer of the caller's, or other with every call: it is compiled for
-    one run, and forgotten.
-    """
-
-    steps: tuple[Step, ...]
-    active: tuple[bool, ...]
-    tasks: int
-    stacked: bool
-    order: tuple[int, ...] | None
-    shape: tuple[int, ...]
-    mesh: AnyMesh | None
-    spec: PartitionSpec
-    one_pass: bool
-    functions: _OfRun | None
-
-
-def _kept(make):
-    """Caches a function that compiles for a site, and for a stop in its chain if there is one."""
-    for_good = functools.lru_cache(maxsize=_KEPT)(make)
-
-    @functools.wraps(make)
-    def found(site: _Site, *stop):
-        if site.functions is None:
-            return for_good(site, *stop)
-        key = (make, site, *stop)
-        if key not in site.functions:
-            site.functions[key] = make(site, *stop)
-        return site.functions[key]
-
-    return found
 
 
 def run(
@@ -145,7 +60,7 @@ def run(
     Raises:
       MergeError: if a random step gets no key.
     """
-    functions = _OfRun()
+    functions = OfRun()
     try:
         # What a user forbids to promote is meant for the user's own code.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -154,9 +69,9 @@ def run(
         functions.clear()
 
 
-def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, spare, functions: _OfRun) -> list[Result]:
+def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, spare, functions: OfRun) -> list[Result]:
     key = randomness.check_needed(any(s.random for s in steps), key)
-    sites = [_site(steps, t, tasks, functions) for t in tensors]
+    sites = [site_of(steps, t, tasks, functions) for t in tensors]
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
 
     def raw(k):
@@ -231,24 +146,7 @@ def _finish_one(site, tensor: Tensor, raw, key, carries, spare):
     return _finished(site)(raw, key, carries)
 
 
-def _site(steps, tensor: Tensor, tasks: int, functions: _OfRun) -> _Site:
-    stacked = tensor.base is None
-    shape = tuple(tensor.shape[a] for a in tensor.order or range(len(tensor.shape)))
-    active = tuple(s.covers(tensor.path, tensor.aliases) and tensor.size > 0 for s in steps)
-    steps = tuple(s.for_tensor(tensor.path, shape, tasks, tensor.aliases) for s in steps)
-    mesh, spec = None, PartitionSpec()
-    lies = tensor.lies
-    if lies is not None:
-        spec = PartitionSpec(*entries_of(lies, tensor.like.ndim)[1 if stacked else 0 :])
-        here = (is_local(s, tensor.shape, tensor.order, lies.mesh, spec) for s in steps)
-        mesh = lies.mesh if all(h or not a for h, a in zip(here, active, strict=True)) else None
-    # Where shardings cannot be seen, a variadic reduction of a sharded array would be gathered.
-    hidden = jax.device_count() > 1 and mesh is None and is_traced((tensor.base, tensor.models))
-    own = None if all(s.spec is not None for s in steps) else functions
-    return _Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden, own)
-
-
-def _raw(tensor: Tensor, site: _Site):
+def _raw(tensor: Tensor, site: Site):
     lies = tensor.lies
     if lies is None:
         return tensor.base, tensor.models
@@ -285,12 +183,7 @@ def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
     return dict(zip(names, found, strict=True))
 
 
-def _crossed(site: _Site) -> tuple[str, ...]:
-    """The mesh axes that statistics are added up over."""
-    return () if site.mesh is None else axis_names(site.spec)
-
-
-def _whole(site: _Site, raw, key) -> Piece:
+def _whole(site: Site, raw, key) -> Piece:
     offsets = None
     if site.mesh is not None:
         local = (raw[1][0].shape[1:]) if site.stacked else raw[0].shape
@@ -301,9 +194,9 @@ def _whole(site: _Site, raw, key) -> Piece:
     return piece_of(raw, site.order, site.tasks, key, site.shape, offsets, look=site.one_pass)
 
 
-def _advance(site: _Site, raw, key, carries, stop=None):
+def _advance(site: Site, raw, key, carries, stop=None):
     """Applies the steps before ``stop``, filling in the statistics of single tensors on the way."""
-    n, names = math.prod(site.shape), _crossed(site)
+    n, names = math.prod(site.shape), crossed(site)
 
     def reduce(stage, x, carry):
         return reduce_stage(stage, x, carry, n, names, site.one_pass)
@@ -321,13 +214,13 @@ def store(step: Step, reached, base, dtype):
     return value if dtype is None or step.output not in ("vector", "parameters") else value.astype(dtype)
 
 
-def _carried(site: _Site):
+def _carried(site: Site):
     """How statistics lie: on every device, but those of rows with their rows."""
     rows = PartitionSpec(None, *site.spec)
     return tuple(tuple(rows if g.scope == "row" else PartitionSpec() for g in s.stages) for s in site.steps)
 
 
-def _mapped(site: _Site, fn, outputs, extra=()):
+def _mapped(site: Site, fn, outputs, extra=()):
     """Compiles a function of (raw, key, carries, ...), in shard_map for a sharded tensor."""
     if site.mesh is None:
         return jax.jit(fn)
@@ -345,27 +238,27 @@ def _mapped(site: _Site, fn, outputs, extra=()):
     )
 
 
-@_kept
-def _partial(site: _Site, stop):
+@kept
+def _partial(site: Site, stop):
     def fn(raw, key, carries):
         at = _advance(site, raw, key, carries, stop)
         stage = site.steps[stop[0]].stages[stop[1]]
-        n, names = math.prod(site.shape), _crossed(site)
+        n, names = math.prod(site.shape), crossed(site)
         return reduce_stage(stage, at.x, at.carry, n, names, site.one_pass), at.carries
 
     return _mapped(site, fn, lambda whole, stack, none, carries: (none, carries))
 
 
-@_kept
-def _prepared(site: _Site, stop):
+@kept
+def _prepared(site: Site, stop):
     def fn(raw, key, carries):
         return _advance(site, raw, key, carries, stop).carries
 
     return _mapped(site, fn, lambda whole, stack, none, carries: carries)
 
 
-@_kept
-def _selected(site: _Site, stop):
+@kept
+def _selected(site: Site, stop):
     def fn(raw, key, carries):
         at = _advance(site, raw, key, carries, stop)
         return site.steps[stop[0]].stages[stop[1]].of(at.x, at.carry)
@@ -373,8 +266,8 @@ def _selected(site: _Site, stop):
     return _mapped(site, fn, lambda whole, stack, none, carries: stack)
 
 
-@_kept
-def _counted(site: _Site, stop):
+@kept
+def _counted(site: Site, stop):
     def fn(raw, key, carries, pivots):
         at = _advance(site, raw, key, carries, stop)
         values = site.steps[stop[0]].stages[stop[1]].of(at.x, at.carry)
@@ -382,13 +275,13 @@ def _counted(site: _Site, stop):
         axes = tuple(range(1, values.ndim))
         counts = selection.exact_count(selection.ordered_bits(values), flat, axes, site.one_pass)
         counts = Wide(*(jnp.reshape(c, pivots.shape) for c in counts))
-        names = _crossed(site)
+        names = crossed(site)
         return wide.psum(counts, names) if names else counts
 
     return _mapped(site, fn, lambda whole, stack, none, carries: none, extra=("pivots",))
 
 
-def _finisher(site: _Site):
+def _finisher(site: Site):
     def fn(raw, key, carries):
         reached, base = _advance(site, raw, key, carries), raw[0]
         if not site.steps:
@@ -398,8 +291,8 @@ def _finisher(site: _Site):
     return fn
 
 
-@_kept
-def _finished_together(site: _Site):
+@kept
+def _finished_together(site: Site):
     """The same for several tensors at once: decompositions of small matrices run batched."""
 
     def fn(given):
@@ -410,8 +303,8 @@ def _finished_together(site: _Site):
     return jax.jit(fn)
 
 
-@_kept
-def _finished(site: _Site):
+@kept
+def _finished(site: Site):
     outputs = {"stack": "stack", "vector": "whole", "parameters": "whole"}
     kind = site.steps[-1].output if site.steps else "stack"
 
@@ -425,8 +318,8 @@ def _finished(site: _Site):
     return _mapped(site, _finisher(site), specs)
 
 
-@_kept
-def _consuming(site: _Site):
+@kept
+def _consuming(site: Site):
     """The same, with the first model's buffer for the result."""
     finished = _finished(site)
 

@@ -1,23 +1,24 @@
 """The functions a user calls: merge, sparsify, explain."""
 
 import types
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax import memory
+from tadrop_jax import donation, memory
 from tadrop_jax.bundles import Bundle, pack
 from tadrop_jax.contents import check_contents
 from tadrop_jax.errors import MergeError
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
+from tadrop_jax.layouts import laid_out
 from tadrop_jax.parameters import single
 from tadrop_jax.placement import apart, shardings_by_name, together, without_first_axis
 from tadrop_jax.selection import attached, magnitude
+from tadrop_jax.sites import Tensor
 from tadrop_jax.steps import (
     AnyStep,
     Chain,
@@ -40,16 +41,6 @@ from tadrop_jax.trees import (
     selected,
     tied,
 )
-
-
-class Layout(NamedTuple):
-    """How a Flax tensor lies in PyTorch: its name there, and the permutation of its axes into PyTorch order.
-
-    An order of None leaves the axes as they are.
-    """
-
-    name: str
-    order: tuple[int, ...] | None
 
 
 def merge(
@@ -122,13 +113,13 @@ def merge(
         raise MergeError("there is no float tensor to merge")
     check_contents([(names[i], leaves[i], columns[i]) for i in at])
     lies = {} if shardings is None else shardings_by_name(shardings, dict(zip(names, leaves, strict=True)))
-    spare = _spare(base, models) if donate else frozenset()
+    spare = donation.spare(base, models) if donate else frozenset()
 
-    def tensor(i: int) -> memory.Tensor:
+    def tensor(i: int) -> Tensor:
         order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]))
         to = lies.get(names[i])
         models_i = tuple(map(jnp.asarray, columns[i] if to is not None else together(leaves[i], columns[i])))
-        return memory.Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, to)
+        return Tensor(names[i], models_i, jnp.asarray(leaves[i]), order, seed_name, to)
 
     steps = expand(whole, len(models))
     held = [(leaves[i], *columns[i]) for i in at]
@@ -245,9 +236,9 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
     rows = [(n, b, c) for n, b, c in zip(names, leaves, columns, strict=True) if is_mergeable(b) and np.size(b)]
     check_contents(rows)
 
-    def tensor(i: int) -> memory.Tensor:
+    def tensor(i: int) -> Tensor:
         name, leaf, column = rows[i]
-        return memory.Tensor(name, tuple(map(jnp.asarray, together(leaf, column))), jnp.asarray(leaf))
+        return Tensor(name, tuple(map(jnp.asarray, together(leaf, column))), jnp.asarray(leaf))
 
     at = {i: name for i, (name, _, _) in enumerate(rows)}
     results = _run_once(tensor, at, [(b, *c) for _, b, c in rows], names, steps, len(models), key)
@@ -324,17 +315,15 @@ def _run_tensors(stack, steps_of, key, layout=None, lies: Mapping = types.Mappin
         raise MergeError("the stack holds no task")
     check_contents([(names[i], None, (leaves[i],)) for i in at])
 
-    def tensor(i: int) -> memory.Tensor:
+    def tensor(i: int) -> Tensor:
         order, seed_name = laid_out(layout, names[i], np.ndim(leaves[i]) - 1)
-        return memory.Tensor(names[i], (jnp.asarray(leaves[i]),), None, order, seed_name, lies.get(names[i]))
+        return Tensor(names[i], (jnp.asarray(leaves[i]),), None, order, seed_name, lies.get(names[i]))
 
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
     return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], names, steps, tasks, key), tasks
 
 
-def _run_once(
-    tensor: Callable[[int], memory.Tensor], at, held, names, steps, tasks: int, key, spare=frozenset()
-) -> dict:
+def _run_once(tensor: Callable[[int], Tensor], at, held, names, steps, tasks: int, key, spare=frozenset()) -> dict:
     """The results by their places; weights that are tied count once in statistics of the tree, and are merged once.
 
     Args:
@@ -402,40 +391,6 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int,
     )
 
 
-def _spare(base, models) -> frozenset[int]:
-    """The arrays of the models whose memory nothing else in these trees holds, by ``id``.
-
-    Distinct arrays may share memory: ``jax.device_put`` copies nothing to where it lies already.
-
-    Raises:
-      MergeError: inside a transformation, where donation is the caller's.
-    """
-    if is_traced((base, models)):
-        raise MergeError("donate=True is for calls outside jit; inside, donate the arguments of your own jit")
-    counts = Counter(place for leaf in jax.tree.leaves((base, models)) for place in _memory(leaf))
-    return frozenset(id(m) for m in jax.tree.leaves(models) if (at := _memory(m)) and all(counts[p] == 1 for p in at))
-
-
-def _memory(leaf) -> list[tuple]:
-    """Where the parts of an array lie that this process has: device and address; none of what is not merged."""
-    if not (isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size):
-        return []
-    return [(part.device, part.data.unsafe_buffer_pointer()) for part in leaf.addressable_shards]
-
-
 def _by_name(tree) -> dict[str, Any]:
     names, leaves, _ = named_leaves(tree)
     return dict(zip(names, leaves, strict=True))
-
-
-def laid_out(layout, name: str, ndim: int) -> tuple[tuple[int, ...] | None, str]:
-    """The permutation into PyTorch order (None: as it is), and the name that random numbers are drawn by."""
-    given: Any = None if layout is None else layout(name) if callable(layout) else layout.get(name)
-    if given is None:
-        return None, name
-    named = len(given) == 2 and isinstance(given[0], str)
-    torch_name, order = given if named else (name, given)
-    order = tuple(range(ndim)) if order is None else tuple(int(a) for a in order)
-    if sorted(order) != list(range(ndim)):
-        raise MergeError(f"layout of {name!r} must be a permutation of its {ndim} axes, got {order}")
-    return (None if order == tuple(range(ndim)) else order), torch_name

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tadrop_jax import memory, merging
+from tadrop_jax import memory
 from tadrop_jax.contents import check_contents
 from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.layouts import laid_out
 from tadrop_jax.parameters import number
+from tadrop_jax.sites import Tensor
 from tadrop_jax.steps import AnyStep, expand, output_of, over_tasks, patterns
 from tadrop_jax.task_vector import match
 from tadrop_jax.trees import (
@@ -117,10 +119,10 @@ def vectors(of: Problem, sparsifier: AnyStep | None, layout, key) -> dict[str, t
     check_patterns([p for s in steps for p in s.named], of.names)
     tensors = []
     for name, leaf in of.base.items():
-        order, seed_name = merging.laid_out(layout, name, np.ndim(leaf))
+        order, seed_name = laid_out(layout, name, np.ndim(leaf))
         models = tuple(jnp.asarray(m[name]) for m in of.models)
         aliases = copies_of(name, of.aliases)
-        tensors.append(memory.Tensor(name, models, jnp.asarray(leaf), order, seed_name, aliases=aliases))
+        tensors.append(Tensor(name, models, jnp.asarray(leaf), order, seed_name, aliases=aliases))
     results = memory.run(steps, tensors, of.tasks, key)
     found = {}
     for tensor in reversed(tensors):  # a stack is let go as soon as it is parted
