@@ -202,6 +202,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def _appear(directory: Path, files: Iterable[tuple[str, bytes | Path]], write: Any) -> None:
     """Writes into a directory beside it, which gets its name when all is done."""
+    directory = directory.resolve()  # a link stays one, and "." has a name
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
