@@ -77,8 +77,9 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     source = Path(source)
     folder = source if source.is_dir() else source.parent
     raw, note = read_json(folder / "config.json"), read_json(folder / NOTE)
+    given = dict(config) if isinstance(config, Mapping) else {}
     if isinstance(config, Mapping):
-        raw, config = dict(config), None
+        raw, config = given, None
     name = architecture or note.get("architecture")
     if name is None and raw.get("architectures"):
         # An unsupported architecture is told before files are looked at.
@@ -92,7 +93,7 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     package = families.package_of(entry)
     tensors, spelling = spelled(stored.tensors, package, entry)
     if config is None and "config" in note:
-        config = package.Config.from_dict(note["config"])
+        config = package.Config.from_dict({**note["config"], **given})
     elif config is None:
         shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
         make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))
