@@ -101,6 +101,14 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert not (root / "one.partial").exists()
 
 
+def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):
+    base, models = family(2)
+    tj.merge_task_vectors(tj.task_vectors(base, models), tj.emr()).save(tmp_path / "bundle")
+    assert main(["task", str(tmp_path / "bundle"), "--task", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "without their base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sparsifier_in_place_of_the_drop(root, capsys):
     """T-Switch with TADrop's densities in place of its own."""
     assert merge(root, "--sparsify", "tadrop", method="t_switch") == 0
