@@ -9,7 +9,7 @@ import pytest
 
 import tadrop_jax as tj
 from tadrop_jax.cli import main
-from tests.helpers import family, merge, read_model, report_of, save_family, save_model
+from tests.helpers import family, merge, read_model, refused, report_of, save_family, save_model
 
 pytestmark = pytest.mark.optimised
 
@@ -99,6 +99,12 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert "bundle.json: is not valid JSON" in capsys.readouterr().err
     assert not (root / "one").exists()
     assert not (root / "one.partial").exists()
+
+
+def test_a_bundle_is_no_model(root, capsys):
+    assert merge(root, method="emr", out="bundle") == 0
+    capsys.readouterr()
+    refused(root, capsys, merge(root, models=("m0", "bundle")), f"{root / 'bundle'}: is a bundle, no model")
 
 
 def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):
