@@ -169,6 +169,8 @@ def _write(directory, leaves, package, entry, config, origin, beside, to, format
     raw = {**config.to_dict(), "architectures": [entry.name]}
     raw = dict(families.offered(package, "describe", raw, config, entry.name))
     raw["dtype"] = str(next(iter(tensors.values())).dtype)
+    if "torch_dtype" in raw:  # the name that transformers 4 has for it
+        raw["torch_dtype"] = raw["dtype"]
     files: dict[str, Any] = {"config.json": _json(raw)} | ({NOTE: _json(note)} if note else {})
     files |= {name: file for name, file in beside.items() if name != "config.json" or same}
     _appear(directory, files.items(), lambda partial: write_tensors(partial, tensors, format, max_shard_size))

@@ -3,6 +3,7 @@
 import json
 import types
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -105,6 +106,16 @@ def test_a_given_configuration_goes_before_those_of_the_files(directory, tmp_pat
     for name in ("flax", "torch", "back"):
         assert converters.read_config(tmp_path / name / "config.json")["num_attention_heads"] == 1
         assert converters.load(tmp_path / name)[0].config.num_attention_heads == 1
+
+
+def test_the_dtype_that_transformers_4_reads_is_that_of_the_weights(directory, tmp_path):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": config.pop("dtype")}))
+    module, params = converters.load(directory)
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    converters.save(tmp_path / "wide", wide, module.config, architecture="ViTForImageClassification")
+    written = converters.read_config(tmp_path / "wide" / "config.json")
+    assert written["torch_dtype"] == written["dtype"] == "float32"
 
 
 def test_faults_in_a_tree_are_named_at_once(directory, tmp_path):
