@@ -49,7 +49,8 @@ def load(source: str | os.PathLike, *, config: Any = None, architecture: str | N
         architecture: a name of `converters.families.ARCHITECTURES`; None finds it out.
 
     Returns:
-        The module, and its parameters as an `nnx.State`, in the file's dtypes.
+        The module, and its parameters as an `nnx.State`, in the file's dtypes (float64 in float32, unless JAX is told
+        to have it; `convert` keeps it).
 
     Raises:
         ConversionError: the architecture is unknown, a file is missing or damaged, or tensors are unmapped,
