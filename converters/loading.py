@@ -49,7 +49,8 @@ def load(source: str | os.PathLike, *, config: Any = None, architecture: str | N
         architecture: a name of `converters.families.ARCHITECTURES`; None finds it out.
 
     Returns:
-        The module, and its parameters as an `nnx.State`, in the file's dtypes.
+        The module, and its parameters as an `nnx.State`, in the file's dtypes (float64 in float32, unless JAX is told
+        to have it; `convert` keeps it).
 
     Raises:
         ConversionError: the architecture is unknown, a file is missing or damaged, or tensors are unmapped,
@@ -77,8 +78,9 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     source = Path(source)
     folder = source if source.is_dir() else source.parent
     raw, note = read_json(folder / "config.json"), read_json(folder / NOTE)
+    given = dict(config) if isinstance(config, Mapping) else {}
     if isinstance(config, Mapping):
-        raw, config = dict(config), None
+        raw, config = given, None
     name = architecture or note.get("architecture")
     if name is None and raw.get("architectures"):
         # An unsupported architecture is told before files are looked at.
@@ -92,7 +94,7 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     package = families.package_of(entry)
     tensors, spelling = spelled(stored.tensors, package, entry)
     if config is None and "config" in note:
-        config = package.Config.from_dict(note["config"])
+        config = package.Config.from_dict({**note["config"], **given})
     elif config is None:
         shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
         make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))

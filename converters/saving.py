@@ -61,7 +61,7 @@ def save(
     package = families.package_of(entry)
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(model).items()}
     origin = getattr(model, "origin", None) or Origin(entry.name)
-    _write(directory, leaves, package, entry, config, origin, None, to, format, max_shard_size)
+    _write(directory, leaves, package, entry, config, origin, {}, to, format, max_shard_size)
 
 
 def convert(
@@ -84,7 +84,8 @@ def convert(
         to: "torch" or "flax", as in `converters.save`.
         format: as in `converters.save`.
         architecture: what to write; it must have the same module as what is read. None writes what is read.
-        config: a Config of the family, or the contents of a `config.json`, where the files do not tell it.
+        config: a Config of the family, or the contents of a `config.json`, where the files do not tell it, or tell it
+            wrongly: it is what is written, too.
         max_shard_size: bytes of a safetensors file.
 
     Returns:
@@ -101,6 +102,7 @@ def convert(
     _check(directory, to, format)
     with reading(source):
         opened = open_model(source, config=config)
+    beside = {name: file for name, file in _beside(source).items() if config is None or name != "config.json"}
     entry = families.architecture(architecture) if architecture else opened.entry
     if (
         not architecture
@@ -117,7 +119,7 @@ def convert(
         entry,
         opened.config,
         opened.origin,
-        source,
+        beside,
         to,
         format,
         max_shard_size,
@@ -149,7 +151,7 @@ def in_layout_of(model: Opened, base: Opened) -> dict[str, Any]:
 
 
 def _write(directory, leaves, package, entry, config, origin, beside, to, format, max_shard_size) -> None:
-    """Writes leaves of a model; other files are taken from the directory `beside`, or from beside that file."""
+    """Writes leaves of a model, and the files `beside` them, by name."""
     format = _check(directory, to, format)
     expect = abstract(package, config, entry)
     rows = package.table(config, entry.name)
@@ -167,15 +169,15 @@ def _write(directory, leaves, package, entry, config, origin, beside, to, format
     raw = {**config.to_dict(), "architectures": [entry.name]}
     raw = dict(families.offered(package, "describe", raw, config, entry.name))
     raw["dtype"] = str(next(iter(tensors.values())).dtype)
+    if "torch_dtype" in raw:  # the name that transformers 4 has for it
+        raw["torch_dtype"] = raw["dtype"]
     files: dict[str, Any] = {"config.json": _json(raw)} | ({NOTE: _json(note)} if note else {})
-    files |= {name: file for name, file in _beside(beside).items() if name != "config.json" or same}
+    files |= {name: file for name, file in beside.items() if name != "config.json" or same}
     _appear(directory, files.items(), lambda partial: write_tensors(partial, tensors, format, max_shard_size))
 
 
-def _beside(source: Path | None) -> dict[str, Path]:
+def _beside(source: Path) -> dict[str, Path]:
     """The files that travel along; of a single file's neighbours only its configuration is known to be its own."""
-    if source is None:
-        return {}
     with reading(source):
         if source.is_dir():
             return {name: file for name, file in sidecars(source).items() if name != NOTE}
@@ -202,6 +204,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def _appear(directory: Path, files: Iterable[tuple[str, bytes | Path]], write: Any) -> None:
     """Writes into a directory beside it, which gets its name when all is done."""
+    directory = directory.resolve()  # a link stays one, and "." has a name
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))

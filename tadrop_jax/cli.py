@@ -435,7 +435,8 @@ def _start_jax() -> None:
 
 def _checked_out(out: Path, resume: bool, alone: bool = True) -> Path:
     """Refuses an output that is there already, before anything is read."""
-    out = out if out.name not in ("", "..") else out.resolve()
+    # The unfinished work lies beside what a link leads to.
+    out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if alone and out.exists() and (out.is_file() or any(out.iterdir())):
         raise MergeError(f"{out}: exists already{'' if out.is_file() else ' and is not empty'}; nothing is overwritten")
     if not out.resolve().parent.is_dir():

@@ -209,16 +209,17 @@ def task_names(models: Sequence[Path]) -> tuple[str, ...]:
 def refuse_same_file(models: Sequence[Source]) -> None:
     """Refuses a model that is given twice, by whatever link or spelling.
 
+    Single shards may be one: the cache of Hugging Face keeps what several models have in common once.
+
     Raises:
       MergeError: naming both paths.
     """
-    seen: dict[tuple[int, int], Path] = {}
+    seen: dict[frozenset[tuple[int, int]], Path] = {}
     for model in models:
-        for file in model.files:
-            stat = os.stat(file)
-            other = seen.setdefault((stat.st_dev, stat.st_ino), model.path)
-            if other is not model.path:
-                raise MergeError(f"two of the models are the same file: {other} and {model.path}")
+        stats = [os.stat(file) for file in model.files]
+        other = seen.setdefault(frozenset((stat.st_dev, stat.st_ino) for stat in stats), model.path)
+        if other is not model.path:
+            raise MergeError(f"two of the models are the same file: {other} and {model.path}")
 
 
 def _config(path: Path) -> dict[str, Any] | None:

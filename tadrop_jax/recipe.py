@@ -67,6 +67,9 @@ def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[st
         raise MergeError(f"{path}: {'; '.join(said)}. A recipe has {', '.join(_FIELDS)}")
     if not isinstance(data["models"], list) or not data["models"]:
         raise MergeError(f"{path}: models must be a list of checkpoints")
+    for given in (data["base"], *data["models"]):
+        if given is None or isinstance(given, (list, dict)):  # a field left empty, or written as for mergekit
+            raise MergeError(f"{path}: base and models are paths of checkpoints, got {given!r}")
     folder = Path(path).parent
     data["base"] = str(folder / str(data["base"]))
     data["models"] = [str(folder / str(m)) for m in data["models"]]

@@ -261,6 +261,19 @@ def test_one_model_twice(how, root, capsys):
     refused(root, capsys, code, "same file", f"{root}/m0", again)
 
 
+def test_models_may_share_a_shard(tmp_path):
+    """As in the cache of Hugging Face, where a frozen part of two fine-tunes is one file."""
+    _, (first, second) = save_family(tmp_path, 2, SHAPES, shards=2)
+    shard = "model-00001-of-00002.safetensors"
+    (tmp_path / "m1" / shard).unlink()
+    (tmp_path / "m1" / shard).symlink_to(tmp_path / "m0" / shard)
+    assert merge(tmp_path, method="average") == 0
+    merged, shared = read_model(tmp_path / "out"), next(iter(SHAPES))
+    want = {name: first[name] if name == shared else (first[name] + second[name]) / 2 for name in SHAPES}
+    for name in SHAPES:
+        np.testing.assert_allclose(merged[name], want[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "emr"])
 def test_a_model_that_equals_the_base_is_a_warning(method, root, capsys):
     shutil.rmtree(root / "m1")

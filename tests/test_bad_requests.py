@@ -192,6 +192,11 @@ RECIPES = {
     "unknown field": ("{base: base, models: [m0], method: ties, densty: 1}", ["unknown: densty", "parameters"]),
     "missing field": ("{base: base}", ["missing: models, method"]),
     "models is no list": ("{base: base, models: m0, method: ties}", ["models must be a list"]),
+    "no base": ("{base: , models: [m0], method: ties}", ["paths of checkpoints", "None"]),
+    "models as mergekit has them": (
+        "{base: base, models: [{model: m0}], method: ties}",
+        ["paths of checkpoints", "{'model': 'm0'}"],
+    ),
     "no models": ("{base: base, models: [], method: ties}", ["models must be a list"]),
     "a mergekit recipe": ("{merge_method: passthrough, models: []}", ["passthrough", "is not read; of mergekit's"]),
     "unknown method": ("{base: base, models: [m0], method: tise}", ["tise", "ties"]),

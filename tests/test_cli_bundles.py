@@ -9,7 +9,7 @@ import pytest
 
 import tadrop_jax as tj
 from tadrop_jax.cli import main
-from tests.helpers import family, merge, read_model, report_of, save_family, save_model
+from tests.helpers import family, merge, read_model, refused, report_of, save_family, save_model
 
 pytestmark = pytest.mark.optimised
 
@@ -99,6 +99,20 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert "bundle.json: is not valid JSON" in capsys.readouterr().err
     assert not (root / "one").exists()
     assert not (root / "one.partial").exists()
+
+
+def test_a_bundle_is_no_model(root, capsys):
+    assert merge(root, method="emr", out="bundle") == 0
+    capsys.readouterr()
+    refused(root, capsys, merge(root, models=("m0", "bundle")), f"{root / 'bundle'}: is a bundle, no model")
+
+
+def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):
+    base, models = family(2)
+    tj.merge_task_vectors(tj.task_vectors(base, models), tj.emr()).save(tmp_path / "bundle")
+    assert main(["task", str(tmp_path / "bundle"), "--task", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "without their base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sparsifier_in_place_of_the_drop(root, capsys):

@@ -132,6 +132,17 @@ def test_an_output_that_cannot_be_begun(root, capsys):
     refused(root, capsys, convert(root, "vit", "/proc/x", "--to", "torch"), "/proc/x: cannot be written: No such file")
 
 
+def test_an_empty_directory_by_another_name(root, monkeypatch):
+    (root / "empty").mkdir()
+    (root / "behind").mkdir()
+    (root / "link").symlink_to("behind")
+    monkeypatch.chdir(root / "empty")
+    for out, written in (("../link", "behind"), (".", "empty")):
+        assert main(["convert", "../vit", out, "--to", "torch"]) == 0
+        assert (root / written / "model.safetensors").exists()
+    assert (root / "link").is_symlink()
+
+
 def test_a_source_that_cannot_be_read(root, capsys, monkeypatch):
     tokenizer = root / "vit" / "tokenizer.json"
     tokenizer.unlink()

@@ -78,6 +78,22 @@ def test_one_that_broke_off_while_it_was_made_durable(excluded, root, capsys, mo
     assert sorted(f.name for f in (root / "out").iterdir()) == sorted(f.name for f in (root / "whole").iterdir())
 
 
+def test_one_whose_output_is_a_link(root, capsys, monkeypatch):
+    (root / "behind").mkdir()
+    (root / "out").symlink_to("behind")
+
+    def stop(fd):
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", stop)
+        assert merge(root) == 1
+    assert f"The work so far is in {root / 'behind'}.partial;" in capsys.readouterr().err
+    assert merge(root, "--resume") == 0
+    assert (root / "behind" / "model.safetensors").exists()
+    assert (root / "out").is_symlink()
+
+
 def test_an_interruption_before_there_is_any_work(root, capsys, monkeypatch):
     def stop(*args):
         raise Interrupted

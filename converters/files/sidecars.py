@@ -11,6 +11,8 @@ _LEFT_BEHIND = {
     "eval_results.json",
     "readme.txt",
     "requirements.txt",
+    "adapter_config.json",  # with it transformers looks for an adapter's weights, which are left behind too
+    "commit_success.txt",  # of Orbax
 }
 
 
@@ -21,7 +23,7 @@ _TEMPLATES = "additional_chat_templates"
 def sidecars(src_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """Finds the files that belong beside a converted or merged model: configuration, tokenizer, processor, templates.
 
-    Weights, their indices, training state and results, and the model card are left behind.
+    Weights, their indices, what describes an adapter, training state and results, and the model card are left behind.
 
     Args:
         src_dir: a Hugging Face directory.

@@ -337,11 +337,11 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "params",
 
 
 def _state_dict(value: Any) -> dict[str, _Described] | None:
-    """The tensors of a mapping, else those of the first mapping under a usual name."""
+    """The tensors of a mapping, or those of the first mapping under a usual name, if these are as many."""
     if not isinstance(value, dict):
         return None
     # Of dict itself: a pickle may give an OrderedDict attributes, which would go before its methods.
     own = {name: v for name, v in dict.items(value) if isinstance(v, _Described) and isinstance(name, str)}
-    if own:
-        return own
-    return next((found for key in _NESTED if (found := _state_dict(dict.get(value, key))) is not None), None)
+    nested = next((found for key in _NESTED if (found := _state_dict(dict.get(value, key))) is not None), None)
+    # Beside the state dict of a model there may be single tensors, such as the best accuracy.
+    return own if len(own) > len(nested or ()) else nested

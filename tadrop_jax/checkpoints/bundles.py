@@ -61,9 +61,11 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
       Bytes of the model's tensors.
 
     Raises:
-      MergeError: if there is no such task, or no bundle.
+      MergeError: if there is no such task, no bundle, or one of task vectors alone.
     """
     described = describe(path)
+    if described.get("baseless"):
+        raise MergeError(f"{path}: is a bundle of task vectors without their base, so that no model can be made of it")
     tasks, kind = described["tasks"], kind_of(described["method"])
     if task not in tasks:
         raise MergeError(f"{path}: has no task {task!r}; it has {', '.join(tasks)}")

@@ -22,6 +22,7 @@ def test_sidecars(tmp_path):
         "pytorch_model.bin",
     ]
     left += ["pytorch_model.bin.index.json", "trainer_state.json", "training_args.bin", ".hidden.json"]
+    left += ["adapter_config.json", "adapter_model.safetensors", "commit_success.txt"]
     for name in copied + left:
         (tmp_path / name).touch()
     (tmp_path / "folder.json").mkdir()

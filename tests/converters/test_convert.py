@@ -3,6 +3,7 @@
 import json
 import types
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -92,6 +93,29 @@ def test_a_bare_tree_of_a_model_is_loaded_by_its_configuration(tiny, tmp_path):
         converters.load(tmp_path / "state")
     module, _ = converters.load(tmp_path / "state", config=TINY, architecture="ViTForImageClassification")
     np.testing.assert_array_equal(module.classifier.kernel[...], tiny.classifier.kernel[...])
+
+
+def test_a_given_configuration_goes_before_those_of_the_files(directory, tmp_path):
+    """Of a directory of PyTorch, and of one of Flax, where `conversion.json` has one too; and it is what is written."""
+    given = {**json.loads((directory / "config.json").read_text()), "num_attention_heads": 1}
+    converters.convert(directory, tmp_path / "flax", to="flax", config=given)
+    converters.convert(directory, tmp_path / "torch", to="torch", config=given)
+    converters.convert(directory, tmp_path / "other", to="flax")
+    assert converters.load(tmp_path / "other", config={"hidden_act": "relu"})[0].config.hidden_act == "relu"
+    converters.convert(tmp_path / "other", tmp_path / "back", to="torch", config=given)
+    for name in ("flax", "torch", "back"):
+        assert converters.read_config(tmp_path / name / "config.json")["num_attention_heads"] == 1
+        assert converters.load(tmp_path / name)[0].config.num_attention_heads == 1
+
+
+def test_the_dtype_that_transformers_4_reads_is_that_of_the_weights(directory, tmp_path):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": config.pop("dtype")}))
+    module, params = converters.load(directory)
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    converters.save(tmp_path / "wide", wide, module.config, architecture="ViTForImageClassification")
+    written = converters.read_config(tmp_path / "wide" / "config.json")
+    assert written["torch_dtype"] == written["dtype"] == "float32"
 
 
 def test_faults_in_a_tree_are_named_at_once(directory, tmp_path):

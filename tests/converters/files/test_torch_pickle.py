@@ -69,6 +69,14 @@ def test_nested_state_dicts_and_prefixes(keys, prefix, tmp_path):
     same(read(tmp_path / "m.pth"), TENSORS)
 
 
+@pytest.mark.parametrize("save", SAVES)
+def test_single_tensors_beside_a_state_dict(save, tmp_path):
+    """PyTorch's own ImageNet example stores the best accuracy as a tensor."""
+    best = tensor(np.array(0.5, np.float32), "best")
+    SAVES[save](tmp_path / "m.pth", {"epoch": 3, "state_dict": state_dict(TENSORS), "best_acc1": best})
+    same(read(tmp_path / "m.pth"), TENSORS)
+
+
 def test_options_of_the_training_run_are_left_alone(tmp_path):
     """BEiT3 and timm store their argparse options beside the model."""
     best = Call("numpy.core.multiarray", "scalar", Call("numpy", "dtype", "f8", False, True), "bytes")
