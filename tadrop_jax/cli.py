@@ -3,7 +3,6 @@
 jax, rich and yaml are imported inside the commands, so that ``tadrop --help`` answers at once.
 """
 
-import argparse
 import contextlib
 import gc
 import importlib.util
@@ -14,7 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tadrop_jax import __version__, console, processors, registry, writing
+from tadrop_jax import console, processors, registry, writing
+from tadrop_jax.arguments import parser_of
 from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, RowsError, checkpoint_errors
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(argv: Sequence[str] | None) -> int:
     """Runs a command. What it says of a file that cannot be read or written has its name; other errors are raised."""
-    parser = _parser()
+    parser = parser_of(_COMMANDS)
     try:
         options = parser.parse_args(argv)
     except SystemExit as stop:
@@ -70,142 +70,6 @@ def _answer(argv: Sequence[str] | None) -> int:
             raise
         print(f"tadrop {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tadrop",
-        description="Merge fine-tuned models into one, without training.",
-        epilog="'tadrop COMMAND --help' tells more of a command, 'tadrop methods' lists what can be done.",
-    )
-    parser.add_argument("--version", action="version", version=f"tadrop {__version__}")
-    parser.set_defaults(run=None)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    merge = commands.add_parser(
-        "merge",
-        help="merge checkpoints on disk",
-        description="Merge fine-tunes of one base (safetensors files or Hugging Face directories; also torch pickles, "
-        "Orbax checkpoints, msgpack and npz files) into a directory that transformers opens. Models are read block by "
-        "block: they need not fit in memory.",
-        epilog="Examples:\n"
-        "  tadrop merge --base gpt2 --models cola sst2 mrpc --method ties --density 0.2 --out merged\n"
-        "  tadrop merge --base vit --models a b --method emr --sparsify tadrop --set per_task=^classifier --out emr\n"
-        "  tadrop merge recipe.yaml --out merged",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    merge.add_argument(
-        "recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="recipe file, in place of the options"
-    )
-    merge.add_argument("--base", metavar="DIR", help="the pretrained model")
-    merge.add_argument("--models", nargs="+", metavar="DIR", help="the fine-tuned models")
-    merge.add_argument("--method", metavar="NAME", help="merge rule; 'tadrop methods' lists them")
-    merge.add_argument("--density", metavar="X", help="share that the rule's own trimming keeps, 0 to 1, or none")
-    merge.add_argument("--coefficient", metavar="X", help="multiplies the merged task vector")
-    merge.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other parameter of the rule; may be repeated",
-    )
-    merge.add_argument(
-        "--sparsify",
-        metavar="NAME[:P=V,...]",
-        help="sparsifier before the rule, e.g. tadrop or tadrop:q_low=.5,q_high=.9",
-    )
-    merge.add_argument("--include", action="append", metavar="REGEX", help="merge these tensors only; may be repeated")
-    merge.add_argument(
-        "--exclude", action="append", metavar="REGEX", help="take these tensors from the base; may be repeated"
-    )
-    merge.add_argument(
-        "--differing",
-        choices=("refuse", "own", "overlap"),
-        help="tensors that a model lacks, or has in another shape: refuse (default), or let them stay each task's own "
-        "(methods that give one model per task), or merge the rows that all have (vocabularies that grew)",
-    )
-    merge.add_argument("--seed", type=int, metavar="N", help="seed of random methods (default 0)")
-    merge.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the result (default: the base's)"
-    )
-    merge.add_argument("--max-shard-size", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
-    merge.add_argument("--resume", action="store_true", help="go on from what an interrupted merge left in DIR.partial")
-    merge.add_argument("--allow-nonfinite", action="store_true", help="let NaN and infinity in the inputs pass")
-    merge.add_argument(
-        "--digests", action="store_true", help="put SHA-256 digests of the inputs into the report (slow)"
-    )
-    merge.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core)")
-    merge.add_argument("--processes", type=int, metavar="N", help="share the work: N processes run this command, each")
-    merge.add_argument("--process", type=int, metavar="I", help="with a number of its own, 0 to N - 1")
-    merge.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
-    merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory, or a .safetensors file")
-    merge.set_defaults(run=_merge)
-
-    inspect = commands.add_parser(
-        "inspect",
-        help="tell what a sparsifier would do to each tensor",
-        description="Quantile ratio, sparsity, norm and sign conflict of every tensor, as means over the tasks. "
-        "Nothing is written but what --plot and --json ask for.",
-    )
-    inspect.add_argument("--base", required=True, metavar="DIR", help="the pretrained model")
-    inspect.add_argument("--models", required=True, nargs="+", metavar="DIR", help="the fine-tuned models")
-    inspect.add_argument("--sparsify", default="tadrop", metavar="NAME[:P=V,...]", help="sparsifier (default: tadrop)")
-    inspect.add_argument("--include", action="append", metavar="REGEX", help="these tensors only; may be repeated")
-    inspect.add_argument("--exclude", action="append", metavar="REGEX", help="not these tensors; may be repeated")
-    inspect.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random methods (default 0)")
-    inspect.add_argument("--plot", type=Path, metavar="FILE", help="draw ratios and sparsities (png, pdf or svg)")
-    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, task by task")
-    inspect.add_argument("--quiet", action="store_true", help="no progress bar, no table")
-    inspect.set_defaults(run=_inspect)
-
-    task = commands.add_parser(
-        "task",
-        help="take one task's full model out of a bundle",
-        description="Rebuild one task's full model from a bundle that 'tadrop merge' wrote by a method with one model "
-        f"per task: {', '.join(m.name for m in registry.METHODS.values() if m.output == 'one model per task')}.",
-    )
-    task.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory of the bundle")
-    task.add_argument("--task", required=True, metavar="NAME", help="the task: the name of its model's directory")
-    task.add_argument("--max-shard-size", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
-    task.add_argument("--quiet", action="store_true", help="no summary")
-    task.add_argument("--out", required=True, type=Path, metavar="DIR", help="new directory")
-    task.set_defaults(run=_task)
-
-    convert = commands.add_parser(
-        "convert",
-        help="convert checkpoints between PyTorch and Flax",
-        description="Convert a checkpoint of PyTorch or Flax, whatever its format; architecture and format are found "
-        "out. One tensor is in memory at a time. config.json, tokenizer and processor files travel along.",
-        epilog="Examples:\n"
-        "  tadrop convert gpt2 gpt2-flax --to flax\n"
-        "  tadrop convert gpt2-flax gpt2-torch --to torch\n"
-        "  tadrop convert clip.pt clip --to torch --architecture CLIPModel",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    convert.add_argument("source", type=Path, metavar="SRC", help="directory, or a file")
-    convert.add_argument("out", type=Path, metavar="DST", help="new directory")
-    convert.add_argument("--to", required=True, choices=("flax", "torch"), help="whose names and axes to write")
-    convert.add_argument(
-        "--format",
-        choices=("orbax", "safetensors", "msgpack", "npz"),
-        help="of the files (default: orbax for flax, safetensors for torch)",
-    )
-    convert.add_argument(
-        "--architecture", metavar="NAME", help="write the layout of this architecture (default: that of SRC)"
-    )
-    convert.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, if SRC has none")
-    convert.add_argument("--max-shard-size", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
-    convert.add_argument("--quiet", action="store_true", help="no summary")
-    convert.set_defaults(run=_convert)
-
-    methods = commands.add_parser("methods", help="list sparsifiers and merge rules, with parameters and sources")
-    methods.add_argument("name", nargs="?", metavar="NAME", help="tell all of one method")
-    methods.set_defaults(run=_methods)
-
-    demo = commands.add_parser("demo", help="the whole story on real data, in minutes")
-    demo.add_argument("--out", type=Path, metavar="DIR", help="where to put models, merges and picture")
-    demo.set_defaults(run=_demo)
-    return parser
 
 
 def _merge(options) -> int:
@@ -409,6 +273,16 @@ def _demo(options) -> int:
 
     demo.run(options.out)
     return 0
+
+
+_COMMANDS = {
+    "merge": _merge,
+    "inspect": _inspect,
+    "task": _task,
+    "convert": _convert,
+    "methods": _methods,
+    "demo": _demo,
+}
 
 
 def _start_jax() -> None:

@@ -8,14 +8,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from converters.files.sidecars import sidecars
-from tadrop_jax import processes
+from tadrop_jax import outputs, processes
 from tadrop_jax.advancing import global_stages
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.opening import open_models, pytorch_places
@@ -36,8 +34,6 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 _CHUNK = 1 << 22
-# What an earlier merge left beside its result says nothing of this one.
-_NOT_COPIED = {REPORT, bundles.DESCRIPTION}
 
 
 class MergeFailed(RuntimeError):
@@ -70,11 +66,11 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         tasks = task_names(request.models)
         plan = make_plan(sources, request)
         if request.out.suffix == ".safetensors" and not request.resume:
-            check_beside(request.out, {REPORT: b""} | _beside(request.base, request.dtype))
+            check_beside(request.out, {REPORT: b""} | outputs.beside(request.base, request.dtype))
         layout = (
-            _bundle_layout(sources, plan, tasks, steps[-1].kind, request.dtype)
+            outputs.of_bundle(sources, plan, tasks, steps[-1].kind, request.dtype)
             if bundle
-            else _layout(sources[0], plan, request.dtype)
+            else outputs.of_model(sources[0], plan, request.dtype)
         )
         fingerprint = _fingerprint(request, sources)
         share = _share(request, sources, plan, layout, bundle)
@@ -285,27 +281,15 @@ def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan:
     if kind is not None:
         places = {"base/": request.base} | {f"tasks/{t}/": p for t, p in zip(tasks, request.models, strict=True)}
     for place, path in places.items():
-        for name, data in _beside(path, request.dtype).items():
+        for name, data in outputs.beside(path, request.dtype).items():
             sink.add_file(place + name, data)
     if kind is not None:
-        folders = dict.fromkeys(name.partition("/")[0] for name in layout)
-        sizes = {
-            part: _part_bytes(layout, part)
-            for part in ("base", *(f for f in folders if f not in ("base", "own")), "own")
-        }
+        sizes = outputs.bytes_by_part(layout)
         full = sum(s.size_bytes for s in sources[1:])
         report["size"] = {"bundle_bytes": sum(sizes.values()), "full_models_bytes": full, "parts_bytes": sizes}
         shapes = {n: sources[0].tensors[n].shape for n in plan.merged}
         described = bundles.description(kind, tasks, shapes, scalars)
         sink.add_file(bundles.DESCRIPTION, json.dumps(described, indent=1).encode())
-
-
-def _part_bytes(layout, part: str) -> int:
-    return sum(
-        math.prod(shape) * np.dtype(dtype).itemsize
-        for name, (dtype, shape) in layout.items()
-        if name.startswith(part + "/")
-    )
 
 
 def _stream(turned: Turned, name: str, plan: Plan) -> Stream:
@@ -324,34 +308,6 @@ def _stream(turned: Turned, name: str, plan: Plan) -> Stream:
     )
 
 
-def _layout(base: Source, plan: Plan, dtype) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    return {
-        name: (_out_dtype(info.dtype, dtype), info.shape)
-        for name, info in base.tensors.items()
-        if name not in plan.aliases
-    }
-
-
-def _bundle_layout(sources, plan: Plan, tasks, kind, dtype) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    base = sources[0]
-    layout = {
-        f"base/{n}": (_out_dtype(i.dtype, dtype), i.shape)
-        for n, i in base.tensors.items()
-        if n not in plan.aliases and n not in plan.own
-    }
-    for name in plan.merged:
-        info = base.tensors[name]
-        for part, described in kind.parts(info.shape, len(tasks)).items():
-            kept = {"values": dtype or np.float32, "float32": np.float32, "bits": np.uint8}[described.dtype]
-            layout[f"{part}/{name}"] = (np.dtype(kept), described.stored)
-    for source, task in zip(sources[1:], tasks, strict=True):
-        for name in plan.own:
-            if name in source.tensors:
-                info = source.tensors[name]
-                layout[f"own/{task}/{name}"] = (_out_dtype(info.dtype, dtype), info.shape)
-    return layout
-
-
 def _share(request: Request, sources, plan: Plan, layout, bundle: bool) -> processes.Share:
     """The tensors of this process, with what it writes of them."""
     home = {n: n.split("/", 2 if n.startswith("own/") else 1)[-1] if bundle else n for n in layout}
@@ -361,10 +317,6 @@ def _share(request: Request, sources, plan: Plan, layout, bundle: bool) -> proce
         info = next(s.tensors[name] for s in sources if name in s.tensors)
         sizes[name] = info.nbytes, len(sources) if name in merged else 1
     return processes.share_of(request, layout, home, processes.work_of(sizes, layout, home))
-
-
-def _out_dtype(dtype: np.dtype, wanted: np.dtype | None) -> np.dtype:
-    return dtype if wanted is None or dtype.kind in "iubc" else wanted
 
 
 def _finite_in_all(stream: Stream, rows: int, start: int, stop: int) -> np.ndarray:
@@ -411,19 +363,3 @@ def _fingerprint(request: Request, sources: Sequence[Source]) -> str:
         stats = [os.stat(f) for f in source.files]
         parts.append(source.header_digest + json.dumps([(s.st_size, s.st_mtime_ns) for s in stats]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _beside(path: Path, dtype: np.dtype | None) -> dict[str, bytes | Path]:
-    """What goes with a checkpoint's tensors, by name: files to copy, and its configuration with the result's dtype."""
-    found: dict[str, bytes | Path] = {n: file for n, file in sidecars(path).items() if n not in _NOT_COPIED}
-    if dtype is not None and isinstance(config := found.get("config.json"), Path):
-        found["config.json"] = _config_with_dtype(config, dtype)
-    return found
-
-
-def _config_with_dtype(file: Path, dtype: np.dtype) -> bytes:
-    config = json.loads(file.read_text())
-    for field in ("torch_dtype", "dtype"):
-        if field in config:
-            config[field] = dtype.name
-    return json.dumps(config, indent=2).encode()
