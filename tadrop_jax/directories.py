@@ -68,9 +68,9 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
         if request.out.suffix == ".safetensors" and not request.resume:
             check_beside(request.out, {REPORT: b""} | outputs.beside(request.base, request.dtype))
         layout = (
-            outputs.of_bundle(sources, plan, tasks, steps[-1].kind, request.dtype)
-            if bundle
-            else outputs.of_model(sources[0], plan, request.dtype)
+            outputs.of_model(sources[0], plan, request.dtype)
+            if (kind := steps[-1].kind) is None
+            else outputs.of_bundle(sources, plan, tasks, kind, request.dtype)
         )
         fingerprint = _fingerprint(request, sources)
         share = _share(request, sources, plan, layout, bundle)
