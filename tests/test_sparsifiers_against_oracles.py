@@ -228,3 +228,11 @@ def test_groups_of_tensors_beyond_31_bits():
     for valid in (2 * half + 5, jnp.uint32(2 * half + 5)):
         assert group_counts(4, valid, 2, half, "ceil").tolist() == [2, 2, 1, 0]
         assert group_counts(4, valid, 2, half, "drop").tolist() == [2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("kept", [33_333, 50_000, 99_999])
+def test_the_share_of_a_long_tail_is_exact(kept):
+    whole, tail = 100_000, 65_537  # their products do not fit 32 bits
+    expected = [kept, -(-tail * kept // whole), 0]
+    for valid in (whole + tail, jnp.uint32(whole + tail)):
+        assert group_counts(3, valid, kept, whole, "ceil").tolist() == expected
