@@ -180,8 +180,10 @@ def each(method: str, name: str, given, tasks: int) -> tuple[Callable, ...]:
     """One function for each task, given one for all or T of them.
 
     Raises:
-      ParameterError: if there are not T, or one is no function.
+      ParameterError: if there are not T, if one is no function, or for what is neither.
     """
+    if not (callable(given) or isinstance(given, (list, tuple))):
+        raise ParameterError(f"{method}: {name} must be one function, or a list of {tasks}, got {type(given).__name__}")
     found = (given,) * tasks if callable(given) else tuple(given)
     if len(found) != tasks:
         raise ParameterError(f"{method}: {name} has {len(found)} functions, one per task, but there are {tasks} tasks")
