@@ -219,3 +219,12 @@ def test_narrow_models_stay_arrays_of_jax(dtype, softmax):
     found = merged(models)
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == dtype for leaf in found.values())
     chex.assert_trees_all_close(jax.jit(merged)(models), found, rtol=1e-2)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0])
+def test_given_fishers_are_looked_at(wrong, softmax):
+    base, models = softmax
+    given = [jax.tree.map(jnp.ones_like, m) for m in models]
+    given[1]["bias"] = given[1]["bias"].at[0].set(wrong)
+    with pytest.raises(tj.MergeError, match="Fisher of 'bias' holds NaN, infinity or a negative number"):
+        tj.fisher(None, None, base, models, fishers=given)
