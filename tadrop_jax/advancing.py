@@ -61,7 +61,7 @@ def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, re
     for i, step in enumerate(steps):
         if not active[i]:
             continue
-        found = list(carries[i])
+        found, x = list(carries[i]), x._replace(draw=step.draw)
         for j, stage in enumerate(step.stages):
             carry = merge_stages(found[:j])
             if stop == (i, j):

@@ -29,6 +29,7 @@ class Piece(NamedTuple):
       order: permutation that brings S into PyTorch order, or None.
       given: the stack as it came, before any step.
       true: a boolean that is true, though XLA cannot know it; None where there is none.
+      draw: which random numbers a step draws, see :class:`tadrop_jax.steps.Step`.
     """
 
     stack: jax.Array
@@ -40,6 +41,7 @@ class Piece(NamedTuple):
     order: tuple[int, ...] | None = None
     given: jax.Array | None = None
     true: jax.Array | None = None
+    draw: int = 0
 
     def per_task(self, values) -> jax.Array:
         """Brings a number, or one number per task, into a shape that broadcasts against the stack."""
@@ -62,10 +64,11 @@ class Piece(NamedTuple):
         return array if self.true is None else lax.cond(self.true, lambda a: a, jnp.zeros_like, array)
 
     def uniform(self) -> jax.Array:
-        """One uniform number in [0, 1) for each entry and task, a function of key, task and position alone."""
+        """One uniform number in [0, 1) for each entry and task, a function of key, draw, task and position alone."""
         if self.key is None or self.position is None:
             raise MergeError("this method is random: pass key=jax.random.key(seed)")
-        return randomness.uniform(self.key, self.tasks, *self.position())
+        key = randomness.drawn(self.key, self.draw)
+        return randomness.uniform(key, self.tasks, *self.position())
 
     def groups(self, m: int) -> jax.Array:
         """The stack as ``(T, G, m)``: groups of m consecutive entries in PyTorch order, padded with zeros."""

@@ -3,7 +3,8 @@
 A mask must be the same streamed, in memory and sharded, so nothing may depend on the shape of a block. The key of a
 tensor is the user's key folded with the crc32 of the tensor's path; the task is folded in next; the 64-bit position of
 an entry is the counter of one threefry-2x32 block. For a vector this equals ``jax.random.bits(key, (n,), "uint32")``
-under ``jax_threefry_partitionable``.
+under ``jax_threefry_partitionable``. Of several random steps in a chain the second and later ones have their number
+folded into the tensor's key, or they would draw what the first drew.
 """
 
 import zlib
@@ -53,6 +54,11 @@ def check_needed(needed: bool, key) -> jax.Array | None:
 def tensor_key(key: jax.Array, name: str) -> jax.Array:
     """The key of the tensor of this name: a stable hash, the same on every machine."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def drawn(key: jax.Array, draw: int) -> jax.Array:
+    """The key of a draw from 0 on: a chain's second random step must not draw the numbers of its first."""
+    return jax.random.fold_in(key, (1 << 31) + draw) if draw else key  # tasks are folded in from 0 on
 
 
 def uniform(key: jax.Array, tasks: Sequence[int], high: jax.Array, low: jax.Array) -> jax.Array:

@@ -229,8 +229,11 @@ def exact_count(keys, pivots, axes, one_pass: bool = True) -> Wide:
 def _reduced_axes(x, axis) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(x.ndim))
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    return tuple(sorted(a % x.ndim for a in axes))
+    axes = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    found = {a % x.ndim for a in axes if -x.ndim <= a < x.ndim}
+    if len(found) != len(axes):
+        raise ParameterError(f"axis must name axes of an array of shape {x.shape}, each once, got {axis}")
+    return tuple(sorted(found))
 
 
 def _entries(x, axes, of: str) -> int:
@@ -255,7 +258,7 @@ def kth_largest_magnitude(x, k, axis=None) -> jax.Array:
 
     Raises:
       MergeError: for an empty or non-float ``x``.
-      ParameterError: for a concrete ``k`` outside [1, number of entries].
+      ParameterError: for a concrete ``k`` outside [1, number of entries], or axes that ``x`` does not have.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj

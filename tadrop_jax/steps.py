@@ -147,6 +147,8 @@ class Step:
       mentions: regular expressions that ``instead`` goes by; each has to match a tensor.
       note: ``(shape, tasks) -> {name: value}``: what there is to tell the user of a tensor of this shape.
       random: whether the step draws random numbers.
+      draw: number of the step's (last) draw among those of its chain, so that each has numbers of its own;
+        :func:`expand` sets it.
       on_weights: whether the step looks at the base's values: it merges weights, and not task vectors alone.
       lengths: names and lengths of parameters that were given one per task.
       models: name of the method, and the least and the largest number of models that it merges (None: no limit).
@@ -168,6 +170,7 @@ class Step:
     mentions: tuple[str, ...] = ()
     note: Callable[[tuple[int, ...], int], Mapping[str, Any]] | None = None
     random: bool = False
+    draw: int = 0
     on_weights: bool = False
     lengths: tuple[tuple[str, int], ...] = ()
     models: tuple[str, int, int | None] | None = None
@@ -183,7 +186,7 @@ class Step:
             check_pattern(pattern)
 
     def _identity(self):
-        return None if self.spec is None else (self.spec, self.include, self.exclude, self.per_task)
+        return None if self.spec is None else (self.spec, self.include, self.exclude, self.per_task, self.draw)
 
     def __eq__(self, other):
         """Equal spec and masks, or the same object."""
@@ -349,7 +352,13 @@ def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:
                 raise ParameterError(f"{name} has {length} values, one per task, but there are {tasks} tasks")
         return (step,)
     if isinstance(step, Chain):
-        return tuple(s for part in step.parts for s in expand(part, tasks))
+        found: list[Step] = []
+        draws = 0
+        for part in step.parts:
+            own = expand(part, tasks)
+            found += [dataclasses.replace(s, draw=s.draw + draws) if s.random and draws else s for s in own]
+            draws += max((s.draw + 1 for s in own if s.random), default=0)
+        return tuple(found)
     steps = step.build(tasks)
     return tuple(masked(s, include=step.include, exclude=step.exclude) for s in steps)  # type: ignore[misc]
 

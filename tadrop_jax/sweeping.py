@@ -170,4 +170,8 @@ def _plain(value):
 
 
 def _row(order: list[str], setting: dict, scores: dict) -> dict[str, Any]:
-    return {n: setting[n] for n in order} | {n: _Score(v) for n, v in scores.items()}
+    try:
+        found = {n: _Score(v) for n, v in scores.items()}
+    except (TypeError, ValueError):
+        raise ParameterError(f"sweep: a score must be one number, got {scores!r}") from None
+    return {n: setting[n] for n in order} | found

@@ -271,3 +271,11 @@ def test_fractions_of_traced_quantiles(n):
     exact = float(Fraction(float(q)) * n % 1)
     digits = min(22, 48 - n.bit_length())
     assert 0 <= exact - float(selection._fraction(jnp.asarray(q), n)) < 2.0**-digits
+
+
+@pytest.mark.parametrize("axis", [2, -3, (0, 0), (0, -2), (0, 5)], ids=str)
+def test_axes_that_are_not_there_are_refused(axis):
+    with pytest.raises(tj.ParameterError, match=r"axes of an array of shape \(2, 3\), each once, got"):
+        tj.kth_largest_magnitude(jnp.ones((2, 3)), 1, axis=axis)
+    with pytest.raises(tj.ParameterError, match=r"shape \(\)"):
+        tj.kth_largest_magnitude(jnp.ones(()), 1, axis=0)

@@ -223,8 +223,35 @@ def test_dare_needs_a_key(make_stacks, nest):
         tj.sparsify(nest(make_stacks("normal", 2)), tj.dare(0.5))
 
 
+def test_random_steps_of_a_chain_draw_numbers_of_their_own():
+    stack, key, half = {"w": jnp.ones((2, 5000))}, jax.random.key(0), tj.dare(0.5, None)
+
+    def kept(step):
+        return np.asarray(tj.sparsify(stack, step, key=key)["w"]) != 0
+
+    one, two, three = (kept(tj.chain(*[half] * n)) for n in (1, 2, 3))
+    assert abs(two.mean() - 0.25) < 0.02
+    assert abs(three.mean() - 0.125) < 0.02
+    np.testing.assert_array_equal(one, kept(half))
+    assert not np.any(two & ~one)
+    np.testing.assert_array_equal(two, kept(tj.rescale(tj.chain(half, half))))
+    np.testing.assert_array_equal(three, kept(tj.chain(tj.rescale(tj.chain(half, half)), half)))
+    np.testing.assert_array_equal(three, kept(tj.chain(half, tj.rescale(tj.chain(half, half), granularity="global"))))
+    first, then = kept(tj.conflict_aware(tj.chain(half, half)))
+    np.testing.assert_array_equal(first, two[0])
+    np.testing.assert_array_equal(then, two[1] & ~first)
+
+
 def test_groups_of_tensors_beyond_31_bits():
     half = 1 << 30
     for valid in (2 * half + 5, jnp.uint32(2 * half + 5)):
         assert group_counts(4, valid, 2, half, "ceil").tolist() == [2, 2, 1, 0]
         assert group_counts(4, valid, 2, half, "drop").tolist() == [2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("kept", [33_333, 50_000, 99_999])
+def test_the_share_of_a_long_tail_is_exact(kept):
+    whole, tail = 100_000, 65_537  # their products do not fit 32 bits
+    expected = [kept, -(-tail * kept // whole), 0]
+    for valid in (whole + tail, jnp.uint32(whole + tail)):
+        assert group_counts(3, valid, kept, whole, "ceil").tolist() == expected

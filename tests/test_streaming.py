@@ -382,3 +382,11 @@ def test_blocks_of_many_models_are_smaller():
     merged, *_ = run_streamed(base, models, tj.task_arithmetic(0.1), progress=read.append, workers=1)
     assert max(read) == 31 * 32 * 4
     assert_same(merged, tj.merge(base, models, tj.task_arithmetic(0.1)), base)
+
+
+def test_two_random_steps_draw_alike_in_memory():
+    base, models = family(2)
+    rule = tj.chain(tj.dare(0.5), tj.dare_linear(0.5))
+    streamed, *_ = run_streamed(base, models, rule, seed=3)
+    for name, value in tj.merge(base, models, rule, key=jax.random.key(3)).items():
+        np.testing.assert_allclose(streamed[name], value, rtol=1e-6, atol=1e-6, err_msg=name)

@@ -110,3 +110,9 @@ def test_a_list_of_settings_of_several_shapes():
 def test_refusals(grid, evaluate, said):
     with pytest.raises(tj.ParameterError, match=said):
         tj.sweep(lambda c: c, grid, evaluate)
+
+
+@pytest.mark.parametrize("score", [None, "high", {"loss": None}], ids=str)
+def test_a_score_that_is_no_number_is_refused(score):
+    with pytest.raises(tj.ParameterError, match="sweep: a score must be one number, got"):
+        tj.sweep(tj.task_arithmetic, {"coefficient": [0.3]}, lambda rule: score)

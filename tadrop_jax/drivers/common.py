@@ -69,7 +69,12 @@ class Problem(NamedTuple):
 
     def finished(self, merged: Mapping[str, Any]):
         """Float32 results as parameters: the type and the dtypes of the base."""
-        return self.tree({n: as_dtype_of(self.base[n], v) for n, v in merged.items()})
+
+        def stored(leaf, value):
+            dtype = getattr(leaf, "dtype", value.dtype)
+            return as_dtype_of(leaf, value.astype(jax.dtypes.canonicalize_dtype(dtype)))
+
+        return self.tree({n: stored(self.base[n], v) for n, v in merged.items()})
 
 
 def problem(method: str, base, models: Sequence[Any], include=None, exclude=None, same: bool = False) -> Problem:
@@ -177,8 +182,10 @@ def each(method: str, name: str, given, tasks: int) -> tuple[Callable, ...]:
     """One function for each task, given one for all or T of them.
 
     Raises:
-      ParameterError: if there are not T, or one is no function.
+      ParameterError: if there are not T, if one is no function, or for what is neither.
     """
+    if not (callable(given) or isinstance(given, (list, tuple))):
+        raise ParameterError(f"{method}: {name} must be one function, or a list of {tasks}, got {type(given).__name__}")
     found = (given,) * tasks if callable(given) else tuple(given)
     if len(found) != tasks:
         raise ParameterError(f"{method}: {name} has {len(found)} functions, one per task, but there are {tasks} tasks")

@@ -12,7 +12,7 @@ from tadrop_jax.drivers import common
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import choice, single, whole
 from tadrop_jax.steps import over_tasks, safe_ratio
-from tadrop_jax.trees import named_leaves
+from tadrop_jax.trees import is_traced, named_leaves
 
 LABELS = ("exact", "sampled", "argmax", "given")
 
@@ -88,7 +88,7 @@ def fisher(
       A :class:`FisherMerged`: parameters, and the Fishers.
 
     Raises:
-      MergeError: if trees do not match, there are no batches, or a Fisher is not finite.
+      MergeError: if trees do not match, there are no batches, or a Fisher is negative or not finite.
       ParameterError: for values out of range.
 
     Example:
@@ -231,6 +231,9 @@ def _by_name(given, problem: common.Problem) -> dict[str, jax.Array]:
         if found is None or jnp.shape(found) != jnp.shape(leaf):
             shape = "none" if found is None else list(jnp.shape(found))
             raise MergeError(f"fisher: the Fisher of {name!r} has shape {shape}, the tensor {list(jnp.shape(leaf))}")
+        with jax.ensure_compile_time_eval():  # also inside a user's jit
+            if not is_traced(found) and not bool(jnp.all(jnp.isfinite(found) & (jnp.asarray(found) >= 0))):
+                raise MergeError(f"fisher: the Fisher of {name!r} holds NaN, infinity or a negative number")
     return {n: jnp.asarray(table[n], jnp.float32) for n in problem.base}
 
 

@@ -12,7 +12,7 @@ from tadrop_jax.drivers import common
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import single
 from tadrop_jax.steps import over_tasks, patterns, safe_ratio
-from tadrop_jax.trees import check_patterns, selected
+from tadrop_jax.trees import check_patterns, copies_of, selected
 
 
 class RegMeanMerged(NamedTuple):
@@ -60,8 +60,9 @@ def regmean(
 
     Args:
       capture_fns: ``(params, batch) -> {name of a kernel: inputs (..., in)}``, or a list of inputs for a layer that
-        runs several times; one for all tasks, or a list of T. :func:`tadrop_jax.linen_inputs` and
-        :func:`tadrop_jax.nnx_inputs` make it from a module. Leave out inputs that are padding.
+        runs several times (of a tied kernel any of its names will do); one for all tasks, or a list of T.
+        :func:`tadrop_jax.linen_inputs` and :func:`tadrop_jax.nnx_inputs` make it from a module. Leave out inputs that
+        are padding.
       batches: a list of T: for each task an iterable of batches, or a function of the step that gives None when there
         are no more. Each is read once.
       base: the pretrained parameters: they give type, dtypes, and what is not merged.
@@ -81,7 +82,8 @@ def regmean(
       A :class:`RegMeanMerged`: parameters, and the Gram matrices.
 
     Raises:
-      MergeError: if trees do not match, inputs do not fit their kernel, or the sum of Gram matrices is singular.
+      MergeError: if trees do not match, inputs do not fit their kernel, a tied kernel has several Gram matrices, or
+        the sum of Gram matrices is singular.
       ParameterError: for values out of range.
 
     Example:
@@ -104,7 +106,15 @@ def regmean(
         grams = [_grams(problem, functions[t], model, feeds[t], progress, t) for t, model in enumerate(problem.models)]
     elif capture_fns is not None or batches is not None:
         raise ParameterError("regmean: grams= stands in place of capture_fns and batches: pass None for them")
-    _check(problem, grams, out_in)
+    elif isinstance(grams, Mapping):
+        raise ParameterError("regmean: grams must be a list, one dictionary per task")
+    grams = [_of_tensors(problem, found) for found in grams]
+    lying = frozenset(
+        name
+        for name in problem.base
+        if out_in and any(selected(n, out_in) for n in (name, *copies_of(name, problem.aliases)))
+    )
+    _check(problem, grams, lying)
 
     merged = {}
     for name, leaf in problem.base.items():
@@ -113,10 +123,10 @@ def regmean(
             merged[name] = common.weighted_mean(values, by_task)
             continue
         own = tuple(jnp.asarray(g[name], jnp.float32) for g in grams)
-        merged[name] = _regress(jnp.asarray(leaf), values, own, by_task, scale, ridge, transposed=_lies(name, out_in))
+        merged[name] = _regress(jnp.asarray(leaf), values, own, by_task, scale, ridge, transposed=name in lying)
         if not bool(jnp.all(jnp.isfinite(merged[name]))):
             raise MergeError(f"regmean: the sum of Gram matrices of {name!r} is singular in float32: raise ridge")
-    return RegMeanMerged(problem.finished(merged), tuple(dict(g) for g in grams))
+    return RegMeanMerged(problem.finished(merged), tuple(grams))
 
 
 def gram_matrices(capture_fn: Callable, params, batches) -> dict[str, jax.Array]:
@@ -147,7 +157,8 @@ def gram_matrices(capture_fn: Callable, params, batches) -> dict[str, jax.Array]
 def _grams(problem: common.Problem, capture, model, source, progress, task) -> dict[str, jax.Array]:
     def of_batch(model, rest, batch):
         sums, rows = {}, {}
-        for name, inputs in capture(problem.tree(model, rest), batch).items():
+        for seen, inputs in capture(problem.tree(model, rest), batch).items():
+            name = problem.aliases.get(seen, seen)  # the uses of a tied kernel add up
             for x in inputs if isinstance(inputs, (list, tuple)) else (inputs,):
                 flat = jnp.reshape(jnp.asarray(x, jnp.float32), (-1, x.shape[-1]))
                 gram = jnp.matmul(flat.T, flat, precision="highest")
@@ -175,7 +186,22 @@ def _grams(problem: common.Problem, capture, model, source, progress, task) -> d
     return {n: gram / count[n] for n, gram in total.items()}
 
 
-def _check(problem: common.Problem, grams, out_in) -> None:
+def _of_tensors(problem: common.Problem, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Gram matrices by the names that stand for tied kernels.
+
+    Raises:
+      MergeError: if one tensor has several: how many inputs each is the mean of is not known.
+    """
+    table: dict[str, Any] = {}
+    for name, gram in found.items():
+        first = problem.aliases.get(name, name)
+        if first in table:
+            raise MergeError(f"regmean: {name!r} and {first!r} are tied: give one Gram matrix for both")
+        table[first] = gram
+    return table
+
+
+def _check(problem: common.Problem, grams, lying) -> None:
     """Refuses Gram matrices that are not alike in all tasks, belong to no tensor, or do not fit one."""
     if len(grams) != problem.tasks:
         raise MergeError(f"regmean: there are {len(grams)} sets of grams, one per task, but {problem.tasks} tasks")
@@ -187,21 +213,16 @@ def _check(problem: common.Problem, grams, out_in) -> None:
             if name not in problem.names:
                 raise MergeError(f"regmean: there are inputs for {name!r}, but no such tensor")
             shape = np.shape(problem.base.get(name, ()))
-            if name in problem.base and not (np.shape(gram) == (_width(shape, gram, name, out_in),) * 2):
+            if name in problem.base and not (np.shape(gram) == (_width(shape, gram, name in lying),) * 2):
                 raise MergeError(
                     f"regmean: the Gram matrix of {name!r} has shape {list(np.shape(gram))}, which does not fit the "
-                    f"kernel {list(shape)} read as {'(out, in)' if _lies(name, out_in) else '(in, out)'}"
+                    f"kernel {list(shape)} read as {'(out, in)' if name in lying else '(in, out)'}"
                 )
 
 
-def _lies(name: str, out_in) -> bool:
-    """Whether a kernel lies (out, in)."""
-    return bool(out_in) and selected(name, out_in)
-
-
-def _width(shape: tuple[int, ...], gram, name: str, out_in) -> int | None:
+def _width(shape: tuple[int, ...], gram, out_in: bool) -> int | None:
     """The width of a kernel's inputs: a product of its first axes, of its last if it lies (out, in)."""
-    axes = shape[::-1] if _lies(name, out_in) else shape
+    axes = shape[::-1] if out_in else shape
     width = 1
     for axis in axes[:-1]:
         width *= axis

@@ -97,7 +97,9 @@ def _of_rows(limits, density) -> dict[str, Any]:
         values = x.in_torch_order()
         if values.ndim == 1:  # a number is no row
             return jnp.where(x.per_task(density) > 0, x.stack, 0)
-        stays = between_ranks(magnitude(values), *limits(values.shape[-1]))
+        # A tuple has one rank for each task; the piece may be of some tasks only.
+        ranks = (tuple(r[t] for t in x.tasks) if type(r) is tuple else r for r in limits(values.shape[-1]))
+        stays = between_ranks(magnitude(values), *ranks)
         return x.from_torch_order(jnp.where(stays, values, 0))
 
     return {"apply": apply, "piece": "row"}

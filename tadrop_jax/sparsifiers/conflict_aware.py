@@ -1,10 +1,12 @@
 """Conflict-aware sparsification of CABS (arXiv 2503.01874): masks that do not overlap."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 
 from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.parameters import whole
 from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Step, Sums, expand, output_of
 
 
@@ -26,7 +28,7 @@ def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
 
     Raises:
       MergeError: if a rule is given in place of a sparsifier.
-      ParameterError: when run, if ``order`` is no permutation of the tasks.
+      ParameterError: if ``order`` is no list of whole numbers; when run, if it is no permutation of the tasks.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -36,22 +38,37 @@ def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
     """
     if output_of(sparsifier) != "stack":
         raise MergeError("conflict_aware takes a sparsifier, not a merge rule")
+    order = whole_order("conflict_aware", order)
 
     def build(tasks: int) -> tuple[Step, ...]:
         turns = turns_of("conflict_aware", order, tasks)
         inner = expand(sparsifier, tasks)
         return tuple(_restricted(step, task, turns[:i]) for i, task in enumerate(turns) for step in inner)
 
-    return PerTasks(build, ("conflict_aware", sparsifier, None if order is None else tuple(order)))
+    return PerTasks(build, ("conflict_aware", sparsifier, order))
 
 
-def turns_of(method: str, order, tasks: int) -> tuple[int, ...]:
+def whole_order(method: str, order) -> tuple[int, ...] | None:
+    """An order of tasks as a tuple of ints; None stays None.
+
+    Raises:
+      ParameterError: for what is no list of whole numbers.
+    """
+    if order is None:
+        return None
+    numbers = order.tolist() if hasattr(order, "tolist") else order
+    if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+        raise ParameterError(f"{method}: order must be a list of tasks, got {order!r}")
+    return tuple(whole(method, "a task of order", t, 0) for t in numbers)
+
+
+def turns_of(method: str, order: tuple[int, ...] | None, tasks: int) -> tuple[int, ...]:
     """The tasks in their order.
 
     Raises:
       ParameterError: if the order is no permutation of the tasks.
     """
-    turns = tuple(range(tasks)) if order is None else tuple(int(t) for t in order)
+    turns = tuple(range(tasks)) if order is None else order
     if sorted(turns) != list(range(tasks)):
         raise ParameterError(f"{method}: order must be a permutation of 0 to {tasks - 1}, got {list(turns)}")
     return turns

@@ -62,8 +62,18 @@ def group_counts(groups: int, valid, n: int, m: int, tail: str) -> jax.Array:
     """
     at, whole = jnp.arange(groups, dtype=jnp.uint32), jnp.asarray(valid // m, jnp.uint32)
     length = jnp.where(at < whole, m, jnp.where(at == whole, jnp.asarray(valid % m, jnp.int32), 0))
-    short = 0 if tail == "drop" else (length * n + m - 1) // m
-    return jnp.where(length == m, n, short)
+    short = 0 if tail == "drop" else _share(valid % m, n, m)
+    return jnp.where(length == m, n, jnp.where(length == 0, 0, short))
+
+
+def _share(length, n: int, m: int):
+    """``ceil(length * n / m)`` bit by bit, for numbers up to 2^30: their product may not fit 32 bits."""
+    length = jnp.asarray(length, jnp.uint32)
+    whole = rest = jnp.zeros_like(length)
+    for bit in f"{n:b}":
+        rest = 2 * rest + (length if bit == "1" else 0)
+        whole, rest = 2 * whole + rest // m, rest % m
+    return (whole + (rest > 0)).astype(jnp.int32)
 
 
 def largest_in_groups(groups: jax.Array, room: jax.Array, among: jax.Array | None = None) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from tadrop_jax.parameters import choice, whole
-from tadrop_jax.sparsifiers.conflict_aware import turns_of
+from tadrop_jax.sparsifiers.conflict_aware import turns_of, whole_order
 from tadrop_jax.sparsifiers.n_m import group_counts, largest_in_groups
 from tadrop_jax.steps import PerTasks, Step, spec
 
@@ -43,12 +43,13 @@ def overlapping(n: int, m: int, overlap: str = "exact", order=None, tail: str = 
     n = whole("cabs", "n", n, 0, m)
     choice("cabs", "overlap", overlap, OVERLAPS)
     choice("cabs", "tail", tail, ("ceil", "drop"))
+    order = whole_order("cabs", order)
 
     def build(tasks: int) -> tuple[Step, ...]:
         turns = turns_of("cabs", order, tasks)
         return tuple(_turn(task, turns[:i], n, m, overlap, tail) for i, task in enumerate(turns))
 
-    return PerTasks(build, ("overlapping", n, m, overlap, None if order is None else tuple(order), tail))
+    return PerTasks(build, ("overlapping", n, m, overlap, order, tail))
 
 
 def _turn(task: int, earlier: tuple[int, ...], n: int, m: int, overlap: str, tail: str) -> Step:

@@ -82,16 +82,20 @@ def _joined(steps: tuple[Step, ...]) -> Step:
     if any((s.include, s.exclude) != (first.include, first.exclude) for s in steps):
         raise ParameterError("rescale: the steps of a chain must be for the same tensors; use tj.masked on the whole")
 
+    last = max(s.draw for s in steps)
+
     def own(i, carry):
         """What the stages of step i found."""
         mark = f"{i} "
         return {k.removeprefix(mark): v for k, v in carry.items() if k.startswith(mark)}
 
     def before(i, x, carry):
-        """The piece as the steps before step i leave it."""
+        """The piece as the steps before step i leave it, and as step i sees it."""
+        start = x.draw - last
         for j, step in enumerate(steps[:i]):
+            x = x._replace(draw=start + step.draw)
             x = x._replace(stack=step.apply(x, own(j, carry)))
-        return x
+        return x._replace(draw=start + steps[i].draw) if i < len(steps) else x
 
     def seen(i, stage):
         def marked(found):
@@ -116,6 +120,7 @@ def _joined(steps: tuple[Step, ...]) -> Step:
         group=math.lcm(*(s.group for s in steps)),
         report=None,
         random=any(s.random for s in steps),
+        draw=last,
         lengths=tuple(itertools.chain(*(s.lengths for s in steps))),
-        spec=("joined", *(s.spec for s in steps)) if known else None,
+        spec=("joined", *((s.spec, s.draw) for s in steps)) if known else None,
     )

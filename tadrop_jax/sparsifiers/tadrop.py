@@ -43,7 +43,7 @@ def tadrop(
       mapping: g: ``"identity"``, ``"affine:SLOPE,OFFSET"``, ``"power:EXPONENT"``, or a function of the ratios ``(T,)``.
         Steps with equal functions share a compilation: a function must go on to do what it did when it was first run.
       s_min: least sparsity in [0, 1].
-      s_max: largest sparsity in [s_min, 1].
+      s_max: largest sparsity, from s_min up to but without 1.
 
     Returns:
       A sparsifier, granularity "tensor".

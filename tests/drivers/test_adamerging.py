@@ -309,6 +309,7 @@ def test_the_picture_is_drawn(tmp_path):
         ({"init": [0.1, 0.2, 0.3]}, "init has 3 values, one per task, but there are 2 tasks"),
         ({"learning_rate": 0.1, "optimizer": optax.sgd(1.0)}, "learning_rate is Adam's"),
         ({"patience": 0}, "patience must lie in"),
+        ({"apply_fns": None}, "apply_fns must be one function, or a list of 2, got NoneType"),
         ({"apply_fns": [mlp]}, "apply_fns has 1 functions, one per task, but there are 2 tasks"),
         ({"batches": [np.ones((6, WIDTH))] * 2}, r"batches\[0\] must be an iterable of batches"),
         ({"batches": [[]] * 2}, r"batches\[0\] has no batch"),

@@ -206,3 +206,25 @@ def test_refusals(change, said, softmax, inputs):
     arguments = {"apply_fns": logits, "batches": inputs, "base": base, "models": models} | change
     with pytest.raises(tj.MergeError, match=said):
         tj.fisher(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_models_stay_arrays_of_jax(dtype, softmax):
+    base, models = jax.tree.map(lambda x: x.astype(dtype), softmax)
+    given = [jax.tree.map(jnp.ones_like, m) for m in models]
+
+    def merged(models):
+        return tj.fisher(None, None, base, models, fishers=given).params
+
+    found = merged(models)
+    assert all(isinstance(leaf, jax.Array) and leaf.dtype == dtype for leaf in found.values())
+    chex.assert_trees_all_close(jax.jit(merged)(models), found, rtol=1e-2)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0])
+def test_given_fishers_are_looked_at(wrong, softmax):
+    base, models = softmax
+    given = [jax.tree.map(jnp.ones_like, m) for m in models]
+    given[1]["bias"] = given[1]["bias"].at[0].set(wrong)
+    with pytest.raises(tj.MergeError, match="Fisher of 'bias' holds NaN, infinity or a negative number"):
+        tj.fisher(None, None, base, models, fishers=given)

@@ -181,6 +181,7 @@ def test_inputs_of_linen_and_nnx_layers(inputs):
         ({"capture_fns": [capture, lambda p, x: {"one/kernel": x}]}, "'two/kernel' has a Gram matrix for some tasks"),
         ({"batches": [[], []]}, "gave no inputs"),
         ({"grams": [{}, {}]}, "grams= stands in place"),
+        ({"grams": {}, "capture_fns": None, "batches": None}, "grams must be a list, one dictionary per task"),
     ],
 )
 def test_refusals(change, said, trees, inputs):
@@ -204,3 +205,25 @@ def test_it_keeps_outputs_closer_than_the_mean(trees, inputs):
 
     assert error(found.params) < error(mean)
     assert mlp(found.params, inputs[0][0]).shape == (6, 3)
+
+
+def test_a_tied_kernel_goes_by_any_of_its_names():
+    def tree(value):
+        shared = jnp.full((2, 2), value)
+        return {"embed": shared, "head": shared}
+
+    base, models = tree(0.0), [tree(1.0), tree(3.0)]
+    x = [[jnp.array([[1.0, 0.0]])], [jnp.array([[0.0, 1.0]])]]  # each task sees one input
+
+    def merged(capture, **options):
+        return tj.regmean(capture, x, base, models, ridge=0.0, **options)
+
+    first, second = merged(lambda p, x: {"embed": x}), merged(lambda p, x: {"head": x})
+    assert first.params["head"].tolist() == [[1.0, 1.0], [3.0, 3.0]]
+    chex.assert_trees_all_equal(second.params, first.params)
+    turned = merged(lambda p, x: {"head": x}, out_in="head").params
+    np.testing.assert_array_equal(turned["embed"], first.params["embed"].T)
+    both = merged(lambda p, x: {"embed": x, "head": 2 * x})
+    np.testing.assert_array_equal(both.grams[0]["embed"], [[2.5, 0.0], [0.0, 0.0]])
+    with pytest.raises(tj.MergeError, match="'head' and 'embed' are tied: give one Gram matrix for both"):
+        tj.regmean(None, None, base, models, grams=[{"embed": jnp.eye(2), "head": jnp.eye(2)}] * 2)

@@ -1,5 +1,6 @@
 """CABS with several models, and with masks that overlap."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -100,3 +101,16 @@ def test_bad_requests_are_refused():
         tj.cabs(5, 4, overlap="exact")
     with pytest.raises(tj.ParameterError, match="cabs: order must be a permutation of 0 to 1"):
         tj.merge_task_vectors({"w": np.ones((2, 8), np.float32)}, tj.cabs(5, 8, overlap="exact", order=[0, 2]))
+
+
+@pytest.mark.parametrize("order", [[0.9, 1.2], "01", 1, [True, False]], ids=str)
+def test_an_order_is_a_list_of_whole_numbers(order):
+    for make in (tj.cabs, lambda **given: tj.cabs(overlap="exact", **given)):
+        with pytest.raises(tj.ParameterError, match="order must be a"):
+            make(order=order)
+
+
+def test_an_order_may_be_anything_that_lists_tasks():
+    expected = tj.conflict_aware(tj.magnitude(0.5), [1, 0])
+    for order in ((1, 0), np.array([1, 0]), jnp.array([1, 0]), range(1, -1, -1)):
+        assert tj.conflict_aware(tj.magnitude(0.5), order) == expected

@@ -116,3 +116,9 @@ def test_streamed_equals_in_memory(flavour, small_blocks):
 def test_density_0_leaves_nothing_of_a_number_either():
     stack = {"s": jnp.array([2.0, 3.0])}
     assert tj.sparsify(stack, tj.breadcrumbs([0.0, 0.5]))["s"].tolist() == [0.0, 3.0]
+
+
+def test_one_density_per_task_of_rows_that_are_free():
+    stack = {"w": jnp.array([[[5.0, 4.0, 0.0, 0.0]], [[9.0, 3.0, 2.0, 1.0]]])}
+    found = tj.sparsify(stack, tj.conflict_aware(tj.breadcrumbs([0.5, 0.25], 0.0)))["w"]
+    assert found.tolist() == [[[5.0, 4.0, 0.0, 0.0]], [[0.0, 0.0, 2.0, 0.0]]]
