@@ -285,8 +285,18 @@ _COMMANDS = {
 }
 
 
+def _allow_many_files() -> None:
+    """Lets as many files be open as the system lets a process ask for: all shards of all models are."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _start_jax() -> None:
     """Sets jax up for files: on the CPU, with compiled functions kept from one run to the next."""
+    _allow_many_files()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     processors.prefer_avx2()
     # What an import brings stays: to look through it for garbage takes a tenth of the start-up.

@@ -8,6 +8,7 @@ for float32, 5 or 6 for the 16-bit types.
 
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 
@@ -258,7 +259,8 @@ def kth_largest_magnitude(x, k, axis=None) -> jax.Array:
 
     Raises:
       MergeError: for an empty or non-float ``x``.
-      ParameterError: for a concrete ``k`` outside [1, number of entries], or axes that ``x`` does not have.
+      ParameterError: for a concrete ``k`` that is no whole number in [1, number of entries], or axes that ``x`` does
+        not have.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -269,7 +271,10 @@ def kth_largest_magnitude(x, k, axis=None) -> jax.Array:
     axes = _reduced_axes(x, axis)
     n = _entries(x, axes, "kth_largest_magnitude")
     if not is_traced(k):
-        k = int(k)
+        try:
+            k = operator.index(k)
+        except TypeError:
+            raise ParameterError(f"k must be a whole number, got {k!r}") from None
         if not 1 <= k <= n:
             raise ParameterError(f"k must lie in [1, {n}], got {k}")
         if axes == tuple(range(x.ndim)):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import eval_jaxpr
 
 from tadrop_jax.errors import ParameterError
+from tadrop_jax.parameters import whole
 
 
 class Sweep(list):
@@ -84,7 +85,7 @@ def sweep(
       A :class:`Sweep`: one dict for each setting, with the setting and its ``"score"`` (or its scores by name).
 
     Raises:
-      ParameterError: for an empty grid, lengths that differ, or scores that are not scalar.
+      ParameterError: for an empty grid, lengths that differ, scores that are not scalar, or ``at_once`` below 1.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -97,6 +98,7 @@ def sweep(
     """
     if not grid:
         raise ParameterError("sweep: the grid is empty")
+    at_once = None if at_once is None else whole("sweep", "at_once", at_once, 1)
     for name, values in grid.items():
         several = np.ndim(values) > 0 if hasattr(values, "shape") else isinstance(values, (list, tuple))
         if not several or len(values) == 0:

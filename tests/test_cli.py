@@ -1,6 +1,7 @@
 """The command line on real files: what it writes and what it says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,19 @@ def root(tmp_path) -> Path:
 
 def arrays(root: Path, *names: str) -> list[dict]:
     return [read_model(root / n) for n in names]
+
+
+def test_more_files_than_may_be_open_at_first(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    save_family(tmp_path, 30, SHAPES, shards=3)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 40, before[1]))
+    try:
+        assert merge(tmp_path, models=[f"m{t}" for t in range(30)]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(read_model(tmp_path / "out")) == len(SHAPES)
 
 
 # --- what needs no merge ------------------------------------------------------------------------------------------

@@ -273,6 +273,13 @@ def test_fractions_of_traced_quantiles(n):
     assert 0 <= exact - float(selection._fraction(jnp.asarray(q), n)) < 2.0**-digits
 
 
+@pytest.mark.parametrize("k", [1.5, "2", None, jnp.array(1.0)])
+def test_a_rank_that_is_no_whole_number_is_refused(k):
+    with pytest.raises(tj.ParameterError, match="k must be a whole number"):
+        tj.kth_largest_magnitude(jnp.ones((2, 3)), k)
+    assert tj.kth_largest_magnitude(jnp.ones((2, 3)), jnp.array(6)) == 1
+
+
 @pytest.mark.parametrize("axis", [2, -3, (0, 0), (0, -2), (0, 5)], ids=str)
 def test_axes_that_are_not_there_are_refused(axis):
     with pytest.raises(tj.ParameterError, match=r"axes of an array of shape \(2, 3\), each once, got"):

@@ -112,6 +112,12 @@ def test_refusals(grid, evaluate, said):
         tj.sweep(lambda c: c, grid, evaluate)
 
 
+@pytest.mark.parametrize("at_once", [0, -1, 1.5, "2"])
+def test_refuses_to_run_no_setting_at_once(at_once):
+    with pytest.raises(tj.ParameterError, match="at_once must"):
+        tj.sweep(lambda c: c, {"c": jnp.ones(2)}, lambda c: c, at_once=at_once)
+
+
 @pytest.mark.parametrize("score", [None, "high", {"loss": None}], ids=str)
 def test_a_score_that_is_no_number_is_refused(score):
     with pytest.raises(tj.ParameterError, match="sweep: a score must be one number, got"):
