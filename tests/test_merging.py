@@ -60,6 +60,15 @@ def test_quantile_ratios_keep_the_tree(base, models):
     assert tj.quantile_ratios({"z": jnp.zeros((2, 5))})["z"].tolist() == [0.0, 0.0]
 
 
+def test_quantiles_of_ratios_are_in_order():
+    """Or a ratio could lie above 1."""
+    stack = {"w": jnp.array([[1.0, 2.0, 3.0]])}
+    for low, high in ((0.9, 0.5), (jnp.float32(0.9), 0.5)):
+        with pytest.raises(tj.ParameterError, match=r"quantile_ratios: q_low <= q_high must hold, got .* and 0\.5"):
+            tj.quantile_ratios(stack, q_low=low, q_high=high)
+    assert tj.quantile_ratios(stack, q_low=0.5, q_high=0.5)["w"].tolist() == [1.0]
+
+
 @pytest.mark.parametrize(
     "sparsifier",
     [tj.n_m(1, 3), tj.dare(0.5), tj.magnitude(0.5, keep="exact"), tj.conflict_aware(tj.n_m(1, 3))],
