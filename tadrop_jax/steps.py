@@ -241,7 +241,11 @@ def chain(*steps: AnyStep) -> Chain:
     Args:
       *steps: sparsifiers, and at most one merge rule, which must be last.
 
+    Returns:
+      A sparsifier, or a merge rule if the last step is one.
+
     Raises:
+      TypeError: for what is no step.
       MergeError: if a rule is followed by another step.
 
     Example:
@@ -271,11 +275,18 @@ def masked(step: AnyStep, *, include=(), exclude=()) -> AnyStep:
     Returns:
       The restricted step. A restricted rule leaves the base's values where it does not apply.
 
+    Raises:
+      MergeError: for what is no step.
+      ParameterError: for what is no regular expression.
+
     Example:
       >>> import tadrop_jax as tj
       >>> sparsifier = tj.masked(tj.tadrop(), exclude="embeddings")
     """
+    output_of(step)  # refuses what is no step
     include, exclude = patterns(include), patterns(exclude)
+    for pattern in (*include, *exclude):
+        check_pattern(pattern)
     if not include and not exclude:
         return step
     if isinstance(step, Chain):

@@ -248,8 +248,11 @@ def test_chains_and_masks(base, models):
     assert np.asarray(tj.sparsify(stack, both)["x/kernel"]).all()
     with pytest.raises(tj.MergeError, match="last"):
         tj.chain(tj.average(), tj.tadrop())
-    with pytest.raises(tj.MergeError, match="regular expression"):
-        tj.masked(tj.tadrop(), include="(")
+    for step in (tj.tadrop(), tj.conflict_aware(tj.tadrop()), tj.chain(tj.tadrop(), tj.average())):
+        with pytest.raises(tj.ParameterError, match=r"'\(' is not a regular expression"):
+            tj.masked(step, include="(")
+    with pytest.raises(tj.MergeError, match=r"expected a rule or a sparsifier, .*; call it: tj.tadrop\(\)"):
+        tj.masked(tj.tadrop, include="kernel")
     with pytest.raises(tj.MergeError, match="matches none"):
         tj.merge(base, models, tj.average(), sparsifier=tj.masked(tj.tadrop(), exclude="nothing"))
 
