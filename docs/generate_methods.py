@@ -16,6 +16,16 @@ Every sparsifier goes before every merge rule. On the command line parameters ar
 a sparsifier as `--sparsify NAME:NAME=VALUE,...`; in Python they are the arguments of the function of the same name,
 such as `tj.tadrop`. `tadrop methods` prints the same. What is our choice and not the source's is on the page
 [Our choices](choices.md).
+
+Sections of methods that the command line runs end with the properties that hold and are tested:
+
+- `symmetric`: the order of the tasks does not matter.
+- `scales`: task vectors times a power of two give the result times it.
+- `zero`: zero task vectors give zero.
+- `density`: density 0 gives zeros; with density 1 a sparsifier changes nothing, and a rule does not trim.
+- `gradients`: gradients in coefficients, weights and task vectors are finite.
+- `local`: at the defaults, another tensor in the tree changes nothing.
+- `copies`: at the defaults, T copies of one model give what one gives.
 """
 ROLES = {"sparsifier": "Sparsifiers", "rule": "Merge rules"}
 
@@ -40,7 +50,8 @@ def stub() -> str:
 
 def _section(method: Method) -> str:
     rows = [(f"`{p.name}`", f"`{_value(p, p.default)}`", _values(p), p.about) for p in method.parameters]
-    told = f"### `{method.name}` {{ #{method.name} }}\n\n" + _table(("parameter", "default", "values", "meaning"), rows)
+    table = _table(("parameter", "default", "values", "meaning"), rows) if rows else "It has no parameters.\n"
+    told = f"### `{method.name}` {{ #{method.name} }}\n\n{table}"
     models = {(1, None): "", (1, 1): "Takes the base and one model.\n\n"}.get(method.models)
     if models is None:
         least, most = method.models
@@ -48,8 +59,8 @@ def _section(method: Method) -> str:
     random = "Draws random numbers: `--seed`, or `key=jax.random.key(seed)`.\n\n" if method.random else ""
     why = method.from_python
     data = f"{why[0].upper()}{why[1:]}: from Python only.\n\n" if why else ""
-    held = ", ".join(sorted(method.properties)) or "none"
-    return f"{told}\n{models}{data}{random}Properties that hold and are tested: {held}.\n"
+    held = f"Properties: {', '.join(sorted(method.properties))}.\n\n" if method.properties else ""
+    return f"{told}\n{models}{data}{random}{held}".rstrip("\n") + "\n"
 
 
 def _values(parameter: Parameter) -> str:

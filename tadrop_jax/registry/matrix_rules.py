@@ -103,7 +103,14 @@ ENTRIES: tuple[Method, ...] = (
         "one model",
         (
             Parameter("rule", "rule", "task_arithmetic", "the inner rule, NAME or NAME:PARAMETER=VALUE;..."),
-            Parameter("alpha", "number", None, "the least coefficient; none means 1/T", optional=True, range=(0, None)),
+            Parameter(
+                "alpha",
+                "number",
+                None,
+                "the least coefficient, above 0; none means 1/T",
+                optional=True,
+                range=(0, None),
+            ),
             Parameter(
                 "calibrate_on", "choice", "dense", "task vectors as they came, or as pruned", ("dense", "sparse")
             ),

@@ -242,7 +242,7 @@ ENTRIES = (
         "global",
         "one model",
         (
-            Parameter("ratio", "number", 0.1, "share of entries that take part", range=(0, 1)),
+            Parameter("ratio", "number", 0.1, "share of entries that take part, above 0", range=(0, 1)),
             Parameter("version", "choice", "repository", "which of the official two", ("repository", "vision")),
             Parameter("coefficient", "numbers", None, "multiplies the vectors; none: 1, for vision 1.2", optional=True),
         ),

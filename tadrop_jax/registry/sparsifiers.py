@@ -19,7 +19,7 @@ ENTRIES = (
                 "mapping", "text", "identity", "ratio to sparsity: identity, affine:SLOPE,OFFSET or power:EXPONENT"
             ),
             Parameter("s_min", "number", 0.0, "least sparsity", range=(0, 1)),
-            Parameter("s_max", "number", 0.9, "largest sparsity", range=(0, 1)),
+            Parameter("s_max", "number", 0.9, "largest sparsity, below 1", range=(0, 1)),
         ),
         properties=SMOOTH | {"local"},
     ),
