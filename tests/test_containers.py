@@ -232,8 +232,9 @@ def test_a_model_that_differs_in_structure_is_refused(name, base, models):
         tj.merge(base, [models[0], changed(models[1], change)], tj.average())
     for word in words:
         assert word in str(caught.value)
-    with pytest.raises(tj.MergeError):
+    with pytest.raises(tj.MismatchError) as again:
         tj.task_vectors(base, [models[0], changed(models[1], change)])
+    assert str(again.value) == str(caught.value)
 
 
 def test_structure_is_checked_under_jit_too(base, models):
@@ -256,7 +257,7 @@ def test_values_that_are_not_finite_are_refused(bad, where, base, models):
 
 
 def test_no_models_are_refused(base):
-    with pytest.raises(tj.MergeError):
+    with pytest.raises(tj.MergeError, match="no models to merge were given"):
         tj.merge(base, [], tj.average())
 
 
@@ -313,17 +314,17 @@ def test_a_parameter_out_of_range_is_refused(make, word):
     ids=["coefficient", "density", "weights", "magnitude", "order"],
 )
 def test_three_values_for_two_tasks_are_refused(make, base, models):
-    with pytest.raises(tj.MergeError, match=r"3.*2|2.*3|order"):
+    with pytest.raises(tj.ParameterError, match=r"has 3 values, one per task, but there are 2 tasks|order must be"):
         tj.merge(base, models, make())
 
 
 def test_a_sparsifier_is_not_a_rule(base, models):
-    with pytest.raises((tj.MergeError, TypeError)):
+    with pytest.raises(tj.MergeError, match="a merge needs a merge rule"):
         tj.merge(base, models, tj.tadrop())
 
 
 def test_a_rule_is_not_a_sparsifier(base, models):
-    with pytest.raises((tj.MergeError, TypeError)):
+    with pytest.raises(tj.MergeError, match="sparsify takes a sparsifier, not a merge rule"):
         tj.sparsify(tj.task_vectors(base, models), tj.average())
 
 

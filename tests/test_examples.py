@@ -1,5 +1,6 @@
 """The examples run, offline and in seconds, and give what they promise."""
 
+import importlib.util
 import json
 import runpy
 from pathlib import Path
@@ -35,6 +36,6 @@ def test_merging_flax_models_and_handing_one_to_pytorch(capsys):
     said = capsys.readouterr().out
     assert "TIES + TADrop    mean squared error" in said
     assert "saved for PyTorch: config.json, model.safetensors" in said
-    for line in said.splitlines():
-        if line.startswith("opened in transformers"):
-            assert float(line.split()[-3]) < 1e-5
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        (line,) = [line for line in said.splitlines() if line.startswith("opened in transformers")]
+        assert float(line.split()[-3]) < 1e-5
