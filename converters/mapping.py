@@ -230,6 +230,9 @@ def fused(source: Any, there: Iterable[str] | None = None) -> dict[str, tuple[st
         source: a module of ours, or a family's rows.
         there: paths of the module's parameters, to leave out what a checkpoint lacks; None takes all rows.
 
+    Returns:
+        By the tensor's PyTorch name the paths in the module.
+
     Example:
         >>> fused([Row("in_proj", ("q", "k", "v")), Row("out", "out")])
         {'in_proj': ('q', 'k', 'v')}

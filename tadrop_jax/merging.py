@@ -217,9 +217,9 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
       key: random key, for methods that are random.
 
     Returns:
-      For each float tensor, by path: ``quantile_ratio`` (T,), of the sparsifier's own quantiles if it is TADrop, else
-      of (.95, .99); ``sparsity`` (T,), the share of zeros after; ``norm`` and ``norm_after`` (T,), Euclidean; and
-      ``sign_conflict``, the share of entries whose non-zero task values differ in sign, before.
+      For each float tensor that is not empty, by path: ``quantile_ratio`` (T,), of the sparsifier's own quantiles if it
+      is TADrop, else of (.95, .99); ``sparsity`` (T,), the share of zeros after; ``norm`` and ``norm_after`` (T,),
+      Euclidean; and ``sign_conflict``, the share of entries whose non-zero task values differ in sign, before.
 
     Raises:
       MergeError: as :func:`merge`.

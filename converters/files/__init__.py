@@ -117,7 +117,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads all tensors of a checkpoint; what lies in its files uncompressed is mapped into memory.
 
     Returns:
-        Arrays by name, read-only, in the file's dtypes (bfloat16 by ml_dtypes).
+        Arrays by name, in the file's dtypes (bfloat16 by ml_dtypes); but for those of Orbax they are read-only.
 
     Raises:
         ConversionError: as `open_tensors`.
