@@ -16,8 +16,9 @@ def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -
     .. math:: \tau' = f(\tau) \cdot \|\tau\|_p / \|f(\tau)\|_p
 
     One factor for each task, of each tensor or of the whole vector. Where the sparsifier leaves nothing, the result is
-    zero. ``rescale(magnitude(1 - s), norm)`` does what the ``norm`` of :func:`~tadrop_jax.uniform` and
-    :func:`~tadrop_jax.tadrop` does, for any sparsifier, and for a chain of them once, at its end.
+    zero. This is what the ``norm`` of :func:`~tadrop_jax.uniform` and :func:`~tadrop_jax.tadrop` does, for any
+    sparsifier, and for a chain of them once, at its end: ``rescale(magnitude(1 - s), norm)`` is ``uniform(s, norm)``,
+    but that they round the number of entries differently.
     ``norm=1`` is mergekit's ``rescale`` (``RescaleNorm.l1``).
 
     Args:
