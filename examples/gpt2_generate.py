@@ -39,11 +39,13 @@ def random_directory(where: Path) -> Path:
 
 def coder(directory: Path):
     """The two functions from text to tokens and back."""
-    if importlib.util.find_spec("transformers") and list(directory.glob("*token*")):
-        from transformers import AutoTokenizer
+    if list(directory.glob("*token*")) or (directory / "vocab.json").exists():
+        if importlib.util.find_spec("transformers"):
+            from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        return tokenizer.encode, tokenizer.decode
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            return tokenizer.encode, tokenizer.decode
+        print("transformers is not installed: bytes stand for the model's tokens, and the text will mean nothing")
     return lambda text: list(text.encode()), lambda tokens: bytes(t % 256 for t in tokens).decode(errors="replace")
 
 

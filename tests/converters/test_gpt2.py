@@ -1,5 +1,6 @@
 """GPT-2: against transformers, byte for byte, the trees of transformers 4, the cache, generation, meshes."""
 
+import importlib.util
 import json
 import runpy
 from pathlib import Path
@@ -375,6 +376,17 @@ def test_the_example_runs(capsys, tmp_path):
     )
     assert drawn.startswith("ab")
     assert drawn != text
+
+
+def test_the_example_says_where_bytes_are_not_the_models_tokens(capsys, tmp_path, monkeypatch):
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "gpt2_generate.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    encode, decode = example["coder"](tmp_path)
+    assert decode(encode("ab")) == "ab"
+    assert capsys.readouterr().out == ""
+    (tmp_path / "vocab.json").write_text("{}")
+    example["coder"](tmp_path)
+    assert "transformers is not installed: bytes stand for the model's tokens" in capsys.readouterr().out
 
 
 # --- against transformers ---------------------------------------------------------------------------------------------
