@@ -92,13 +92,13 @@ def main(arguments: list[str] | None = None) -> Path:
                 )
                 title = f"{name}, {recipe}, seed {seed}"
                 train(bar, chosen.out, title, suite.place(chosen.out, recipe, seed, name), tune)
+            write_models(table.with_name(f"{table.stem}-models.csv"), chosen.out / recipe, names)
             models = suite.load(chosen.data, chosen.out, recipe, seed, names)
             with metered(chosen.out / HOURS, f"merging {recipe}, seed {seed}"):
                 experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
             experiments.describe(models, table.with_name(f"{table.stem}-ratios.csv"))
             if chosen.lines:
                 lines.walk(models, table.with_name(f"{table.stem}-lines.csv"), seed, told(bar, f"between, seed {seed}"))
-    write_models(table.with_name(f"{table.stem}-models.csv"), chosen.out / recipe, names)
     return table
 
 

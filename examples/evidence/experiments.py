@@ -95,7 +95,7 @@ LEARNED: dict[str, Callable[[Suite, Stack], Result]] = {"AdaMerging": adamerging
 
 
 def sparsifiers(
-    suite: Suite, stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95)
+    suite: Suite, stack: Stack, quantiles: tuple[float, float] = (0.75, 0.95), seed: int = 0
 ) -> dict[str, Callable[[], Arm]]:
     """Every way to sparsify: the library's methods, TADrop's controls and the candidates at TADrop's budget.
 
@@ -103,11 +103,13 @@ def sparsifiers(
         suite: the base and the fine-tunes.
         stack: their task vectors.
         quantiles: TADrop's, which set the budget of controls and candidates; "of LOW/HIGH" has the budget of others.
+        seed: of what is random: DARE's masks, and which tensor gets which sparsity where they are shuffled.
     """
     shares_of = functools.cache(functools.partial(arms.tadrop_shares, stack))
     shares = functools.partial(shares_of, *quantiles)
+    controls = arms.CONTROLS | {"shuffled": functools.partial(arms.shuffled, seed=seed)}
 
-    def library(sparsifier, seed: int = 0):
+    def library(sparsifier):
         return lambda: _counted(stack, tj.sparsify(stack, sparsifier, layout=suite.layout, key=jax.random.key(seed)))
 
     def spread(how, quantiles=quantiles):
@@ -137,9 +139,9 @@ def sparsifiers(
     for other in QUANTILES:
         if other != quantiles:
             pair = f"{other[0]}/{other[1]}"
-            found |= {f"{name} of {pair}": spread(how, other) for name, how in arms.CONTROLS.items()}
+            found |= {f"{name} of {pair}": spread(how, other) for name, how in controls.items()}
             found |= {f"scaling alone of {pair}": scaled(other)}
-    return found | {name: spread(how) for name, how in (arms.CONTROLS | arms.CANDIDATES).items()}
+    return found | {name: spread(how) for name, how in (controls | arms.CANDIDATES).items()}
 
 
 def run(
@@ -163,7 +165,7 @@ def run(
     there = {(line["tasks"], line["seed"], line["rule"], line["sparsifier"]) for line in read(out)}
     head = (str(len(suite.tuned)), str(seed))
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
-    unit, ways = _mean_length(stack), sparsifiers(suite, stack)
+    unit, ways = _mean_length(stack), sparsifiers(suite, stack, seed=seed)
     wanted = [("own", rule) for rule in rules if rule in OWN]
     wanted += [
         (name, rule)

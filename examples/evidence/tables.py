@@ -68,7 +68,7 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     """
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rules = _ordered(line["rule"] for line in lines)
-    merges = lines + [line for name in others if name.endswith(".csv") for line in _probes(name, rules)]
+    merges = lines + [line for name in others if name.endswith(".csv") for line in _probes(name, int(tasks), rules)]
     names = {other: "the probe" if other.endswith(".csv") else other for other in others}
     seeds = len({line["seed"] for line in lines})
 
@@ -161,13 +161,13 @@ def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
     return markdown([f"before {rule}", *(f"{count} tasks" for count in merges)], rows)
 
 
-def _probes(file: str, rules: Iterable[str]) -> Lines:
-    """What the probes of a file of `models` have, as if each rule had it."""
+def _probes(file: str, tasks: int, rules: Iterable[str]) -> Lines:
+    """What the probes of a file of `models` have on the first tasks, those of the merge, as if each rule had it."""
     by_seed: dict[str, list[str]] = defaultdict(list)
     for line in read(file):
         by_seed[line["seed"]].append(line["probe"])
     return [
-        {"rule": rule, "sparsifier": file, "seed": seed, "by_task": " ".join(probes)}
+        {"rule": rule, "sparsifier": file, "seed": seed, "by_task": " ".join(probes[:tasks])}
         for rule in rules
         for seed, probes in by_seed.items()
     ]
