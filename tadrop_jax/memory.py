@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.advancing import advance, global_stages, merge_stages
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.placement import apart, place
+from tadrop_jax.placement import apart, devices_of, place
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.sites import OfRun, Site, Tensor, crossed, kept, site_of
 from tadrop_jax.steps import Piece, Step, Sums
@@ -112,7 +112,8 @@ def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
         whole = site.mesh is None and any(
             a and s.piece == "tensor" for a, s in zip(site.active, site.steps, strict=True)
         )
-        alike = site, tensors[k].lies, tuple(leaf.dtype for leaf in jax.tree.leaves(tensors[k][1:3]))
+        where = tensors[k].lies or devices_of(tensors[k].like)
+        alike = site, where, tuple(leaf.dtype for leaf in jax.tree.leaves(tensors[k][1:3]))
         batch = together.setdefault(alike if whole else k, [])
         batch.append(k)
     found: list[Any] = [None] * len(sites)
