@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.advancing import advance, global_stages, merge_stages
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.placement import apart, devices_of, place
+from tadrop_jax.placement import apart, devices_of, place, without_first_axis
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.sites import OfRun, Site, Tensor, crossed, kept, site_of
 from tadrop_jax.steps import Piece, Step, Sums
@@ -128,9 +128,12 @@ def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
             else:
                 results = _finished_together(site)([(raw(k), keys[k], carries[k]) for k in at])
             for k, (value, filled) in zip(at, results, strict=True):
-                lies = tensors[k].lies
-                if site.mesh is None and lies is not None and getattr(value, "shape", None) == tensors[k].like.shape:
-                    value = place(value, lies)  # it was gathered for a step that needs it whole
+                lies, shape = tensors[k].lies, getattr(value, "shape", None)
+                if site.mesh is None and lies is not None:  # it was gathered for a step that needs it whole
+                    if shape == tensors[k].like.shape:
+                        value = place(value, lies)
+                    elif site.stacked and shape == site.shape:
+                        value = place(value, without_first_axis(lies))
                 found[k] = value, filled
                 for model in tensors[k].models:
                     if id(model) in spare and not model.is_deleted():
