@@ -181,7 +181,8 @@ def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
     varies = selection.varying(*(leaf for k in at for leaf in jax.tree.leaves((tensors[k][1:3], carries[k]))))
     found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager, varies=varies)
     found = selection.from_ordered_bits(found, probe.dtype)
-    if stage.attached and not eager:
+    # What a step without a spec closes over may be traced, though the tensors are not.
+    if stage.attached and (not eager or any(sites[k].functions is not None for k in at)):
         values = [_selected(sites[k], stop)(raw(k), keys[k], carries[k]) for k in at]
         found = [selection.attached(f, values) for f in found]
     return dict(zip(names, found, strict=True))
