@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.advancing import advance, global_stages, merge_stages
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.placement import apart, place
+from tadrop_jax.placement import apart, devices_of, place, without_first_axis
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.sites import OfRun, Site, Tensor, crossed, kept, site_of
 from tadrop_jax.steps import Piece, Step, Sums
@@ -112,7 +112,8 @@ def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
         whole = site.mesh is None and any(
             a and s.piece == "tensor" for a, s in zip(site.active, site.steps, strict=True)
         )
-        alike = site, tensors[k].lies, tuple(leaf.dtype for leaf in jax.tree.leaves(tensors[k][1:3]))
+        where = tensors[k].lies or devices_of(tensors[k].like)
+        alike = site, where, tuple(leaf.dtype for leaf in jax.tree.leaves(tensors[k][1:3]))
         batch = together.setdefault(alike if whole else k, [])
         batch.append(k)
     found: list[Any] = [None] * len(sites)
@@ -127,9 +128,12 @@ def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
             else:
                 results = _finished_together(site)([(raw(k), keys[k], carries[k]) for k in at])
             for k, (value, filled) in zip(at, results, strict=True):
-                lies = tensors[k].lies
-                if site.mesh is None and lies is not None and getattr(value, "shape", None) == tensors[k].like.shape:
-                    value = place(value, lies)  # it was gathered for a step that needs it whole
+                lies, shape = tensors[k].lies, getattr(value, "shape", None)
+                if site.mesh is None and lies is not None:  # it was gathered for a step that needs it whole
+                    if shape == tensors[k].like.shape:
+                        value = place(value, lies)
+                    elif site.stacked and shape == site.shape:
+                        value = place(value, without_first_axis(lies))
                 found[k] = value, filled
                 for model in tensors[k].models:
                     if id(model) in spare and not model.is_deleted():
@@ -177,7 +181,8 @@ def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
     varies = selection.varying(*(leaf for k in at for leaf in jax.tree.leaves((tensors[k][1:3], carries[k]))))
     found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager, varies=varies)
     found = selection.from_ordered_bits(found, probe.dtype)
-    if stage.attached and not eager:
+    # What a step without a spec closes over may be traced, though the tensors are not.
+    if stage.attached and (not eager or any(sites[k].functions is not None for k in at)):
         values = [_selected(sites[k], stop)(raw(k), keys[k], carries[k]) for k in at]
         found = [selection.attached(f, values) for f in found]
     return dict(zip(names, found, strict=True))

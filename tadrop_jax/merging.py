@@ -300,8 +300,8 @@ def with_sparsifier(sparsifier: AnyStep | None, rule: AnyStep) -> Chain:
     return chain(sparsifier, rule)
 
 
-def _run_tensors(stack, steps_of, key, layout=None, lies: Mapping = types.MappingProxyType({})):
-    """Runs steps over a tree of stacks: tree definition, float positions, leaves, results and T."""
+def _run_tensors(stack, steps_of, key, layout=None, lies: Mapping = types.MappingProxyType({}), own=frozenset()):
+    """Runs steps over a tree of stacks, without what stays each task's own: tree definition, leaves, results and T."""
     names, leaves, treedef = named_leaves(stack)
     at = {i: names[i] for i, leaf in enumerate(leaves) if leaf is not None}
     sizes = {}
@@ -323,6 +323,7 @@ def _run_tensors(stack, steps_of, key, layout=None, lies: Mapping = types.Mappin
         return Tensor(names[i], (jnp.asarray(leaves[i]),), None, order, seed_name, lies.get(names[i]))
 
     steps = steps_of if isinstance(steps_of, tuple) else expand(steps_of, tasks)
+    at = {i: name for i, name in at.items() if name not in own}
     return treedef, leaves, _run_once(tensor, at, [(leaves[i],) for i in at], names, steps, tasks, key), tasks
 
 
@@ -354,13 +355,14 @@ def _run_once(tensor: Callable[[int], Tensor], at, held, names, steps, tasks: in
 def _run_stack(stack, whole: AnyStep, key, layout, shardings):
     named = _by_name(stack)
     lies = {} if shardings is None else shardings_by_name(shardings, named)
-    treedef, leaves, results, tasks = _run_tensors(stack, whole, key, layout, lies)
+    per_task = per_task_patterns(whole)
+    # Each name counts by itself, as in merge: a copy of what is tied may merge.
+    held = [n for n, leaf in named.items() if per_task and leaf is not None and selected(n, per_task)]
+    treedef, leaves, results, tasks = _run_tensors(stack, whole, key, layout, lies, frozenset(held))
     values = [results[i].value if i in results else None for i in range(len(leaves))]
     last = expand(whole, tasks)[-1:]
     if last and last[0].output == "bundle":
-        per_task = last[0].per_task
         check_patterns(per_task, named)
-        held = [n for n, leaf in named.items() if per_task and leaf is not None and selected(n, per_task)]
         own = tuple({n: named[n][t] for n in held} for t in range(tasks))
         shapes = [np.shape(leaf)[1:] for leaf in leaves]
         each = [without_first_axis(lies[name]) if name in lies else None for name in named]

@@ -53,10 +53,14 @@ def place(leaf, to: NamedSharding):
     return jax.device_put(leaf, to)
 
 
+def devices_of(leaf) -> frozenset | None:
+    """The devices that a concrete array lies on; None of what is traced, or no array of JAX."""
+    return frozenset(leaf.devices()) if isinstance(leaf, jax.Array) and not is_traced(leaf) else None
+
+
 def apart(tree) -> bool:
     """Whether the concrete arrays of a tree lie on different sets of devices: then no computation takes them all."""
-    leaves = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not is_traced(leaf))
-    return len({frozenset(leaf.devices()) for leaf in leaves}) > 1
+    return len({devices_of(leaf) for leaf in jax.tree.leaves(tree)} - {None}) > 1
 
 
 def together(leaf, others) -> tuple:

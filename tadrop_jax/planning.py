@@ -106,7 +106,11 @@ def make_plan(sources: Sequence[Source], request: Request) -> Plan:
         """Copies are one tensor in the result: what takes out one of them takes out all."""
         return selected_tied((name, *copies_of(name, aliases)), include, exclude)
 
-    own = tuple(n for n in everywhere if n in apart or (per_task and selected(n, per_task)))
+    def stays_own(name: str) -> bool:
+        """A tied tensor by any of its names, once: its copies are not written."""
+        return name not in aliases and any(selected(n, per_task) for n in (name, *copies_of(name, aliases)))
+
+    own = tuple(n for n in everywhere if n in apart or (per_task and stays_own(n)))
     kept: dict[str, str] = {}
     for name in names:
         dtype = base.tensors[name].dtype

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.files.safetensors import INDEX, index
-from tadrop_jax.checkpoints.safetensors import check_directory, count_shards
+from tadrop_jax.checkpoints.safetensors import check_directory, count_shards, journal
 from tadrop_jax.errors import CheckpointError, MergeError
-from tadrop_jax.report import REPORT
+from tadrop_jax.report import LINES, REPORT
 
 
 class Share(NamedTuple):
@@ -83,7 +83,7 @@ def begin(request, fingerprint: str) -> dict | None:
       MergeError: if ``OUT`` holds something else, or is being made by one process.
     """
     folder = _folder(request.out)
-    if (folder / "journal.jsonl").exists():
+    if (folder / journal.NAME).exists():
         raise CheckpointError(f"{folder}: is an unfinished merge by one process; resume that, or move it away first")
     mine = folder / str(request.process)
     if request.resume:
@@ -146,7 +146,8 @@ def _assemble(parts: Sequence[Path], whole: Path, report: dict[str, Any]) -> Non
         total += described["metadata"]["total_size"]
         for file in sorted(f for f in part.rglob("*") if f.is_file()):
             name = file.relative_to(part)
-            if str(name) not in (INDEX, REPORT):
+            # A process that broke off as its share appeared may have left its records there.
+            if str(name) not in (INDEX, REPORT, LINES, journal.NAME):
                 (whole / name).parent.mkdir(parents=True, exist_ok=True)
                 file.rename(whole / name)
     missing = sorted(name for name in set(weights.values()) if not (whole / name).is_file())

@@ -208,7 +208,10 @@ class Step:
         if self.instead is None:
             return self
         others = (self.instead(name, shape, tasks) for name in (path, *aliases))
-        return next((other for other in others if other is not None), self)
+        found = next((other for other in others if other is not None), self)
+        if found is self or not (found.random and self.draw):
+            return found
+        return dataclasses.replace(found, draw=found.draw + self.draw)  # its place in the chain is this step's
 
     def covers(self, path: str, aliases: tuple[str, ...] = ()) -> bool:
         """Whether the step is for the tensor of this path, by any of the names of one that is tied."""

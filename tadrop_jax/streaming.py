@@ -251,12 +251,17 @@ class _Run:
 
             found = self.each(shares, at)
             group = {j: reductions.combine(stage, [share for k in at for share in found[k]])}
+            self.passed(at)
         else:
             self.each(lambda k, parallel: self.tensor_stages(k, stop, parallel, self.keep(k, stop)), at)
             group = self.ranks(stop, at, [b for k in at for b in self.blocks(k)], self.parallel)
         for k in at:
-            self.reader.checked[k] = True
             self.fill(k, i, group)
+
+    def passed(self, at: Iterable[int]) -> None:
+        """Notes that all blocks of some streams went by: their contents need not be looked at again."""
+        for k in at:
+            self.reader.checked[k] = True
 
     def fill(self, k: int, i: int, group: dict[int, dict]) -> None:
         found = tuple(group.get(j, f) for j, f in enumerate(self.carries[k][i]))
@@ -288,11 +293,12 @@ class _Run:
             if isinstance(stage, Sums):
                 shares = parallel(lambda b, at=at: self.call("sums", b, at, kept)[0], blocks)
                 self.fill(k, i, {j: reductions.combine(stage, shares)})
+                self.passed([k])
             elif stage.ties is not None:
                 self.fill(k, i, {j: self.part_ties(at, k, blocks, parallel, kept)})
+                self.passed([k])
             else:
                 self.fill(k, i, self.ranks(at, [k], blocks, parallel, kept))
-            self.reader.checked[k] = True
 
     def ranks(self, stop, at, blocks, parallel, kept=None) -> dict[int, dict]:
         """Exact order statistics over some streams, of a stage and of those after it that select from the same."""
@@ -321,6 +327,7 @@ class _Run:
                 held[:, b.start : b.stop] = self.call("keys", b, stop, kept)[0][:, : b.size]
 
             parallel(fill, blocks)
+            self.passed(at)
             search.settle_among(held)
             after = next(iter(self.chains[k][i].stages[j + len(stages) :]), None)
             tail = after.tail if isinstance(after, Sums) else None
@@ -334,8 +341,9 @@ class _Run:
                 length = self.widths[k][0]
                 runs = [self.sample_block(at, where, length) for where in search.sample_starts(length)]
                 search.bracket(parallel(lambda b: self.call("keys", b, stop, sample=True)[0][:, : b.size], runs))
-            while not search.settled:
+            while not search.settled:  # ranks that no entry has, of density 0, take no pass
                 search.update(parallel(lambda b: search.count(self.call("keys", b, stop)[0][:, : b.size]), blocks))
+                self.passed(at)
         return settled | {j + m: one for m, one in enumerate(found(search.found))}
 
     def part_ties(self, stop, k, blocks, parallel, kept) -> dict[str, jax.Array]:

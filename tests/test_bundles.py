@@ -189,6 +189,15 @@ def test_task_vectors_that_stay_each_tasks_own(trees, tmp_path):
         tj.merge_task_vectors(stack, tj.emr(per_task="nowhere"))
 
 
+def test_of_tied_weights_one_name_may_stay_each_tasks_own():
+    """The other merges, of task vectors as of parameters."""
+    trees = [{"copy": w, "kernel": w} for w in np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)]
+    base, models, rule = trees[0], trees[1:], tj.emr(per_task="copy")
+    found = tj.merge_task_vectors(tj.task_vectors(base, models), rule).task_vector(1)
+    np.testing.assert_array_equal(found["copy"], models[1]["copy"] - base["copy"])
+    np.testing.assert_array_equal(found["kernel"], tj.merge(base, models, rule).task_vector(1)["kernel"])
+
+
 def test_buffers_keep_their_dtype_on_disk(tmp_path):
     base = {"w": np.zeros(3, np.float32), "far": np.array([1 << 40]), "wide": np.full(2, 0.1)}
     models = [{**base, "w": np.ones(3, np.float32)} for _ in range(2)]

@@ -351,6 +351,17 @@ def test_a_pattern_of_a_rule_matches_a_tied_tensor_by_its_copy(tmp_path):
         np.testing.assert_allclose(value, expected[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize("pattern", ["lm_head", "wte"])
+def test_a_tied_tensor_stays_each_tasks_own_by_any_of_its_names(pattern, tmp_path):
+    """Once, as the result holds it, and not the base's in silence."""
+    _, models = save_tied(tmp_path)
+    assert merge(tmp_path, "--set", f"per_task={pattern}", method="emr") == 0
+    assert main(["task", str(tmp_path / "out"), "--task", "m1", "--out", str(tmp_path / "m1 again")]) == 0
+    found = read_model(tmp_path / "m1 again")
+    assert found.keys() == TIED.keys()
+    np.testing.assert_array_equal(found["transformer.wte.weight"], models[1]["transformer.wte.weight"])
+
+
 def test_a_pattern_of_a_rule_may_match_what_is_excluded(tmp_path):
     base, _ = save_tied(tmp_path, ())
     assert merge(tmp_path, "--set", "mean_only=ln_f", "--exclude", "ln_f", method="tsv_m") == 0

@@ -40,6 +40,17 @@ def test_tensors_on_different_devices(rule, trees):
         assert value.sharding.is_equivalent_to(lies[name], value.ndim), name
 
 
+def test_matrices_of_one_shape_on_different_devices():
+    """A rule that wants whole tensors runs those of one shape together: on each device its own."""
+    base, models = family(2, dict.fromkeys("abc", (6, 4)))
+    lies = {name: jax.sharding.SingleDeviceSharding(jax.devices()[i // 2]) for i, name in enumerate("abc")}
+    placed = [jax.device_put(tree, lies) for tree in (base, *models)]
+    merged, expected = (tj.merge(b, ms, tj.iso_c()) for b, *ms in (placed, (base, *models)))
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        assert value.sharding.device_set == lies[name].device_set, name
+
+
 @pytest.mark.parametrize("spread", ["base", "models"])
 def test_models_on_other_devices_than_the_base(spread, trees):
     (base, models), there, one = trees, split(over=-4), jax.devices()[2]

@@ -145,6 +145,16 @@ def test_what_broke_off_goes_on(alone, tmp_path, monkeypatch, capsys):
     check_equal(out, alone / "ties", 2)
 
 
+def test_records_of_a_share_are_no_part_of_the_result(alone, tmp_path):
+    """They go when a share has appeared: a process may break off between the two."""
+    out = tmp_path / "out"
+    assert by(alone, 0, 2, out, *TIES, method="ties") == 0
+    for record in ("journal.jsonl", "merge_report.jsonl"):
+        (tmp_path / "out.partial" / "0" / record).write_text("{}\n")
+    assert by(alone, 1, 2, out, *TIES, method="ties") == 0
+    check_equal(out, alone / "ties", 2)
+
+
 def test_shares_of_another_merge_are_not_joined(alone, tmp_path):
     out = tmp_path / "out"
     assert by(alone, 0, 2, out, "--density", "0.9", method="ties") == 0

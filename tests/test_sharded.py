@@ -360,6 +360,19 @@ def test_one_tensor_at_a_time_is_gathered(monkeypatch):
     assert most == 3
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, EXPLICIT])
+def test_what_was_gathered_goes_back(kind):
+    """Of parameters, of task vectors, and of the one vector that is made of those."""
+    trees = [spread({"kernel": w}, "4x2", kind) for w in np.ones((3, 64, 48), np.float32)]
+    whole = tj.Step(apply=lambda x, carry: x.stack[0], piece="tensor", output="vector")
+    lies = trees[0]["kernel"].sharding
+    stack = jax.device_put(
+        tj.task_vectors(trees[0], trees[1:]), NamedSharding(lies.mesh, PartitionSpec(None, *lies.spec))
+    )
+    for merged in (tj.merge(trees[0], trees[1:], whole), tj.merge_task_vectors(stack, whole)):
+        assert merged["kernel"].sharding.is_equivalent_to(lies, 2)
+
+
 @pytest.mark.parametrize("name", ["tadrop-ties", "emr", "n_m"])
 def test_donated_models(name, trees, on_one_device):
     """The result takes the place of the first model, and nothing is left of the others; the base stays."""

@@ -1,5 +1,7 @@
 """Every sparsifier against its plain NumPy transcription."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,6 +242,13 @@ def test_random_steps_of_a_chain_draw_numbers_of_their_own():
     first, then = kept(tj.conflict_aware(tj.chain(half, half)))
     np.testing.assert_array_equal(first, two[0])
     np.testing.assert_array_equal(then, two[1] & ~first)
+
+
+def test_what_takes_the_place_of_a_random_step_draws_in_its_place():
+    stack, half = {"v": jnp.ones((1, 5000)), "w": jnp.ones((1, 5000))}, tj.dare(0.5, None)
+    other = dataclasses.replace(half, instead=lambda path, shape, tasks: tj.dare(0.5, None) if path == "v" else None)
+    for name, value in tj.sparsify(stack, tj.chain(half, other), key=jax.random.key(0)).items():
+        assert abs(np.mean(np.asarray(value) != 0) - 0.25) < 0.02, name
 
 
 def test_groups_of_tensors_beyond_31_bits():

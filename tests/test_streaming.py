@@ -308,6 +308,19 @@ def test_what_is_not_finite_is_found(bad, row, who, rule):
     np.testing.assert_equal(found.value.value, bad)
 
 
+@pytest.mark.parametrize("granularity", ["global", "tensor"])
+def test_contents_are_looked_at_where_no_rank_is_searched_for(granularity, monkeypatch):
+    """A density of 0 has ranks that no entry has: the first pass over the files is a later one."""
+    monkeypatch.setattr(streaming, "KEEP_BYTES", 0)
+    base, models = family(2)
+    rule = tj.chain(tj.magnitude(0.0, granularity), tj.task_arithmetic(1.0))
+    _, _, outcome = run_streamed(base, models, rule)
+    assert outcome.differs == (True, True)
+    models[1]["wide/kernel"][30, 7] = np.nan
+    with pytest.raises(tj.ContentError, match="wide/kernel"):
+        run_streamed(base, models, rule)
+
+
 def test_large_numbers_are_no_infinity():
     """The check sums: a sum that overflows is looked at again."""
     base = {"w": np.full(300, 3e38, np.float32)}

@@ -83,6 +83,19 @@ def test_many_tasks_do_not_overflow():
     assert np.any(merged)
 
 
+def test_the_gradient_of_a_step_before_it(make_stacks):
+    """The floor has it too, where a step closes over what is differentiated and the task vectors are constants."""
+    given = {"w": make_stacks("normal", TASKS)["block/kernel"]}
+
+    def size(factor, stack):
+        scaled = tj.Step(apply=lambda x, carry: x.stack * factor)
+        merged = tj.merge_task_vectors(stack, tj.pcb(0.5), sparsifier=scaled)["w"]
+        return jnp.sum(merged * jnp.arange(merged.size).reshape(merged.shape))
+
+    wanted, _ = jax.grad(size, argnums=(0, 1))(jnp.float32(0.7), given)
+    np.testing.assert_allclose(jax.grad(size)(jnp.float32(0.7), given), wanted, rtol=1e-4)
+
+
 def test_a_vmap_over_ratios_equals_a_loop(make_stacks):
     stack = {"w": make_stacks("normal", TASKS)["block/kernel"]}
     ratios = [0.125, 0.5, 1.0]
