@@ -133,7 +133,9 @@ def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpars
     convert.add_argument(
         "--architecture", metavar="NAME", help="write the layout of this architecture (default: that of SRC)"
     )
-    convert.add_argument("--config", type=Path, metavar="FILE", help="the model's config.json, if SRC has none")
+    convert.add_argument(
+        "--config", type=Path, metavar="FILE", help="the model's config.json, in place of SRC's if it has one"
+    )
     convert.add_argument("--max-shard-size", metavar="SIZE", help="largest file, e.g. 2GB (default 5GB)")
     convert.add_argument("--quiet", action="store_true", help="no summary")
     convert.set_defaults(run=run["convert"])

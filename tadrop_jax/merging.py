@@ -11,11 +11,11 @@ import numpy as np
 from tadrop_jax import donation, memory
 from tadrop_jax.bundles import Bundle, pack
 from tadrop_jax.contents import check_contents
-from tadrop_jax.errors import MergeError, ParameterError
+from tadrop_jax.errors import MergeError
 from tadrop_jax.explaining import explaining_steps, explanation, ratio_step
 from tadrop_jax.kinds import Kind
 from tadrop_jax.layouts import laid_out
-from tadrop_jax.parameters import known, single
+from tadrop_jax.parameters import ordered, single
 from tadrop_jax.placement import apart, shardings_by_name, together, without_first_axis
 from tadrop_jax.selection import attached, magnitude
 from tadrop_jax.sites import Tensor
@@ -272,8 +272,7 @@ def quantile_ratios(stack, *, q_low=0.95, q_high=0.99):
       [0.25]
     """
     q_low, q_high = (single("quantile_ratios", n, q, 0, 1) for n, q in (("q_low", q_low), ("q_high", q_high)))
-    if known(q_low) is not None and known(q_high) is not None and known(q_low) > known(q_high):
-        raise ParameterError(f"quantile_ratios: q_low <= q_high must hold, got {q_low} and {q_high}")
+    ordered("quantile_ratios", q_low, q_high, "q_low <= q_high")
     step = ratio_step(q_low, q_high)
     treedef, leaves, results, tasks = _run_tensors(stack, (step,), None)
     for i, result in results.items():

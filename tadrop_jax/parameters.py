@@ -96,6 +96,16 @@ def single(method: str, name: str, value: Any, low: float = -float("inf"), high:
     return value
 
 
+def ordered(method: str, low: Any, high: Any, names: str) -> None:
+    """Refuses a lower bound above its upper one, where both can be seen.
+
+    Raises:
+      ParameterError: naming method, bounds (``names``, as ``"q_low <= q_high"``) and values.
+    """
+    if known(low) is not None and known(high) is not None and known(low) > known(high):
+        raise ParameterError(f"{method}: {names} must hold, got {low} and {high}")
+
+
 def fixed(method: str, name: str, value: Any, low: float, high: float) -> float:
     """One number in [low, high] that shapes depend on, so that it cannot be traced.
 

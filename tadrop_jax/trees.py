@@ -91,7 +91,9 @@ def check_dtype(name: str, leaf) -> None:
 def as_dtype_of(leaf, value):
     """The base's dtype, also float64 where JAX has none."""
     dtype = getattr(leaf, "dtype", None)
-    return value if dtype is None or dtype == value.dtype else np.asarray(value).astype(dtype)
+    if dtype is None or dtype == value.dtype:
+        return value
+    return (value if jax.dtypes.canonicalize_dtype(dtype) == dtype else np.asarray(value)).astype(dtype)
 
 
 def selected(name: str, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> bool:

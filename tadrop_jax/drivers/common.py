@@ -69,12 +69,7 @@ class Problem(NamedTuple):
 
     def finished(self, merged: Mapping[str, Any]):
         """Float32 results as parameters: the type and the dtypes of the base."""
-
-        def stored(leaf, value):
-            dtype = getattr(leaf, "dtype", value.dtype)
-            return as_dtype_of(leaf, value.astype(jax.dtypes.canonicalize_dtype(dtype)))
-
-        return self.tree({n: stored(self.base[n], v) for n, v in merged.items()})
+        return self.tree({n: as_dtype_of(self.base[n], v) for n, v in merged.items()})
 
 
 def problem(method: str, base, models: Sequence[Any], include=None, exclude=None, same: bool = False) -> Problem:

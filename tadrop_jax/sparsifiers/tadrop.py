@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import known, number
+from tadrop_jax.parameters import known, number, ordered
 from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
 from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, safe_ratio, spec
 
@@ -61,9 +61,8 @@ def tadrop(
     s_min, s_max = number("tadrop", "s_min", s_min, 0, 1), number("tadrop", "s_max", s_max, 0, 1)
     if any(isinstance(v, tuple) for v in (q_low, q_high, s_min, s_max)):
         raise ParameterError("tadrop: q_low, q_high, s_min and s_max are one number for all tasks")
-    for low, high, names in ((q_low, q_high, "q_low <= q_high"), (s_min, s_max, "s_min <= s_max")):
-        if known(low) is not None and known(high) is not None and known(low) > known(high):
-            raise ParameterError(f"tadrop: {names} must hold, got {low} and {high}")
+    ordered("tadrop", q_low, q_high, "q_low <= q_high")
+    ordered("tadrop", s_min, s_max, "s_min <= s_max")
     if known(s_max) == 1:
         raise ParameterError("tadrop: s_max must lie below 1, or a tensor may lose all of its entries")
     check_norm("tadrop", norm)
