@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all that do not learn)")
     parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
     parser.add_argument("--lines", action="store_true", help="also test what lies between the base and the fine-tunes")
-    parser.add_argument("--bfloat16", action="store_true", help="train in mixed precision: fast on processors with AMX")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="train and judge in mixed precision: fast on processors with AMX"
+    )
     parser.add_argument("--fast", action="store_true", help="a small model, small tasks that need no --data")
     chosen = parser.parse_args(arguments)
     if chosen.data is None and not chosen.fast:
@@ -93,7 +95,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 title = f"{name}, {recipe}, seed {seed}"
                 train(bar, chosen.out, title, suite.place(chosen.out, recipe, seed, name), tune)
             write_models(table.with_name(f"{table.stem}-models.csv"), chosen.out / recipe, names)
-            models = suite.load(chosen.data, chosen.out, recipe, seed, names)
+            models = suite.load(chosen.data, chosen.out, recipe, seed, names, bfloat16=chosen.bfloat16)
             with metered(chosen.out / HOURS, f"merging {recipe}, seed {seed}"):
                 experiments.run(models, table, seed, rules, chosen.sparsifiers, told(bar, f"merging, seed {seed}"))
             experiments.describe(models, table.with_name(f"{table.stem}-ratios.csv"))

@@ -130,10 +130,12 @@ def finetune(
     shutil.rmtree(steps)
 
 
-def load(data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str, ...]) -> Suite:
+def load(
+    data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str, ...], *, bfloat16: bool = False
+) -> Suite:
     """Reads the base and its fine-tunes, as anyone would read Hugging Face directories."""
     module, base = converters.load(out / "base")
-    tokenizer, apply = words.read(out / "base"), encode(module)
+    tokenizer, apply = words.read(out / "base"), encode(mixed(module) if bfloat16 else module)
     tuned = []
     for name in names:
         _, params = converters.load(place(out, recipe, seed, name))

@@ -1,4 +1,4 @@
-"""Mixed precision for training: matrix products of bfloat16 operands, everything else float32.
+"""Mixed precision: matrix products of bfloat16 operands, everything else float32.
 
 Twice as fast on a processor with matrix units for bfloat16 (Intel's AMX); on others it may be slower, and XLA's CPU
 backend does not have these products in all shapes there.

@@ -100,7 +100,9 @@ def finetune(
     shutil.rmtree(steps)
 
 
-def load(data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str, ...]) -> Suite:
+def load(
+    data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str, ...], *, bfloat16: bool = False
+) -> Suite:
     """Reads the base and its fine-tunes; `base` and `params` are what all have in one shape."""
     module, found = converters.load(out / "base")
     base, tokenizer = flatten(found), words.read(out / "base")
@@ -116,31 +118,33 @@ def load(data: Path | None, out: Path, recipe: str, seed: int, names: tuple[str,
                 multimodal_tasks.task(data, name, tokenizer),
                 nest({path: tree[path] for path in shared}),
                 head_of(kind, tree),
-                encode(kind, model.config, own),
+                encode(kind, model.config, own, bfloat16),
             )
         )
     return Suite(nest({path: base[path] for path in shared}), tuned, converters.layout(module))
 
 
-def encode(kind: str, config: beit3.Config, own: Tensors) -> suites.Encode:
+def encode(kind: str, config: beit3.Config, own: Tensors, bfloat16: bool = False) -> suites.Encode:
     """Gives the jitted function of the shared parameters and inputs: features (N, F) for the task's head.
 
     Args:
         kind: one of `FORMS`.
         config: the model's.
         own: the task's own tensors by their paths; they may be all.
+        bfloat16: whether to multiply in mixed precision.
     """
     if head := FORMS[kind].head:  # features are what the model gives if its head changes nothing
         size = own[f"{head}/kernel"].shape[0]
         own = own | {f"{head}/kernel": jnp.eye(size), f"{head}/bias": jnp.zeros(size)}
-    return functools.partial(_applied(kind, config), own)
+    return functools.partial(_applied(kind, config, bfloat16), own)
 
 
 @functools.cache
-def _applied(kind: str, config: beit3.Config) -> Callable[[Tensors, Any, Any], jax.Array]:
+def _applied(kind: str, config: beit3.Config, bfloat16: bool) -> Callable[[Tensors, Any, Any], jax.Array]:
     """Tasks of a form and their seeds share a function, which is compiled once."""
     make = beit3.MODELS[FORMS[kind].architecture]
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))
+    module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(mixed(module) if bfloat16 else module)
 
     @jax.jit
     def apply(own, params, inputs):
