@@ -44,7 +44,7 @@ EARLIER_20 := $(EARLIER_14) tiny_2 tiny_3 gtsrb_mandatory caltech_0 caltech_1 ca
 EARLIER_30 := $(EARLIER_20) tiny_4 tiny_5 caltech_3 caltech_4 pacs_photo pacs_art_painting fashion_mnist scenes \
 	pacs_cartoon pacs_domain
 
-# All of docs/results.md, from nothing but the data sets: make evidence DATA=directory OUT=directory. Takes a day or two;
+# All of the evidence, from nothing but the data sets: make evidence DATA=directory OUT=directory. Takes a day or two;
 # FLAGS=--bfloat16 halves the training on processors with AMX, and is what most of the page was made with.
 evidence: setup
 	run() { $(BIN)/python -m examples.evidence $$1 --data $(DATA) --out $(OUT)/"$$@" $(FLAGS) || exit 1; }; \

@@ -26,7 +26,7 @@ from examples.evidence.multimodal_pictures import Kinds
 from examples.evidence.suites import Part, Task, cut
 
 TASKS = ("cifar10", "gtsrb", "trec", "agnews", "questions", "pacs_questions", "statements", "matching")
-# Those on which fine-tunes beat a probe of the base; docs/results.md says by how much.
+# Those on which fine-tunes beat a probe of the base; docs/evidence-multimodal.md says by how much.
 LEARNED = ("gtsrb", "trec", "agnews", "statements", "matching")
 GENERATED = ("count", "doer", "matching")  # for tests, which need no data
 

@@ -1,7 +1,7 @@
 """What the CSV files of the suites say, as Markdown tables and pictures: `python -m examples.evidence.tables`.
 
-It fills docs/results.md, where a pair of comments says what goes there: `<!-- NAME FILE ... -->` and `<!-- end -->`,
-NAME being a function of `TABLES` and FILE a file of docs/results.
+It fills docs/results.md and docs/evidence-*.md, where a pair of comments says what goes there: `<!-- NAME FILE ... -->`
+and `<!-- end -->`, NAME being a function of `TABLES` and FILE a file of docs/results.
 """
 
 import csv
@@ -305,12 +305,12 @@ def _seeds(lines: Lines) -> str:
 
 
 def main() -> None:
-    """Fills the page; with --check, fails if that changes it."""
-    page = DOCS / "results.md"
-    now = page.read_text()
-    if "--check" in sys.argv and now != filled(now):
-        sys.exit(f"{page} is not up to date: python -m examples.evidence.tables")
-    page.write_text(filled(now))
+    """Fills the pages; with --check, fails if that changes one."""
+    for page in (DOCS / "results.md", *sorted(DOCS.glob("evidence-*.md"))):
+        now = page.read_text()
+        if "--check" in sys.argv and now != filled(now):
+            sys.exit(f"{page} is not up to date: python -m examples.evidence.tables")
+        page.write_text(filled(now))
 
 
 if __name__ == "__main__":
