@@ -41,7 +41,7 @@ _PERIOD = 0.003
 # What a thread is at, by file and function of its innermost frame that is here; "" is any function of the file.
 _PLACES = {
     ("reading.py", "_check"): "checking",
-    ("reading.py", "_all_finite"): "checking",
+    ("reading.py", "all_finite"): "checking",
     ("reading.py", ""): "reading",
     ("sampling.py", ""): "selecting",
     ("sink.py", ""): "writing",
