@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks import measure, merges
 from tadrop_jax import registry, selection
-from tadrop_jax.advancing import is_aside
+from tadrop_jax.advancing import in_passing
 from tadrop_jax.steps import AnyStep, Ranks, Step, chain, expand
 
 # Rounds of counting of a selection in memory, each one read of the keys and one all-reduce.
@@ -127,14 +127,16 @@ def passes(step: AnyStep, tasks: int, path: str = "weight", shape: tuple[int, ..
 
     Example:
         >>> passes(build("ties"), 8)[:3]
-        (3, 3, 3)
+        (2, 2, 2)
         >>> passes(build("task_arithmetic+tadrop"), 8)[:3]
         (3, 1, 3)
     """
     steps = [s.for_tensor(path, shape, tasks) for s in expand(step, tasks)]
-    every = [stage for s in steps for stage in s.stages]
+    places = [(i, j) for i, s in enumerate(steps) for j in range(len(s.stages))]
+    every = [steps[i].stages[j] for i, j in places]
     # The others are served by a read for the stage before, for what the chain puts out, or for the rows of a block.
-    alone = [stage for stage in every if not is_aside(stage) and stage.scope != "row"]
+    passing = [in_passing(steps, i, j) for i, j in places]
+    alone = [stage for stage, found in zip(every, passing, strict=True) if not found and stage.scope != "row"]
     stages = [stage for stage in alone if not getattr(stage, "again", False)]
     of_tree = [at for at, stage in enumerate(stages) if stage.scope == "global"]
     whole = any(s.piece == "tensor" for s in steps)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tadrop_jax.pieces import Piece
-from tadrop_jax.steps import Stage, Step, Sums
+from tadrop_jax.steps import Step, Sums
 
 
 def merge_stages(results) -> dict[str, jax.Array]:
@@ -14,19 +14,21 @@ def merge_stages(results) -> dict[str, jax.Array]:
     return {name: value for found in results if found is not None for name, value in found.items()}
 
 
-def global_stages(steps: Sequence[Step], aside: bool = True) -> list[tuple[int, int]]:
-    """Where statistics of the whole tree are needed: (step, stage), in order; with or without those aside."""
+def global_stages(steps: Sequence[Step], passing: bool = True) -> list[tuple[int, int]]:
+    """Where statistics of the whole tree are needed: (step, stage), in order; with those found in passing, or not."""
     return [
         (i, j)
         for i, s in enumerate(steps)
         for j, stage in enumerate(s.stages)
-        if stage.scope == "global" and (aside or not is_aside(stage))
+        if stage.scope == "global" and (passing or not in_passing(steps, i, j))
     ]
 
 
-def is_aside(stage: Stage) -> bool:
-    """Whether no step looks at what the stage finds."""
-    return isinstance(stage, Sums) and stage.aside
+def in_passing(steps: Sequence[Step], i: int, j: int) -> bool:
+    """Whether the pass that applies a chain can find a stage's statistic: nothing looks at it, or goes by a guess."""
+    stage = steps[i].stages[j]
+    last = (i, j) == (len(steps) - 1, len(steps[i].stages) - 1)
+    return isinstance(stage, Sums) and (stage.aside or (stage.guess is not None and last))
 
 
 class Reached(NamedTuple):

@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from tadrop_jax import memory, reductions, selection
-from tadrop_jax.advancing import advance, is_aside
+from tadrop_jax.advancing import advance
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.steps import Max, Min, Piece, Step, Sums
+from tadrop_jax.steps import Max, Min, Piece, Stage, Step, Sums
 
 
 class Site(NamedTuple):
@@ -43,18 +43,25 @@ class Site(NamedTuple):
 
 
 def _reach(site: Site, raw, key, carries, start, valid, n):
-    """The chain up to the site's stop, over one block; and what stages aside find on the way."""
+    """The chain up to the site's stop, over one block; and what it finds in passing."""
     values = lax.bitcast_convert_type(raw, jnp.dtype(site.dtype)).astype(jnp.float32)
-    aside: list[dict] = []
+    passing: list[tuple] = []
+
+    def passed(stage, x, carry, found):
+        if stage.guess is None:
+            return passing.append((found, False)) or {}
+        passing.append((found, jnp.any(stage.guess.matters(x, carry))))
+        return {name: jnp.full((1,), value, jnp.float32) for name, value in stage.guess.values.items()}
+
     if site.shape is not None:
         values = values.reshape(-1, *site.shape)
         x = piece_of((values[0], list(values[1:])), None, site.tasks, key, site.shape)
 
         def whole(stage, x, carry):
             found = reductions.reduce_stage(stage, x, carry, math.prod(x.stack.shape[1:]))
-            return found if not is_aside(stage) else aside.append(found) or {}
+            return passed(stage, x, carry, found) if _passes(stage) else found
 
-        return advance(site.steps, site.active, x, carries, whole, site.stop), aside
+        return advance(site.steps, site.active, x, carries, whole, site.stop), passing
 
     if site.part is not None:
         values = values.reshape(len(values), -1, *site.part)
@@ -70,12 +77,15 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
     def missing(stage, x, carry):
         if stage.scope == "row":
             return reductions.reduce_stage(stage, x, carry, n)
-        if not is_aside(stage):
+        if not _passes(stage):
             raise AssertionError("statistics come before the pass that needs them")
-        aside.append(_partial(stage, x, carry, valid, n))
-        return {}
+        return passed(stage, x, carry, _partial(stage, x, carry, valid, n))
 
-    return advance(site.steps, site.active, x, carries, missing, site.stop), aside
+    return advance(site.steps, site.active, x, carries, missing, site.stop), passing
+
+
+def _passes(stage: Stage) -> bool:
+    return isinstance(stage, Sums) and (stage.aside or stage.guess is not None)
 
 
 def stage_of(site: Site) -> Any:
@@ -127,13 +137,13 @@ def compiled(site: Site):
 
     Returns:
       A function of raw bits ``(T + 1, B)`` (row 0 is the base), key, carries, position of the first entry as two
-      uint32, number of real entries, and entries of the tensor. It gives the value of the site's kind; what each stage
-      aside found, for ``"finish"``; and, where the block is the whole tensor, the carries with the tensor's own
-      statistics filled in (else None).
+      uint32, number of real entries, and entries of the tensor. It gives the value of the site's kind; of each stage
+      that is found in passing, for ``"finish"``, the block's share and whether entries went by a guess of it; and,
+      where the block is the whole tensor, the carries with the tensor's own statistics filled in (else None).
     """
 
     def fn(raw, key, carries, start, valid, n):
-        reached, aside = _reach(site, raw, key, carries, start, valid, n)
+        reached, passing = _reach(site, raw, key, carries, start, valid, n)
         filled = None if site.shape is None else reached.carries
         if site.kind == "keys":
             return selection.ordered_bits(_flat(stage_of(site).of(reached.x, reached.carry))), [], filled
@@ -143,6 +153,6 @@ def compiled(site: Site):
         value = memory.store(last, reached, reached.x.base, jnp.dtype(site.out_dtype))
         if value is not None and last.output != "bundle":  # a bundle's parts have dtypes of their own
             value = value.astype(jnp.dtype(site.out_dtype)).ravel()
-        return value, aside, filled
+        return value, passing, filled
 
     return jax.jit(fn)

@@ -352,7 +352,7 @@ def _copy(
 def _bytes_to_read(steps, sources, plan: Plan) -> int:
     """About how much the passes read: one pass for each statistic of the tree, and one for the rest."""
     size = sum(sources[0].tensors[n].nbytes for n in plan.merged) * len(sources)
-    return size * (len(global_stages(steps, aside=False)) + 1)
+    return size * (len(global_stages(steps, passing=False)) + 1)
 
 
 def _fingerprint(request: Request, sources: Sequence[Source]) -> str:

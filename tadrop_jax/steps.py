@@ -57,12 +57,14 @@ class Sums:
       aside: of scope "global": neither later stages nor ``apply`` look at it, only the step's ``scalars``. Then it may
         be found in the pass that applies the step.
       tail: what ``of`` gives, if it can be told from what the stage before selects from.
+      guess: of scope "global" and the last stage: what ``apply`` may take for it until it is found.
     """
 
     of: Callable[[Piece, Carry, Any], Mapping[str, jax.Array]]
     scope: Scope = "tensor"
     aside: bool = False
     tail: "Tail | None" = None
+    guess: "Guess | None" = None
 
 
 class Tail(NamedTuple):
@@ -78,6 +80,20 @@ class Tail(NamedTuple):
 
     cut: str
     power: int | None
+
+
+class Guess(NamedTuple):
+    """A statistic of the tree that few entries go by: the pass that applies the step finds it, and mends those.
+
+    Attributes:
+      values: what to take the statistics for, numbers by name.
+      holds: ``carry -> bool``: whether what was found says of every entry what the guess said.
+      matters: ``(x, carry) -> bool array``: which entries of a piece go by the guess.
+    """
+
+    values: Mapping[str, float]
+    holds: Callable[[Carry], Any]
+    matters: Callable[[Piece, Carry], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tadrop_jax import cutting, randomness, reductions, sampling, selection
-from tadrop_jax.advancing import global_stages, is_aside, merge_stages
+from tadrop_jax.advancing import global_stages, in_passing, merge_stages
 from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
 from tadrop_jax.steps import Step, Sums
@@ -138,31 +138,47 @@ class _Run:
         self.decomposing = threading.Lock()
         group = math.lcm(*(s.group for s in steps))
         self.widths = [cutting.widths(t.size, part, group, tasks) for t, part in zip(streams, self.parts, strict=True)]
-        # What stages aside found, by step and stage and by stream: a share for each block.
-        self.shares: dict[tuple[int, int], dict[int, list[dict]]] = {}
+        # What was found in passing, by step and stage and by stream: a share for each block, and if it went by a guess.
+        self.shares: dict[tuple[int, int], dict[int, list[tuple[dict, Any]]]] = {}
 
     def go(self, write, done, skip) -> Outcome:
-        for stop in global_stages(self.steps, aside=False):
+        for stop in global_stages(self.steps, passing=False):
             self.global_stage(stop)
 
         def finish(k, parallel):
-            found = self.finish(k, None if k in skip else write, parallel)
-            if k not in skip:
-                done(k, found)
+            self.finish(k, None if k in skip else write, parallel)
+            if k not in skip and not self.guessed(k):
+                done(k, self.found(k))
 
         # What is there already still counts in statistics of the tree.
-        self.each(finish, [k for k in range(len(self.streams)) if k not in skip or self.asides(k)])
+        self.each(finish, [k for k in range(len(self.streams)) if k not in skip or self.passing(k)])
         last = len(self.steps) - 1
         at = (k for k, chain in enumerate(self.chains) if self.active[k][last] and chain[last] == self.steps[last])
         carry = next((merge_stages(self.carries[k][last]) for k in at), {})
         for (i, j), shares in self.shares.items():
-            if i == last:
-                ordered = [share for k in sorted(shares) for share in shares[k]]
-                carry |= reductions.combine(self.steps[i].stages[j], ordered)  # type: ignore[arg-type]
+            stage = self.steps[i].stages[j]
+            found = reductions.combine(stage, [s for k in sorted(shares) for s, _ in shares[k]])  # type: ignore[arg-type]
+            self.mend(i, j, found, [k for k in shares if k not in skip], write, done)
+            carry |= found if i == last else {}
         return Outcome(carry, tuple(self.reader.differs))
 
+    def guessed(self, k: int) -> list[Block]:
+        """The blocks of a tensor with entries that went by a guess."""
+        shares = (self.shares[at][k] for at in self.passing(k))
+        return [b for found in shares for b, (_, guessed) in zip(self.blocks(k), found, strict=True) if guessed]
+
+    def mend(self, i: int, j: int, found, streams: Iterable[int], write, done) -> None:
+        """Writes the blocks that went by a guess once more, now that it is known, unless it holds."""
+        late = {k: blocks for k in streams if (blocks := self.guessed(k))}
+        if late and not self.steps[i].stages[j].guess.holds(found):  # type: ignore[union-attr]
+            for k in late:
+                self.fill(k, i, {j: found})
+            self.each(lambda k, parallel: parallel(lambda b: self.put(b, write), late[k]), late)
+        for k in late:
+            done(k, self.found(k))
+
     def measure(self) -> list[Carries]:
-        for stop in global_stages(self.steps, aside=False):
+        for stop in global_stages(self.steps, passing=False):
             self.global_stage(stop)
 
         def stages(k, parallel):
@@ -210,12 +226,12 @@ class _Run:
         return raw
 
     def call(self, kind: str, block: Block, stop=None, kept=None, sample: bool = False):
-        """Runs a compiled block function: the value, and what stages aside found."""
+        """Runs a compiled block function: the value, and what was found in passing."""
         k, raw = block.at, self.load(block, kept, sample)
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
         # One tensor is decomposed at a time: LAPACK has the cores already, and each takes several times its size.
         with self.decomposing if self.whole[k] else contextlib.nullcontext():
-            value, aside, carries = compiled(self.site(k, kind, stop))(
+            value, passing, carries = compiled(self.site(k, kind, stop))(
                 jax.dlpack.from_dlpack(raw),
                 self.keys[k],
                 self.carries[k],
@@ -226,7 +242,7 @@ class _Run:
             if carries is not None:
                 self.carries[k] = jax.tree.map(np.asarray, carries)
             # What is kept of every block is copied: a view would keep the device's buffer, kilobytes for a number.
-            return jax.tree.map(np.array if kind == "sums" else np.asarray, value), jax.tree.map(np.array, aside)
+            return jax.tree.map(np.array if kind == "sums" else np.asarray, value), jax.tree.map(np.array, passing)
 
     def site(self, k: int, kind: str, stop=None) -> Site:
         stream = self.streams[k]
@@ -274,7 +290,7 @@ class _Run:
                 if (i, j) == stop:
                     return
                 # What is of rows is found with each block of them.
-                here = self.active[k][i] and stage.scope != "row" and not is_aside(stage)
+                here = self.active[k][i] and stage.scope != "row" and not in_passing(self.chains[k], i, j)
                 if here and self.carries[k][i][j] is None:
                     yield i, j
 
@@ -382,26 +398,26 @@ class _Run:
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held))
         return selected_like(self.site(k, "keys", stop), tuple(leaves), tree)
 
-    def asides(self, k: int) -> list[tuple[int, int]]:
-        """Where the chain of one tensor has stages aside."""
-        steps = enumerate(self.chains[k])
-        return [(i, j) for i, s in steps if self.active[k][i] for j, g in enumerate(s.stages) if is_aside(g)]
+    def passing(self, k: int) -> list[tuple[int, int]]:
+        """Where the chain of one tensor has stages whose statistics are found in the last pass."""
+        chain = self.chains[k]
+        stages = ((i, j) for i, step in enumerate(chain) if self.active[k][i] for j in range(len(step.stages)))
+        return [(i, j) for i, j in stages if in_passing(chain, i, j)]
 
-    def finish(self, k: int, write, parallel) -> Carries:
+    def finish(self, k: int, write, parallel) -> None:
         kept = self.keep(k)
         self.tensor_stages(k, None, parallel, kept)
+        found = parallel(lambda block: self.put(block, write, kept), self.blocks(k))
+        for m, at in enumerate(self.passing(k)):
+            self.shares.setdefault(at, {})[k] = [passing[m] for passing in found]
 
-        def last(block: Block) -> list[dict]:
-            value, aside = self.call("finish", block, None, kept)
+    def put(self, block: Block, write, kept=None) -> list[tuple[dict, Any]]:
+        """Computes what the chain puts out for a block, and writes it; gives what was found in passing."""
+        value, passing = self.call("finish", block, None, kept)
+        if write is not None:
             bundle = self.steps[-1].output == "bundle"
-            if write is not None:
-                write(k, block.start, self.parts_of(block, value) if bundle else value[: block.size])
-            return aside
-
-        found = parallel(last, self.blocks(k))
-        for m, at in enumerate(self.asides(k)):
-            self.shares.setdefault(at, {})[k] = [aside[m] for aside in found]
-        return self.found(k)
+            write(block.at, block.start, self.parts_of(block, value) if bundle else value[: block.size])
+        return passing
 
     def parts_of(self, block: Block, value) -> dict[str, np.ndarray] | None:
         """What of a bundle's parts is written at this block, in the dtypes and the packing that are kept."""

@@ -295,6 +295,26 @@ def test_progress_counts_every_byte():
     assert seen[0] == 3 * sum(v.nbytes for v in base.values())
 
 
+@pytest.mark.parametrize(("outweighs", "again"), [(1, 0), (-1, 1)], ids=["positive", "negative"])
+def test_a_majority_takes_no_pass_of_its_own(outweighs, again):
+    """TIES reads all once; if the majority is negative, those blocks again where the tasks' entries cancel."""
+    base = {"a": np.zeros(990, np.float32), "b": np.zeros(7, np.float32)}
+    one = {"a": np.full(990, outweighs, np.float32), "b": np.ones(7, np.float32)}
+    other = {"a": np.full(990, outweighs, np.float32), "b": np.full(7, -2, np.float32)}
+    other["a"][1] *= -1
+    read, rule = [], tj.ties(None)
+    merged, rows, outcome = run_streamed(base, [one, other], rule, progress=read.append)
+    expected = tj.merge(base, [one, other], rule)
+    for name in base:
+        np.testing.assert_array_equal(merged[name], expected[name], err_msg=name)
+    assert merged["a"][1] == outweighs
+    assert rows.keys() == base.keys()
+    assert float(outcome.carry["majority"][0]) == outweighs * 989 - 7
+    once = 3 * sum(v.nbytes for v in base.values())
+    assert (sum(read) > once) == again
+    assert sum(read) < 2 * once
+
+
 @pytest.mark.parametrize("rule", [tj.task_arithmetic(1.0), tj.ties(0.2)], ids=["no stage", "a stage of the tree"])
 @pytest.mark.parametrize(("row", "who"), [(0, "the base"), (2, "model 1")])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from tadrop_jax.parameters import choice, flag, lengths, number, single
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
-from tadrop_jax.steps import AnyStep, Chain, Step, Sums, chain, over_tasks, safe_ratio, spec
+from tadrop_jax.steps import AnyStep, Chain, Guess, Step, Sums, chain, over_tasks, safe_ratio, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {
@@ -159,14 +159,25 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         }
         return jnp.sign(over_tasks(jnp.add, votes[elect]()))
 
+    def voters_of(x):
+        return weighted(x) if elect == "weighted" else x.stack
+
     def majority(x, carry, n):
         return {"majority": elected(x)[None]}
+
+    def undecided(x, carry):
+        return (elected(x) == 0) & (over_tasks(jnp.maximum, voters_of(x)) > 0)
+
+    # Where an election ends in 0, all entries are 0 mostly; only where they cancel, some above 0 and some below, does
+    # the majority count. But a maximum of zeros has its sign.
+    positive = Guess({"majority": 1.0}, lambda carry: carry["majority"][0] > 0, undecided)
+    guess = None if combine == "max" else positive
 
     def apply(x, carry):
         sign = elected(x)
         otherwise = jnp.sign(carry["majority"][0]) if zero_sign == "majority" else 1.0
         sign = jnp.where(sign == 0, otherwise, sign)
-        voters = weighted(x) if elect == "weighted" else x.stack
+        voters = voters_of(x)
         # Task by task, since on the whole stack XLA on CPU would find the sign anew for each task.
         tasks = range(len(x.stack))
         weight = jnp.broadcast_to(x.per_task(weights), (len(tasks), *(1,) * (x.stack.ndim - 1)))
@@ -183,7 +194,7 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         return coefficient * jnp.where(share == 0, total, safe_ratio(total, share))
 
     return Step(
-        stages=(Sums(majority, scope="global"),) if zero_sign == "majority" else (),
+        stages=(Sums(majority, scope="global", guess=guess),) if zero_sign == "majority" else (),
         apply=apply,
         output="vector",
         lengths=lengths(weights=weights),
