@@ -49,7 +49,7 @@ ENTRIES = (
         "rule",
         "tadrop_jax.rules.ties:ties",
         "trims, elects a sign for each entry, and averages what agrees with it",
-        "arXiv 2306.01708; flavours: ties-merging, mergekit, PEFT",
+        "arXiv 2306.01708; flavours: authors (ties-merging), mergekit, peft",
         "global or tensor",
         "one model",
         (
@@ -268,7 +268,7 @@ ENTRIES = (
         "rule",
         "tadrop_jax.rules.ram_plus:ram_plus",
         "RAM, with what one task alone changed scaled up",
-        "arXiv 2601.13572; flavours: mergekit, xiangchi-yuan/mrl",
+        "arXiv 2601.13572; flavours: authors (xiangchi-yuan/mrl), mergekit",
         "tensor or global",
         "one model",
         (

@@ -120,7 +120,7 @@ ENTRIES = (
         "sparsifier",
         "tadrop_jax.sparsifiers.della:della",
         "drops entries by chance, large magnitudes less often",
-        "arXiv 2406.11617 (MAGPRUNE); flavours: declare-lab/della, mergekit",
+        "arXiv 2406.11617 (MAGPRUNE); flavours: authors (declare-lab/della), mergekit",
         "row or tensor",
         "task vectors",
         (
@@ -152,7 +152,7 @@ ENTRIES = (
         "sparsifier",
         "tadrop_jax.sparsifiers.breadcrumbs:breadcrumbs",
         "drops the largest and the smallest magnitudes",
-        "arXiv 2312.06795; flavours: rezazzr/breadcrumbs, mergekit",
+        "arXiv 2312.06795; flavours: authors (rezazzr/breadcrumbs), mergekit",
         "row or tensor",
         "task vectors",
         (
