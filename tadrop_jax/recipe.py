@@ -29,7 +29,7 @@ def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[st
 
     Args:
       path: of the file.
-      tell: called with a line for all that a recipe of mergekit's says and that is left out.
+      tell: called with a line for all that a recipe of mergekit's says and that is left out, and as by :func:`normal`.
 
     Raises:
       MergeError: naming the file, and what is wrong.
@@ -74,15 +74,19 @@ def load(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[st
     data["base"] = str(folder / str(data["base"]))
     data["models"] = [str(folder / str(m)) for m in data["models"]]
     try:
-        return normal(data)
+        return normal(data, tell)
     except MergeError as error:
         raise MergeError(f"{path}: {error}") from None
 
 
-def normal(data: Mapping[str, Any]) -> dict[str, Any]:
+def normal(data: Mapping[str, Any], tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """A recipe with every field and every parameter written out.
 
     A sparsifier without a density of the rule's own switches the rule's trimming off.
+
+    Args:
+      data: the recipe's fields.
+      tell: called with a line if trimming was switched off.
 
     Raises:
       ParameterError: for unknown methods or parameters, or a field that is not what it should be.
@@ -104,6 +108,7 @@ def normal(data: Mapping[str, Any]) -> dict[str, Any]:
         sparsifier = {"name": name, "parameters": {p.name: p.default for p in found.parameters} | values}
         if any(p.name == "density" and p.optional for p in rule.parameters) and "density" not in parameters:
             parameters["density"] = None
+            tell(f"{rule.name}: its own trimming is off, since a sparsifier is given without a density")
     seed = data.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ParameterError(f"seed must be a whole number, got {seed!r}")

@@ -192,7 +192,7 @@ def test_a_recipe_says_what_the_options_say(root, monkeypatch):
 
 
 def test_it_says_that_trimming_is_off(root, capsys):
-    said = "ties: its own trimming is off, since --sparsify is given without --density\n"
+    said = "ties: its own trimming is off, since a sparsifier is given without a density\n"
     assert merge(root, "--sparsify", "tadrop", method="ties") == 0
     assert capsys.readouterr().err == said
     assert report_of(root / "out")["recipe"]["parameters"]["density"] is None
@@ -202,6 +202,11 @@ def test_it_says_that_trimming_is_off(root, capsys):
         assert merge(root, *options, method="ties", out=f"out{number}") == 0
         assert capsys.readouterr().err == ""
         assert report_of(root / f"out{number}")["recipe"]["parameters"]["density"] == (0.5 if options else 0.2)
+    for number, (density, told) in enumerate((("", said), ("density: null", ""))):  # of a recipe alike
+        lines = ["base: base", "models: [m0, m1]", "method: ties", "sparsify: tadrop", f"parameters: {{{density}}}"]
+        (root / "recipe.yaml").write_text("\n".join(lines))
+        assert main(["merge", str(root / "recipe.yaml"), "--out", str(root / f"by recipe {number}")]) == 0
+        assert capsys.readouterr().err == told
 
 
 def test_quiet_says_nothing(root, capsys):
