@@ -5,6 +5,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tadrop_jax import __version__, registry
+from tadrop_jax.errors import meant
+
+
+class _Command(argparse.ArgumentParser):
+    """A command's parser: it refuses what it does not know with its own usage, not with that of ``tadrop``."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            known = meant(rest[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{known}")
+        return found, rest
 
 
 def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
@@ -20,7 +32,7 @@ def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpars
     )
     parser.add_argument("--version", action="version", version=f"tadrop {__version__}")
     parser.set_defaults(run=None)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Command)
 
     merge = commands.add_parser(
         "merge",

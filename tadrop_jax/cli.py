@@ -77,10 +77,6 @@ def _merge(options) -> int:
 
     told: list[str] = []
     described = _recipe(options, told.append)
-    if options.recipe is None and options.sparsify and options.density is None:
-        rule = registry.method(described["method"])
-        if any(p.name == "density" for p in rule.parameters) and described["parameters"]["density"] is None:
-            told.append(f"{rule.name}: its own trimming is off, since --sparsify is given without --density")
     process, processes = options.process, options.processes
     if (process is None) != (processes is None) or (processes is not None and not 0 <= process < processes):
         raise MergeError("--process I and --processes N go together, and I is 0 to N - 1")
@@ -217,7 +213,8 @@ def _recipe(options, tell) -> dict:
                 "differing": options.differing or "refuse",
                 "seed": options.seed or 0,
                 "dtype": options.dtype,
-            }
+            },
+            tell,
         )
     return described
 
@@ -242,7 +239,9 @@ def _convert(options) -> int:
     )
     _start_jax()
     import converters
+    from tadrop_jax.checkpoints.bundles import refuse_bundle
 
+    refuse_bundle(options.source)
     try:
         with checkpoint_errors():
             config = None if options.config is None else converters.read_config(options.config)

@@ -79,7 +79,8 @@ def test_requests_that_cannot_be_done(name, root, capsys):
         (["--dtype", "int8"], "int8"),
         (["--workers", "some"], "some"),
         (["--seed", "x"], "'x'"),
-        (["--densty", ".2"], "--densty"),
+        (["--densty", ".2"], "tadrop merge: error: unrecognized arguments: --densty (did you mean '--density'?)"),
+        (["--sparsifier=tadrop"], "--sparsifier=tadrop (did you mean '--sparsify'?)"),
     ],
     ids=lambda v: str(v),
 )
@@ -92,6 +93,13 @@ def test_options_that_do_not_parse(options, word, root, capsys):
 def test_missing_options_are_named(root, capsys):
     assert main(["merge", "--base", str(root / "base"), "--out", str(root / "out")]) == 2
     assert "--models, --method must be given" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_tensors(root, capsys):
+    for name in ("config.json", "model.safetensors.index.json"):
+        (root / "m0" / name).write_text("{}")
+        said = f"{root / 'm0' / name}: tells of tensors and holds none; give its directory, {root / 'm0'}"
+        refused(root, capsys, merge(root, models=(f"m0/{name}", "m1")), said)
 
 
 def test_an_output_that_is_not_empty(root, capsys):

@@ -92,6 +92,8 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert f"{root / 'out'}: has no task 'm7'; it has m0, m1" in capsys.readouterr().err
     assert main(["task", str(root / "m0"), "--task", "m0", "--out", str(root / "one")]) == 2
     assert f"{root / 'm0'}: is no bundle" in capsys.readouterr().err
+    assert main(["task", str(root / "nowhere"), "--task", "m0", "--out", str(root / "one")]) == 2
+    assert f"{root / 'nowhere'}: no such directory" in capsys.readouterr().err
     assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "m1")]) == 2
     assert "is not empty" in capsys.readouterr().err
     (root / "out" / "bundle.json").write_text("{")
@@ -104,7 +106,10 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
 def test_a_bundle_is_no_model(root, capsys):
     assert merge(root, method="emr", out="bundle") == 0
     capsys.readouterr()
-    refused(root, capsys, merge(root, models=("m0", "bundle")), f"{root / 'bundle'}: is a bundle, no model")
+    said = f"{root / 'bundle'}: is a bundle, no model: 'tadrop task' takes one task's model out of it"
+    refused(root, capsys, merge(root, models=("m0", "bundle")), said)
+    assert main(["convert", str(root / "bundle"), str(root / "out"), "--to", "torch"]) == 2
+    assert f"tadrop convert: {said}\n" == capsys.readouterr().err
 
 
 def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):
@@ -119,7 +124,7 @@ def test_a_sparsifier_in_place_of_the_drop(root, capsys):
     """T-Switch with TADrop's densities in place of its own."""
     assert merge(root, "--sparsify", "tadrop", method="t_switch") == 0
     output = capsys.readouterr()
-    assert output.err == "t_switch: its own trimming is off, since --sparsify is given without --density\n"
+    assert output.err == "t_switch: its own trimming is off, since a sparsifier is given without a density\n"
     assert "signs" in output.out
     base, *models = (read_model(root / n) for n in ("base", "m0", "m1"))
     wanted = tj.merge(base, models, tj.t_switch(tj.tadrop()))

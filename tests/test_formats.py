@@ -9,6 +9,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import converters
+from converters.gpt2.config import GPT2Config
+from converters.gpt2.model import GPT2LMHeadModel
 from converters.vit import Config, ViTForImageClassification
 from tadrop_jax.cli import main
 from tests.converters.files.torch_files import save_legacy, save_zip, state_dict
@@ -159,6 +161,16 @@ def test_a_tree_that_is_of_another_model(mixed, capsys):
     assert "m2" in said
     assert "vit/layernorm/scale" in said
     assert not (mixed / "out").exists()
+
+
+def test_a_model_of_another_architecture(mixed, capsys):
+    other = GPT2Config(vocab_size=7, n_positions=4, n_embd=8, n_layer=2, n_head=2)
+    converters.save(mixed / "gpt2", GPT2LMHeadModel(other, rngs=nnx.Rngs(0)))
+    assert merge(mixed, models=("m0", "gpt2")) == 2
+    first, *few, last = capsys.readouterr().err.splitlines()
+    assert f"{mixed / 'gpt2'}: its tensors have other names or axes than those of {mixed / 'base'}" in first
+    assert len(few) == 5
+    assert last == "  and 23 more"
 
 
 def test_a_tree_of_an_unknown_architecture(tmp_path, capsys):

@@ -176,6 +176,8 @@ def _reader(file: Path) -> tuple[str, Callable[[Path], dict[str, Leaf]]]:
         raise ConversionError(f"{file}: cannot be read: {error.strerror}.") from error
     if first == b"version ":
         raise ConversionError(f"{file}: is a Git LFS pointer, not the weights; `git lfs pull` brings them.")
+    if file.suffix == ".json":
+        raise ConversionError(f"{file}: tells of tensors and holds none; give its directory, {file.parent}.")
     if file.suffix == ".npz":
         return "npz", npz.read
     # The first bytes of a safetensors file are a length in 64 bits, which may begin like a pickle, but ends in zeros.

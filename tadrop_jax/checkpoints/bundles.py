@@ -20,6 +20,7 @@ from tadrop_jax.errors import CheckpointError, MergeError
 from tadrop_jax.kinds import Kind, Part, kind_of
 
 DESCRIPTION = "bundle.json"
+_FORMAT = "tadrop-bundle"
 _CHUNK = 1 << 21  # a multiple of 8: bits hold 8 entries a byte
 
 
@@ -38,7 +39,7 @@ def description(
     numbers = {name: [float(v) for v in np.asarray(values)] for name, values in scalars.items()}
     listed = {name: list(shape) for name, shape in shapes.items()}
     return {
-        "format": "tadrop-bundle",
+        "format": _FORMAT,
         "version": 1,
         "method": kind.name,
         "tasks": list(tasks),
@@ -127,6 +128,19 @@ def _read(source: Source, name: str, part: Part, t: int, start: int, stop: int) 
     return source.read(name, t * row + start, t * row + stop).astype(np.float32)
 
 
+def refuse_bundle(path: Path) -> None:
+    """Refuses to take a bundle for a model.
+
+    Raises:
+      CheckpointError: if the directory says that it holds a bundle.
+    """
+    described = None
+    with contextlib.suppress(OSError, ValueError):  # a file of that name may be anything
+        described = json.loads((path / DESCRIPTION).read_text())
+    if isinstance(described, dict) and described.get("format") == _FORMAT:
+        raise CheckpointError(f"{path}: is a bundle, no model: 'tadrop task' takes one task's model out of it")
+
+
 def describe(path: Path) -> dict[str, Any]:
     """What a bundle says of itself.
 
@@ -134,13 +148,15 @@ def describe(path: Path) -> dict[str, Any]:
       CheckpointError: if the directory holds no bundle, or one of a newer format.
     """
     file = Path(path) / DESCRIPTION
+    if not Path(path).exists():
+        raise CheckpointError(f"{path}: no such directory")
     if not file.is_file():
         raise CheckpointError(f"{path}: is no bundle (there is no {DESCRIPTION} in it)")
     try:
         described = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{file}: is not valid JSON: {error}") from None
-    if not isinstance(described, dict) or described.get("format") != "tadrop-bundle" or described.get("version") != 1:
+    if not isinstance(described, dict) or described.get("format") != _FORMAT or described.get("version") != 1:
         raise CheckpointError(f"{file}: is no bundle of version 1")
     return described
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from tadrop_jax.checkpoints.safetensors import Source, open_source
 from tadrop_jax.errors import CheckpointError, checkpoint_errors
 
+_SHOWN = 5  # of the tensors that do not fit
+
 
 def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Source]:
     """Opens base and models.
@@ -34,6 +36,7 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
     at = [k for k, source in enumerate(sources) if k and _differs(source, base)]
     if not at:
         return sources
+    k = at[0]  # the one that does not fit, if one does not
     try:
         with checkpoint_errors():
             from converters.loading import open_all
@@ -42,11 +45,14 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
             for k in at:
                 sources[k] = stack.enter_context(_in_layout_of(opened[k], opened[0]))
     except CheckpointError as error:
-        if all(sources[k].tensors.keys() == base.tensors.keys() for k in at):
+        if all(sources[other].tensors.keys() == base.tensors.keys() for other in at):
             return sources  # of an architecture that is not known: which tensor does not fit is told later
-        names = " and ".join(repr(next(iter(source.tensors), "none")) for source in (sources[at[0]], base))
-        both = f"{paths[at[0]]}: its tensors have other names or axes than those of {paths[0]}, such as {names}"
-        raise CheckpointError(f"{both}, and cannot be brought into one layout: {error}") from error
+        names = " and ".join(repr(next(iter(source.tensors), "none")) for source in (sources[k], base))
+        both = f"{paths[k]}: its tensors have other names or axes than those of {paths[0]}, such as {names}"
+        first, *rest = str(error).splitlines()
+        shown = [*rest[:_SHOWN], *([f"  and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else [])]
+        said = "\n".join((first, *shown))
+        raise CheckpointError(f"{both}, and cannot be brought into one layout: {said}") from error
     return sources
 
 
@@ -80,7 +86,7 @@ def open_model(path: Path) -> Source:
         CheckpointError: if it cannot be read, is a pickle that holds code, or is no model.
     """
     from converters.files import open_tensors
-    from tadrop_jax.checkpoints.bundles import DESCRIPTION
+    from tadrop_jax.checkpoints.bundles import refuse_bundle
     from tadrop_jax.checkpoints.leaves import LeafSource
 
     try:
@@ -91,8 +97,7 @@ def open_model(path: Path) -> Source:
                 f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge "
                 "LoRA adapters from Python (tj.knots, tj.core_space)"
             )
-        if (path / DESCRIPTION).is_file() and stored.is_tree:  # and no PyTorch model with a file of that name
-            raise CheckpointError(f"{path}: is a bundle, no model: 'tadrop task' takes one task's model out of it")
+        refuse_bundle(path)
         return open_source(path) if stored.format == "safetensors" else LeafSource(stored)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
