@@ -5,7 +5,8 @@ import re
 import griffe
 
 _ROLE = re.compile(r":(?:func|class|meth|mod):`~?([\w.]+)`")
-_MATH = re.compile(r"^( *)\.\. math::\n\n((?:\1 +\S.*\n|\n)+)", re.MULTILINE)
+# The formula begins behind the directive, or after an empty line.
+_MATH = re.compile(r"^( *)\.\. math::(?: |\n\n)(.*\S(?:\n+\1 +\S.*)*)\n*", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
@@ -17,6 +18,9 @@ class Docstrings(griffe.Extension):
             return
         text = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
         text = _ROLE.sub(lambda match: f"`{match[1].rsplit('.', 1)[-1]}`", text).replace(":math:`", "`")
-        obj.docstring.value = _MATH.sub(
-            lambda match: f"{match[1]}```latex\n{match[2].rstrip()}\n{match[1]}```\n\n", text
-        )
+        obj.docstring.value = _MATH.sub(_block, text)
+
+
+def _block(match: re.Match[str]) -> str:
+    lines = ["```latex", *(line.strip() for line in match[2].splitlines()), "```", "", ""]
+    return "\n".join(f"{match[1]}{line}" if line else "" for line in lines)
