@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tadrop_jax.errors import MergeError
 from tadrop_jax.pieces import Piece
 from tadrop_jax.steps import Step, Sums
 
@@ -73,8 +74,19 @@ def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, re
                 found[j] = reduce(stage, x, carry)
         carries[i] = tuple(found)
         value = step.apply(x, merge_stages(found))
+        _check_shape(step, x, value)
         if step.output != "stack":
             return Reached(x, value, {}, tuple(carries))
         x = x._replace(stack=value)
     rule = bool(steps) and steps[-1].output != "stack"
     return Reached(x, None if rule else x.stack, {}, tuple(carries))
+
+
+def _check_shape(step: Step, x: Piece, value) -> None:
+    """Refuses what a step of the user's own puts out if it has another shape than it says: it would be broadcast."""
+    wanted = {"stack": x.stack.shape, "bundle": None}.get(step.output, x.stack.shape[1:])
+    found = getattr(value, "shape", None)
+    if wanted is not None and found != wanted:
+        got = f"shape {list(found)}" if found is not None else f"a {type(value).__name__}"
+        said = f"of a stack of shape {list(x.stack.shape)} a step with output={step.output!r} makes {list(wanted)}"
+        raise MergeError(f"{said}; its apply gave {got}")

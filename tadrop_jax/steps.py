@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,7 @@ class Ranks:
 
 Stage = Sums | Ranks
 Output = Literal["stack", "vector", "parameters", "bundle"]
+Kept = Literal["any", "group", "row", "slice", "tensor"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +174,7 @@ class Step:
 
     apply: Callable[[Piece, Carry], Any]
     stages: tuple[Stage, ...] = ()
-    piece: Literal["any", "group", "row", "slice", "tensor"] = "any"
+    piece: Kept = "any"
     group: int = 1
     output: Output = "stack"
     kind: Kind | None = None
@@ -194,6 +195,9 @@ class Step:
 
     def __post_init__(self):
         """Checks what can be checked without data."""
+        for field, options in (("output", get_args(Output)), ("piece", get_args(Kept))):
+            if getattr(self, field) not in options:
+                raise ParameterError(f"{field} must be one of {', '.join(options)}, got {getattr(self, field)!r}")
         if (self.output == "bundle") != (self.kind is not None):
             raise ParameterError("a step has a kind of bundle exactly if its output is 'bundle'")
         if self.piece == "group" and self.group < 1:

@@ -374,3 +374,33 @@ def test_parameters_of_a_wrong_kind_or_out_of_range_are_refused(make, said):
 def test_rules_on_weights_inside_others_want_a_base(rule):
     with pytest.raises(TypeError, match=r"call tj\.merge"):
         tj.merge_task_vectors({"w": jnp.ones((1, 4))}, rule)
+
+
+@pytest.mark.parametrize(
+    ("apply", "output", "said"),
+    [
+        (
+            lambda x, carry: x.stack,
+            "vector",
+            r"stack of shape \[2, 3\] a step with output='vector' makes \[3\]; .*\[2, 3\]",
+        ),
+        (lambda x, carry: x.stack[0], "stack", r"makes \[2, 3\]; its apply gave shape \[3\]"),
+        (lambda x, carry: 0.0, "parameters", r"makes \[3\]; its apply gave a float"),
+    ],
+    ids=["vector", "stack", "parameters"],
+)
+def test_a_step_of_ones_own_that_gives_another_shape(apply, output, said):
+    base = {"w": jnp.zeros(3)}
+    models = [{"w": jnp.full(3, float(t))} for t in (1, 2)]
+    step = tj.Step(apply=apply, output=output)
+    with pytest.raises(tj.MergeError, match=said):
+        tj.merge(base, models, tj.chain(step, tj.average()) if output == "stack" else step)
+
+
+def test_a_step_of_ones_own_of_another_kind():
+    with pytest.raises(
+        tj.ParameterError, match="output must be one of stack, vector, parameters, bundle, got 'merged'"
+    ):
+        tj.Step(apply=lambda x, carry: x.stack, output="merged")
+    with pytest.raises(tj.ParameterError, match="piece must be one of any, group, row, slice, tensor, got 'block'"):
+        tj.Step(apply=lambda x, carry: x.stack, piece="block")
