@@ -128,7 +128,10 @@ def inspect_directories(
         settings = _settings(request, _counter(progress, _bytes_to_read(steps, sources, plan)))
         with _naming_files(turned):
             carries = measure(steps, streams, len(request.models), settings)
-    said = (explanation(steps, found) for found in carries)
+    said = (
+        explanation([s.for_tensor(t.name, t.shape, len(request.models), t.aliases) for s in steps], found)
+        for t, found in zip(streams, carries, strict=True)
+    )
     return {
         stream.name: {"shape": sources[0].tensors[stream.name].shape} | {k: np.asarray(v) for k, v in row.items()}
         for stream, row in zip(streams, said, strict=True)

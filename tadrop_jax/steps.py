@@ -10,7 +10,7 @@ one merged vector, merged parameters, or the parts of a per-task bundle.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -154,7 +154,8 @@ class Step:
       output: what apply returns.
       kind: what bundle a per-task rule leaves.
       scalars: for bundles: ``(carry, tasks) -> {name: (T,)}``, the numbers of the whole tree that the kind lists.
-      report: ``carry -> {name: (T,) array}``, what to tell the user of each tensor.
+      report: ``carry -> {name: (T,) array}``, what to tell the user of each tensor; :func:`reported` puts it together.
+      task: the one task that the step changes, whose number is then all that ``report`` gives; None for all.
       include: regular expressions of the paths that the step is for; empty means all.
       exclude: regular expressions of the paths that it leaves alone.
       per_task: regular expressions of the tensors that stay each task's own (bundles).
@@ -179,6 +180,7 @@ class Step:
     kind: Kind | None = None
     scalars: Callable[[Carry, int], Mapping[str, jax.Array]] | None = None
     report: Callable[[Carry], Mapping[str, jax.Array]] | None = None
+    task: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     per_task: tuple[str, ...] = ()
@@ -397,6 +399,19 @@ def _check_models(method: str, least: int, most: int | None, tasks: int) -> None
     if tasks < least or (most is not None and tasks > most):
         wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         raise ParameterError(f"{method}: merges {wanted} fine-tuned model{'s' * (most != 1)}, got {tasks}")
+
+
+def reported(steps: Sequence[Step], carries: Sequence[Carry | None]) -> dict[str, Any]:
+    """What the steps of a chain tell of a tensor, from what their stages found: of each thing the last word."""
+    found: dict[str, Any] = {}
+    for step, carry in zip(steps, carries, strict=True):
+        for name, values in (step.report(carry) if step.report and carry else {}).items():
+            if step.task is None:
+                found[name] = values
+                continue
+            tasks = found[name] if isinstance(found.get(name), dict) else {}
+            found[name] = {**tasks, step.task: values}
+    return {k: jnp.concatenate([v[t] for t in sorted(v)]) if isinstance(v, dict) else v for k, v in found.items()}
 
 
 def spec(name: str, /, **parameters) -> tuple | None:

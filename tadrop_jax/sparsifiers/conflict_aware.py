@@ -104,6 +104,6 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
         step,
         stages=tuple(restrict(s) for s in step.stages),
         apply=apply,
-        report=None,
+        task=task,
         spec=None if step.spec is None else ("conflict_aware", step.spec, task, earlier),
     )

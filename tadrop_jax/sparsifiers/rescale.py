@@ -7,7 +7,7 @@ import math
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import choice
 from tadrop_jax.sparsifiers.norms import powers, scale
-from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Scope, Step, Sums, expand, output_of
+from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Scope, Step, Sums, expand, output_of, reported
 
 
 def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -> Step | PerTasks:
@@ -119,7 +119,8 @@ def _joined(steps: tuple[Step, ...]) -> Step:
         stages=tuple(seen(i, stage) for i, step in enumerate(steps) for stage in step.stages),
         piece=max((s.piece for s in steps), key=pieces.index),
         group=math.lcm(*(s.group for s in steps)),
-        report=None,
+        report=lambda carry: reported(steps, [own(i, carry) for i in range(len(steps))]),
+        task=None,
         random=any(s.random for s in steps),
         draw=last,
         lengths=tuple(itertools.chain(*(s.lengths for s in steps))),
