@@ -166,6 +166,7 @@ class Step:
       random: whether the step draws random numbers.
       draw: number of the step's (last) draw among those of its chain, so that each has numbers of its own;
         :func:`expand` sets it.
+      across_tasks: whether what becomes of one task hangs on the others.
       on_weights: whether the step looks at the base's values: it merges weights, and not task vectors alone.
       lengths: names and lengths of parameters that were given one per task.
       models: name of the method, and the least and the largest number of models that it merges (None: no limit).
@@ -189,6 +190,7 @@ class Step:
     note: Callable[[tuple[int, ...], int], Mapping[str, Any]] | None = None
     random: bool = False
     draw: int = 0
+    across_tasks: bool = False
     on_weights: bool = False
     lengths: tuple[tuple[str, int], ...] = ()
     models: tuple[str, int, int | None] | None = None
@@ -230,6 +232,15 @@ class Step:
         if found is self or not (found.random and self.draw):
             return found
         return dataclasses.replace(found, draw=found.draw + self.draw)  # its place in the chain is this step's
+
+    def others(self, made: "Callable[[Step], Step]"):
+        """The ``instead`` of a step that is made of this one: what takes this one's place, made into the same."""
+
+        def instead(path, shape, tasks):
+            other = None if self.instead is None else self.instead(path, shape, tasks)
+            return None if other is None else made(other)
+
+        return None if self.instead is None else instead
 
     def covers(self, path: str, aliases: tuple[str, ...] = ()) -> bool:
         """Whether the step is for the tensor of this path, by any of the names of one that is tied."""
