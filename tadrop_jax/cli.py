@@ -242,7 +242,9 @@ def _convert(options) -> int:
     )
     _start_jax()
     import converters
+    from tadrop_jax.checkpoints import bundles
 
+    bundles.refuse(options.source)
     try:
         with checkpoint_errors():
             config = None if options.config is None else converters.read_config(options.config)

@@ -104,7 +104,14 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
 def test_a_bundle_is_no_model(root, capsys):
     assert merge(root, method="emr", out="bundle") == 0
     capsys.readouterr()
-    refused(root, capsys, merge(root, models=("m0", "bundle")), f"{root / 'bundle'}: is a bundle, no model")
+    command = f"'tadrop task {root / 'bundle'} --task NAME --out DIR'"
+    words = f"{root / 'bundle'}: is a bundle, no model: {command}"
+    refused(root, capsys, merge(root, models=("m0", "bundle")), words)
+    assert main(["convert", str(root / "bundle"), str(root / "out"), "--to", "flax"]) == 2
+    assert words in capsys.readouterr().err
+    # A file of that name makes no bundle of someone else's model.
+    (root / "m1" / "bundle.json").write_text("{}")
+    assert merge(root) == 0
 
 
 def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):

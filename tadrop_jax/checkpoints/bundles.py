@@ -145,6 +145,19 @@ def describe(path: Path) -> dict[str, Any]:
     return described
 
 
+def refuse(path: Path) -> None:
+    """Refuses a bundle where a model is wanted.
+
+    Raises:
+      CheckpointError: telling how a model is taken out of it.
+    """
+    file = Path(path) / DESCRIPTION
+    # Not only by its name: a model of someone else's may have such a file.
+    if file.is_file() and b"tadrop-bundle" in file.read_bytes():
+        command = f"'tadrop task {path} --task NAME --out DIR'"
+        raise CheckpointError(f"{path}: is a bundle, no model: {command} takes one task's model out of it")
+
+
 def save(bundle, path, format: str = "safetensors") -> None:
     """Writes a bundle to a new directory.
 

@@ -80,7 +80,7 @@ def open_model(path: Path) -> Source:
         CheckpointError: if it cannot be read, is a pickle that holds code, or is no model.
     """
     from converters.files import open_tensors
-    from tadrop_jax.checkpoints.bundles import DESCRIPTION
+    from tadrop_jax.checkpoints import bundles
     from tadrop_jax.checkpoints.leaves import LeafSource
 
     try:
@@ -91,8 +91,7 @@ def open_model(path: Path) -> Source:
                 f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge "
                 "LoRA adapters from Python (tj.knots, tj.core_space)"
             )
-        if (path / DESCRIPTION).is_file() and stored.is_tree:  # and no PyTorch model with a file of that name
-            raise CheckpointError(f"{path}: is a bundle, no model: 'tadrop task' takes one task's model out of it")
+        bundles.refuse(path)
         return open_source(path) if stored.format == "safetensors" else LeafSource(stored)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
