@@ -114,6 +114,16 @@ def test_a_bundle_is_no_model(root, capsys):
     assert merge(root) == 0
 
 
+def test_single_files_of_a_cache_keep_their_names(root):
+    """In the cache of Hugging Face files are links to what is named by its hash."""
+    (root / "blobs").mkdir()
+    for hash_, name in (("0f3c", "m0"), ("77aa", "m1")):
+        (root / name / "model.safetensors").rename(root / "blobs" / hash_)
+        (root / f"{name}.safetensors").symlink_to(root / "blobs" / hash_)
+    assert merge(root, method="emr", models=("m0.safetensors", "m1.safetensors")) == 0
+    assert report_of(root / "out")["tasks"] == ["m0", "m1"]
+
+
 def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):
     base, models = family(2)
     tj.merge_task_vectors(tj.task_vectors(base, models), tj.emr()).save(tmp_path / "bundle")
