@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import tadrop_jax as tj
 from tadrop_jax.cli import main
@@ -99,6 +100,22 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert "bundle.json: is not valid JSON" in capsys.readouterr().err
     assert not (root / "one").exists()
     assert not (root / "one.partial").exists()
+
+
+def test_a_tasks_values_beyond_the_dtype_are_a_warning(root, capsys):
+    """Base and vector fit into float16, their sum does not; what was infinite in the bundle is not told again."""
+    for name, value in (("base", 6e4), ("m0", 1e5), ("m1", 1e5)):
+        tensors = read_model(root / name)
+        tensors["layer/bias"][:] = value
+        tensors["layer/kernel"][0, :2] = 1e6
+        save_file(tensors, root / name / "model.safetensors")
+    assert merge(root, "--dtype", "float16", method="emr") == 0
+    capsys.readouterr()
+    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 0
+    assert capsys.readouterr().err == (
+        "warning: layer/bias: 9 values of finite inputs overflowed float16 and became infinite or NaN; "
+        "'tadrop merge' with --dtype bfloat16 or float32 holds larger ones\n"
+    )
 
 
 def test_a_bundle_is_no_model(root, capsys):
