@@ -95,6 +95,10 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert f"{root / 'm0'}: is no bundle" in capsys.readouterr().err
     assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "m1")]) == 2
     assert "is not empty" in capsys.readouterr().err
+    side = root / "out" / "tasks" / "m0" / "vocab.txt"
+    side.symlink_to("/proc/self/mem")  # root cannot read its beginning either
+    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
+    assert f"{side}: cannot be read: Input/output error" in capsys.readouterr().err
     (root / "out" / "bundle.json").write_text("{")
     assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
     assert "bundle.json: is not valid JSON" in capsys.readouterr().err

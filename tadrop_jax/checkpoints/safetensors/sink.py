@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from converters.errors import reading
 from converters.files import header
 from converters.files.safetensors import INDEX, SINGLE, index, shard_name, split
 from tadrop_jax.checkpoints.safetensors import journal
@@ -129,18 +130,18 @@ class Sink:
             data: its contents, or a file to copy.
 
         Raises:
-            CheckpointError: when the name is taken or leads elsewhere, or when the file cannot be written.
+            CheckpointError: when the name is taken or leads elsewhere, or when a file cannot be read or written.
         """
         parts = PurePosixPath(name).parts
         taken = {journal.NAME, INDEX, *(shard.name for shard in self._shards)}
         if not parts or parts[0] == "/" or ".." in parts or name in taken:
             raise CheckpointError(f"{self.out}: a file named {name!r} cannot be put there.")
+        if isinstance(data, Path):
+            with checkpoint_errors(), reading(data):
+                data = data.read_bytes()
         try:
             (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(data, Path):
-                shutil.copyfile(data, self.partial / name)
-            else:
-                (self.partial / name).write_bytes(data)
+            (self.partial / name).write_bytes(data)
         except OSError as error:
             raise _cannot_write(error, self.partial / name) from error
 
