@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tadrop_jax import outputs, processes
+from tadrop_jax import __version__, outputs, processes
 from tadrop_jax.advancing import global_stages
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.opening import open_models, pytorch_places
@@ -369,7 +369,7 @@ def _bytes_to_read(steps, sources, plan: Plan) -> int:
 
 
 def _fingerprint(request: Request, sources: Sequence[Source]) -> str:
-    parts = [json.dumps(request.recipe, sort_keys=True)]
+    parts = [json.dumps(request.recipe, sort_keys=True), f"tadrop_jax {__version__}"]
     if request.processes > 1:
         parts.append(f"{request.processes} processes, files of {request.max_shard_size}")
     for source in sources:

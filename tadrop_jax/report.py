@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from tadrop_jax import __version__
 from tadrop_jax.checkpoints.safetensors import journal
 from tadrop_jax.steps import reported
 
 REPORT = "merge_report.json"
+OURS = "tadrop-jax"  # its version among the others
 # Goes when the result appears.
 LINES = "merge_report.jsonl"
 
@@ -60,8 +62,8 @@ def describe_input(source, digests: bool) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    packages = ("tadrop-jax", "jax", "jaxlib", "numpy", "safetensors")
-    found = {"python": platform.python_version()}
+    packages = ("jax", "jaxlib", "numpy", "safetensors")
+    found = {"python": platform.python_version(), OURS: __version__}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
