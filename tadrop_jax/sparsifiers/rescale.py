@@ -50,7 +50,9 @@ def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -
     def build(tasks: int) -> tuple[Step, ...]:
         steps = expand(sparsifier, tasks)
         if any((s.include, s.exclude) != (steps[0].include, steps[0].exclude) for s in steps):
-            raise ParameterError("rescale: the steps of a chain must be for the same tensors; use tj.masked on the whole")
+            raise ParameterError(
+                "rescale: the steps of a chain must be for the same tensors; use tj.masked on the whole"
+            )
         return (_restoring(_joined(steps), norm, granularity),) if steps else ()
 
     return PerTasks(build, ("rescale", sparsifier, norm, granularity))
@@ -58,7 +60,9 @@ def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -
 
 def _restoring(step: Step, norm: int, granularity: Scope) -> Step:
     if step.instead and granularity == "global":
-        raise ParameterError("rescale: granularity must be 'tensor' where other steps take a sparsifier's place (instead)")
+        raise ParameterError(
+            "rescale: granularity must be 'tensor' where other steps take a sparsifier's place (instead)"
+        )
     mark = f"rescale {len(step.stages)} "  # no name that a stage of the inner step has
 
     def sums(x, carry, n):
