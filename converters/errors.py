@@ -1,14 +1,18 @@
 """The one error of the converters."""
 
 import contextlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+_SHOWN = 5
 
 
 class ConversionError(ValueError):
     """Weights or a configuration cannot be converted.
 
-    Everything that is wrong is listed at once, one line a tensor, and kept in `problems`.
+    What is wrong is listed at once, one line a tensor: of each kind (what stands before a line's colon) the first few.
+    All lines are kept in `problems`.
 
     Args:
         summary: what was being converted.
@@ -17,7 +21,16 @@ class ConversionError(ValueError):
 
     def __init__(self, summary: str, problems: Iterable[str] = ()):
         self.problems = tuple(problems)
-        super().__init__("\n  ".join((summary, *self.problems)))
+        kinds: dict[str, list[str]] = {}
+        for line in self.problems:
+            kinds.setdefault(line.partition(":")[0], []).append(line)
+        lines = (few(found, f"{kind}: ") for kind, found in kinds.items())
+        super().__init__("\n  ".join((summary, *itertools.chain(*lines))))
+
+
+def few(lines: Sequence[str], prefix: str = "") -> list[str]:
+    """The first five, and how many more there are; that line has a prefix."""
+    return [*lines[:_SHOWN], *[f"{prefix}and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)]
 
 
 @contextlib.contextmanager

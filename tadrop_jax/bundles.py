@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tadrop_jax.errors import MergeError
 from tadrop_jax.kinds import Kind
 from tadrop_jax.placement import axis_names, entries_of, gathered, place, sharding_of, without_first_axis
-from tadrop_jax.trees import as_dtype_of, named_leaves
+from tadrop_jax.trees import as_dtype_of, is_traced, named_leaves
 
 
 def pack(masks: jax.Array, lies: NamedSharding | None = None) -> jax.Array:
@@ -131,7 +132,7 @@ class Bundle:
         return tuple(self._column("masks"))
 
     def mask(self, t):
-        """The mask of task t (an index, or a name): a tree of bool; False where nothing was merged.
+        """The mask of task t (an index, also a traced one, or a name): a tree of bool; False where nothing was merged.
 
         Raises:
           AttributeError: if this kind of bundle has no masks.
@@ -144,37 +145,39 @@ class Bundle:
             if bits is None or shape is None:
                 masks.append(None if leaf is None else jnp.zeros(np.shape(leaf), bool))
             else:
-                masks.append(unpack(bits[t], shape))
+                masks.append(unpack(_row(bits, t), shape))
         return self._tree(masks)
 
     def task_vector(self, t):
-        """What is added to the base for task t (an index, or a name): float32; None where nothing was merged.
+        """What is added to the base for task t (an index, also a traced one, or a name): float32.
 
-        In a bundle that was made from task vectors, what stays each task's own is its task vector.
+        It is None where nothing was merged. In a bundle that was made from task vectors, what stays each task's own is
+        its task vector.
 
         Raises:
           MergeError: if there is no such task.
         """
         t = self._task(t)
-        scalars = {name: values[t] for name, values in self.scalars.items()}
-        own = self.own[t] if self.own and self.base is None else {}
+        scalars = {name: _row(values, t) for name, values in self.scalars.items()}
+        own = self._own(t) if self.base is None else {}
         return self._tree(
             own.get(name) if parts is None else self.kind.rebuild(jnp, self._of_task(parts, shape, t), scalars)
             for name, parts, shape in zip(self._names(), self.parts, self.shapes, strict=True)
         )
 
     def task_params(self, t):
-        """The parameters of task t (an index, or a name): type and dtypes of the base.
+        """The parameters of task t (an index, also a traced one, or a name): type and dtypes of the base.
 
         Raises:
-          MergeError: if the bundle has no base, or no such task.
+          MergeError: if the bundle has no base, or no such task (a traced index is not looked at), or if tensors that
+            stay each task's own are not alike and the index is traced.
         """
         if self.base is None:
             raise MergeError("this bundle was made from task vectors and has no base: use task_vector(t)")
         t = self._task(t)
         names, leaves, treedef = named_leaves(self.base)
         _, vectors, _ = named_leaves(self.task_vector(t))
-        own = self.own[t] if self.own else {}
+        own = self._own(t)
         out = []
         for name, leaf, vector in zip(names, leaves, vectors, strict=True):
             if vector is not None:
@@ -224,20 +227,37 @@ class Bundle:
 
         return bundles.load(path, like, kind)
 
-    def _task(self, t) -> int:
+    def _task(self, t):
+        """An index from 0, or a traced one."""
         if isinstance(t, str):
             if t not in self.tasks:
                 raise MergeError(f"the bundle has no task {t!r}; it has {', '.join(self.tasks)}")
             return self.tasks.index(t)
+        if is_traced(t):
+            if t.ndim or not jnp.issubdtype(t.dtype, jnp.integer):
+                raise MergeError(f"a task is a whole number or a name, got {t.aval}")
+            return t
         count = len(self.tasks)
         if not -count <= t < count:
             raise MergeError(f"the bundle has {count} tasks, there is no task {t}")
         return t % count
 
-    def _of_task(self, parts, shape, t: int) -> dict[str, Any]:
+    def _own(self, t) -> Mapping[str, Any]:
+        """The tensors that stay the own of task t, by name."""
+        if not self.own or not is_traced(t):
+            return self.own[t] if self.own else {}
+        found = {}
+        for name in dict.fromkeys(name for own in self.own for name in own):
+            values: list[Any] = [own.get(name) for own in self.own]
+            if len({None if v is None else (np.shape(v), jnp.result_type(v)) for v in values}) > 1:
+                raise MergeError(f"tensor {name!r} is not alike in all tasks: their index cannot be traced")
+            found[name] = jnp.stack(values)[t]
+        return found
+
+    def _of_task(self, parts, shape, t) -> dict[str, Any]:
         found = {}
         for name, part in self.kind.parts(shape, len(self.tasks)).items():
-            row = parts[name] if part.over == "entries" else parts[name][t]
+            row = parts[name] if part.over == "entries" else _row(parts[name], t)
             found[name] = unpack(row, shape) if part.dtype == "bits" else row.astype(jnp.float32)
         return {name: _beside(value, *found.values()) for name, value in found.items()}
 
@@ -255,6 +275,11 @@ class Bundle:
 
 # The name that the class had when EMR was the only per-task rule.
 EMRBundle = Bundle
+
+
+def _row(values, t):
+    """One task's row; arrays of NumPy take no traced index."""
+    return (jnp.asarray(values) if is_traced(t) else values)[t]
 
 
 def _nbytes(tree) -> int:

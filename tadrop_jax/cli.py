@@ -223,10 +223,13 @@ def _task(options) -> int:
     _checked_out(options.out, resume=False)
     _start_jax()
     from tadrop_jax.checkpoints.bundles import write_task
+    from tadrop_jax.overflow import Overflow, warnings_of
 
-    size = write_task(
-        options.bundle, options.task, options.out, console.shard_size(options.max_shard_size, options.out)
-    )
+    shard, overflow = console.shard_size(options.max_shard_size, options.out), Overflow()
+    written = write_task(options.bundle, options.task, options.out, shard, overflow.look)
+    for line in warnings_of(overflow.rows(), lambda name: written[name].dtype):
+        print(f"warning: {line}", file=sys.stderr)
+    size = sum(info.nbytes for info in written.values())
     if not options.quiet:
         print(f"{options.out}: the model of task {options.task!r}, {console.size(size)}")
     return 0
@@ -239,9 +242,9 @@ def _convert(options) -> int:
     )
     _start_jax()
     import converters
-    from tadrop_jax.checkpoints.bundles import refuse_bundle
+    from tadrop_jax.checkpoints import bundles
 
-    refuse_bundle(options.source)
+    bundles.refuse(options.source)
     try:
         with checkpoint_errors():
             config = None if options.config is None else converters.read_config(options.config)

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tadrop_jax import outputs, processes
+from tadrop_jax import __version__, outputs, processes
 from tadrop_jax.advancing import global_stages
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.opening import open_models, pytorch_places
@@ -65,8 +65,9 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
             check_directory(request.out, "one model per task makes a bundle of several files")
         tasks = task_names(request.models)
         plan = make_plan(sources, request)
+        beside = _beside(request, tasks if bundle else ())
         if request.out.suffix == ".safetensors" and not request.resume:
-            check_beside(request.out, {REPORT: b""} | outputs.beside(request.base, request.dtype))
+            check_beside(request.out, {REPORT: b""} | beside)
         layout = (
             outputs.of_model(sources[0], plan, request.dtype)
             if (kind := steps[-1].kind) is None
@@ -128,7 +129,10 @@ def inspect_directories(
         settings = _settings(request, _counter(progress, _bytes_to_read(steps, sources, plan)))
         with _naming_files(turned):
             carries = measure(steps, streams, len(request.models), settings)
-    said = (explanation(steps, found) for found in carries)
+    said = (
+        explanation([s.for_tensor(t.name, t.shape, len(request.models), t.aliases) for s in steps], found)
+        for t, found in zip(streams, carries, strict=True)
+    )
     return {
         stream.name: {"shape": sources[0].tensors[stream.name].shape} | {k: np.asarray(v) for k, v in row.items()}
         for stream, row in zip(streams, said, strict=True)
@@ -276,13 +280,22 @@ def _naming_files(turned: Turned):
         ) from None
 
 
-def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan, layout) -> None:
+def _beside(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
+    """What stands beside the tensors, by name: the base's files, and in a bundle those of the tasks' models.
+
+    Raises:
+      CheckpointError: if one of them cannot be read.
+    """
     places = {"": request.base}
-    if kind is not None:
+    if tasks:
         places = {"base/": request.base} | {f"tasks/{t}/": p for t, p in zip(tasks, request.models, strict=True)}
-    for place, path in places.items():
-        for name, data in outputs.beside(path, request.dtype).items():
-            sink.add_file(place + name, data)
+    found = {place: outputs.beside(path, request.dtype) for place, path in places.items()}
+    return {place + name: data for place, files in found.items() for name, data in files.items()}
+
+
+def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan, layout) -> None:
+    for name, data in _beside(request, () if kind is None else tasks).items():
+        sink.add_file(name, data)
     if kind is not None:
         sizes = outputs.bytes_by_part(layout)
         full = sum(s.size_bytes for s in sources[1:])
@@ -356,7 +369,7 @@ def _bytes_to_read(steps, sources, plan: Plan) -> int:
 
 
 def _fingerprint(request: Request, sources: Sequence[Source]) -> str:
-    parts = [json.dumps(request.recipe, sort_keys=True)]
+    parts = [json.dumps(request.recipe, sort_keys=True), f"tadrop_jax {__version__}"]
     if request.processes > 1:
         parts.append(f"{request.processes} processes, files of {request.max_shard_size}")
     for source in sources:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import MergeError
 from tadrop_jax.selection import magnitude
-from tadrop_jax.steps import AnyStep, Ranks, Step, Sums, expand, floor_times, output_of, safe_ratio, spec
+from tadrop_jax.steps import AnyStep, Ranks, Step, Sums, expand, floor_times, output_of, reported, safe_ratio, spec
 
 
 def ratio_step(q_low, q_high) -> Step:
@@ -36,10 +36,9 @@ def explaining_steps(sparsifier: AnyStep, tasks: int) -> tuple[Step, ...]:
 
 
 def explanation(steps: Sequence[Step], carries: Sequence[dict]) -> dict:
-    """The numbers of one tensor, from the carries of :func:`explaining_steps`."""
-    first, *between, last = [s.report(c) if s.report and c else {} for s, c in zip(steps, carries, strict=True)]
-    ratios = {k: v for report in between for k, v in report.items() if k == "quantile_ratio"}
-    return {**ratios, **first, **last}
+    """The numbers of one tensor, from the steps that :func:`explaining_steps` gave, as they are for it, and carries."""
+    first, between, last = (reported(steps[at], carries[at]) for at in (slice(1), slice(1, -1), slice(-1, None)))
+    return {"quantile_ratio": between["quantile_ratio"], **first, **last}
 
 
 def _before() -> Step:

@@ -36,10 +36,12 @@ class Result(NamedTuple):
     Attributes:
       value: what the last step puts out (parameters in the base's dtype where a base was given).
       carries: the statistics of each step, by name; empty for steps that leave the tensor alone.
+      steps: the chain as it is for this tensor.
     """
 
     value: Any
     carries: tuple[dict[str, jax.Array], ...]
+    steps: tuple[Step, ...]
 
 
 def run(
@@ -102,7 +104,10 @@ def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, sp
             carries[k] = (*carries[k][:i], tuple(done), *carries[k][i + 1 :])
 
     finished = _finish(tensors, sites, raw, keys, carries, spare)
-    return [Result(value, tuple(merge_stages(c) for c in filled)) for value, filled in finished]
+    return [
+        Result(value, tuple(merge_stages(c) for c in filled), site.steps)
+        for (value, filled), site in zip(finished, sites, strict=True)
+    ]
 
 
 def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:

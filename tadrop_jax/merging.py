@@ -243,7 +243,7 @@ def explain(base, models: Sequence[Any], sparsifier: AnyStep, *, key=None) -> di
     at = {i: name for i, (name, _, _) in enumerate(rows)}
     results = _run_once(tensor, at, [(b, *c) for _, b, c in rows], names, steps, len(models), key)
     return {
-        rows[i][0]: {k: np.asarray(v) for k, v in explanation(steps, result.carries).items()}
+        rows[i][0]: {k: np.asarray(v) for k, v in explanation(result.steps, result.carries).items()}
         for i, result in results.items()
     }
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.errors import reading
 from converters.files.sidecars import sidecars
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.safetensors import Source
+from tadrop_jax.errors import checkpoint_errors
 from tadrop_jax.kinds import Kind
 from tadrop_jax.planning import Plan
 from tadrop_jax.report import REPORT
@@ -59,8 +61,16 @@ def bytes_by_part(layout: Layout) -> dict[str, int]:
 
 
 def beside(path: Path, dtype: np.dtype | None) -> dict[str, bytes | Path]:
-    """What goes with a checkpoint's tensors, by name: files to copy, and its configuration with the result's dtype."""
+    """What goes with a checkpoint's tensors, by name: files to copy, and its configuration with the result's dtype.
+
+    Raises:
+      CheckpointError: if one of them cannot be read.
+    """
     found: dict[str, bytes | Path] = {n: file for n, file in sidecars(path).items() if n not in _NOT_COPIED}
+    with checkpoint_errors():
+        for file in found.values():
+            with reading(file), open(file, "rb") as stream:  # type: ignore[arg-type]
+                stream.read(1)
     if dtype is not None and isinstance(config := found.get("config.json"), Path):
         found["config.json"] = _config_with_dtype(config, dtype)
     return found

@@ -18,10 +18,10 @@ class Overflow:
     """Counts such values tensor by tensor; threads may share it.
 
     Args:
-      log: where the counts are noted, so that a resumed merge knows them.
+      log: where the counts are noted, so that a resumed merge knows them; None if nothing is resumed.
     """
 
-    def __init__(self, log: TensorLog):
+    def __init__(self, log: TensorLog | None = None):
         self._log = log
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -44,8 +44,12 @@ class Overflow:
 
     def note(self, name: str) -> None:
         """Notes what was found so far in a tensor; to be called before it counts as done."""
-        if self._counts[name]:
+        if self._log is not None and self._counts[name]:
             self._log.add(name, {"overflowed": self._counts[name]})
+
+    def rows(self) -> dict[str, dict[str, int]]:
+        """What was found, as the log has it."""
+        return {name: {"overflowed": count} for name, count in self._counts.items()}
 
 
 def warnings_of(rows: Mapping[str, Mapping[str, Any]], dtype_of: Callable[[str], np.dtype]) -> list[str]:
@@ -59,7 +63,7 @@ def warnings_of(rows: Mapping[str, Mapping[str, Any]], dtype_of: Callable[[str],
     for name, count in ((n, row["overflowed"]) for n, row in rows.items() if row.get("overflowed")):
         dtype = dtype_of(name)
         narrow = float(ml_dtypes.finfo(dtype).max) < float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-        wider = "; --dtype bfloat16 or float32 holds larger ones" if narrow else ""
+        wider = "; 'tadrop merge' with --dtype bfloat16 or float32 holds larger ones" if narrow else ""
         values = f"{count} value{'s' * (count > 1)}"
         lines.append(f"{name}: {values} of finite inputs overflowed {dtype} and became infinite or NaN{wider}")
     return lines[:_SHOWN] + [f"and {len(lines) - _SHOWN} more such tensors"] * (len(lines) > _SHOWN)

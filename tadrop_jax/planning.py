@@ -202,9 +202,11 @@ def implausible(sources: Sequence[Source], plan: Plan, paths: Sequence[Path]) ->
 
 def task_names(models: Sequence[Path]) -> tuple[str, ...]:
     """The models' directory names (file names without suffix), made unique by their parents if need be."""
-    names = [p.resolve().stem if p.is_file() else p.resolve().name for p in models]
+    # A file keeps the name that it was given by: in the cache of Hugging Face it is a link to one named by its hash.
+    paths = [Path(os.path.abspath(p)) if p.is_file() else p.resolve() for p in models]
+    names = [p.stem if p.is_file() else p.name for p in paths]
     if len(set(names)) < len(names):
-        names = [f"{p.resolve().parent.name}-{n}" for p, n in zip(models, names, strict=True)]
+        names = [f"{p.parent.name}-{n}" for p, n in zip(paths, names, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{n}-{t}" for t, n in enumerate(names)]
     return tuple(names)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from converters.files.safetensors import INDEX, index
 from tadrop_jax.checkpoints.safetensors import check_directory, count_shards, journal
 from tadrop_jax.errors import CheckpointError, MergeError
-from tadrop_jax.report import LINES, REPORT
+from tadrop_jax.report import LINES, OURS, REPORT
 
 
 class Share(NamedTuple):
@@ -80,7 +80,8 @@ def begin(request, fingerprint: str) -> dict | None:
     """Looks what there is of a share already; the report if this process has nothing left to do but to join.
 
     Raises:
-      MergeError: if ``OUT`` holds something else, or is being made by one process.
+      MergeError: if ``OUT`` holds something else, or is being made by one process; or if the share that is to be
+        resumed is of another merge, or by another version of this library.
     """
     folder = _folder(request.out)
     if (folder / journal.NAME).exists():
@@ -91,6 +92,8 @@ def begin(request, fingerprint: str) -> dict | None:
             report = _report(done)
             if report.get("fingerprint") == fingerprint:
                 return report
+        if report := _report(mine):
+            raise journal.not_resumed(mine, report.get("versions", {}).get(OURS))
     if request.out.exists() and (request.out.is_file() or any(request.out.iterdir())):
         raise CheckpointError(f"{request.out}: exists already and is not empty; nothing is overwritten")
     shutil.rmtree(mine, ignore_errors=True)

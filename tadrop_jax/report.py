@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from tadrop_jax import __version__
 from tadrop_jax.checkpoints.safetensors import journal
+from tadrop_jax.steps import reported
 
 REPORT = "merge_report.json"
+OURS = "tadrop-jax"  # its version among the others
 # Goes when the result appears.
 LINES = "merge_report.jsonl"
 
@@ -43,14 +46,11 @@ class TensorLog:
     def describe(stream, carries, steps, tasks: int) -> dict[str, Any]:
         """A merged tensor in numbers: what the steps computed anyway, and what they say of its shape."""
         row: dict[str, Any] = {"shape": list(stream.shape), "dtype": stream.dtype.name}
-        for step, carry in zip(steps, carries, strict=True):
-            if not step.covers(stream.name, stream.aliases):
-                continue
-            own = step.for_tensor(stream.name, stream.shape, tasks, stream.aliases)
-            if own.report and carry:
-                row |= {k: _floats(v) for k, v in own.report(carry).items()}
-            if own.note:
-                row |= own.note(stream.shape, tasks)
+        at = [k for k, step in enumerate(steps) if step.covers(stream.name, stream.aliases)]
+        own = [steps[k].for_tensor(stream.name, stream.shape, tasks, stream.aliases) for k in at]
+        row |= {name: _floats(values) for name, values in reported(own, [carries[k] for k in at]).items()}
+        for step in own:
+            row |= step.note(stream.shape, tasks) if step.note else {}
         return row
 
 
@@ -62,8 +62,8 @@ def describe_input(source, digests: bool) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    packages = ("tadrop-jax", "jax", "jaxlib", "numpy", "safetensors")
-    found = {"python": platform.python_version()}
+    packages = ("jax", "jaxlib", "numpy", "safetensors")
+    found = {"python": platform.python_version(), OURS: __version__}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)

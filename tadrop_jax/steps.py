@@ -10,7 +10,7 @@ one merged vector, merged parameters, or the parts of a per-task bundle.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -155,7 +155,8 @@ class Step:
       output: what apply returns.
       kind: what bundle a per-task rule leaves.
       scalars: for bundles: ``(carry, tasks) -> {name: (T,)}``, the numbers of the whole tree that the kind lists.
-      report: ``carry -> {name: (T,) array}``, what to tell the user of each tensor.
+      report: ``carry -> {name: (T,) array}``, what to tell the user of each tensor; :func:`reported` puts it together.
+      task: the one task that the step changes, whose number is then all that ``report`` gives; None for all.
       include: regular expressions of the paths that the step is for; empty means all.
       exclude: regular expressions of the paths that it leaves alone.
       per_task: regular expressions of the tensors that stay each task's own (bundles).
@@ -166,6 +167,7 @@ class Step:
       random: whether the step draws random numbers.
       draw: number of the step's (last) draw among those of its chain, so that each has numbers of its own;
         :func:`expand` sets it.
+      across_tasks: whether what becomes of one task hangs on the others.
       on_weights: whether the step looks at the base's values: it merges weights, and not task vectors alone.
       lengths: names and lengths of parameters that were given one per task.
       models: name of the method, and the least and the largest number of models that it merges (None: no limit).
@@ -180,6 +182,7 @@ class Step:
     kind: Kind | None = None
     scalars: Callable[[Carry, int], Mapping[str, jax.Array]] | None = None
     report: Callable[[Carry], Mapping[str, jax.Array]] | None = None
+    task: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     per_task: tuple[str, ...] = ()
@@ -188,6 +191,7 @@ class Step:
     note: Callable[[tuple[int, ...], int], Mapping[str, Any]] | None = None
     random: bool = False
     draw: int = 0
+    across_tasks: bool = False
     on_weights: bool = False
     lengths: tuple[tuple[str, int], ...] = ()
     models: tuple[str, int, int | None] | None = None
@@ -232,6 +236,15 @@ class Step:
         if found is self or not (found.random and self.draw):
             return found
         return dataclasses.replace(found, draw=found.draw + self.draw)  # its place in the chain is this step's
+
+    def others(self, made: "Callable[[Step], Step]"):
+        """The ``instead`` of a step that is made of this one: what takes this one's place, made into the same."""
+
+        def instead(path, shape, tasks):
+            other = None if self.instead is None else self.instead(path, shape, tasks)
+            return None if other is None else made(other)
+
+        return None if self.instead is None else instead
 
     def covers(self, path: str, aliases: tuple[str, ...] = ()) -> bool:
         """Whether the step is for the tensor of this path, by any of the names of one that is tied."""
@@ -401,6 +414,19 @@ def _check_models(method: str, least: int, most: int | None, tasks: int) -> None
     if tasks < least or (most is not None and tasks > most):
         wanted = f"exactly {least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         raise ParameterError(f"{method}: merges {wanted} fine-tuned model{'s' * (most != 1)}, got {tasks}")
+
+
+def reported(steps: Sequence[Step], carries: Sequence[Carry | None]) -> dict[str, Any]:
+    """What the steps of a chain tell of a tensor, from what their stages found: of each thing the last word."""
+    found: dict[str, Any] = {}
+    for step, carry in zip(steps, carries, strict=True):
+        for name, values in (step.report(carry) if step.report and carry else {}).items():
+            if step.task is None:
+                found[name] = values
+                continue
+            tasks = found[name] if isinstance(found.get(name), dict) else {}
+            found[name] = {**tasks, step.task: values}
+    return {k: jnp.concatenate([v[t] for t in sorted(v)]) if isinstance(v, dict) else v for k, v in found.items()}
 
 
 def spec(name: str, /, **parameters) -> tuple | None:

@@ -168,6 +168,10 @@ def unreadable_config(file: Path):
     (file.parent / "config.json").symlink_to("/proc/self/mem")  # root cannot read its beginning either
 
 
+def unreadable_tokenizer(file: Path):
+    (file.parents[1] / "base" / "tokenizer.json").symlink_to("/proc/self/mem")
+
+
 DAMAGE = {
     truncated: [FILE, "truncated"],
     corrupt: [FILE, "header", "not valid JSON"],
@@ -181,6 +185,7 @@ DAMAGE = {
     bare: ["m1", "holds no safetensors file, torch pickle"],
     config: ["m1/config.json", "not valid JSON"],
     unreadable_config: ["m1/config.json: cannot be read: Input/output error"],
+    unreadable_tokenizer: ["base/tokenizer.json: cannot be read: Input/output error"],
     adapter: ["m1", "is an adapter", "merge_and_unload", "tj.knots"],
     adapter_file: ["m1", "is an adapter", "merge_and_unload"],
     other_dtype: ["has dtype float16", "one dtype first"],

@@ -61,6 +61,30 @@ def test_goes_through_jit(bundle):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2)
 
 
+@pytest.mark.parametrize("rule", [tj.emr(), tj.tall(), tj.t_switch(0.5), tj.tsv_c(), tj.emr(per_task="^scale")])
+def test_the_task_may_be_traced(rule, trees):
+    """By vmap, scan and jit; also where a tensor stays each task's own."""
+    bundle = tj.merge(*trees, rule)
+    wanted = [bundle.task_params(t) for t in range(3)]
+    mapped = jax.vmap(bundle.task_params)(jnp.arange(3))
+    scanned = jax.lax.scan(lambda carry, t: (carry, bundle.task_params(t)), 0, jnp.arange(3))[1]
+    last = jax.jit(lambda b, t: b.task_params(t))(bundle, -1)
+    pairs = [(jax.tree.map(lambda leaf, t=t: leaf[t], many), wanted[t]) for many in (mapped, scanned) for t in range(3)]
+    for found, ours in (*pairs, (last, wanted[-1])):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(ours), strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-6)
+
+
+def test_a_traced_task_that_cannot_be(bundle):
+    base = {"head": np.ones(2, np.float32), "w": np.ones(3, np.float32)}
+    models = [{"head": np.ones(2 + t, np.float32), "w": base["w"] + 1} for t in range(2)]
+    own = tj.merge(base, models, tj.emr(per_task="head"))
+    with pytest.raises(MergeError, match="'head' is not alike in all tasks"):
+        jax.jit(own.task_params)(0)
+    with pytest.raises(MergeError, match="a task is a whole number or a name"):
+        jax.jit(bundle.task_params)(1.0)
+
+
 def test_comes_out_of_jit(trees, bundle):
     base, models = trees
     made = jax.jit(lambda b, m: tj.merge(b, m, tj.emr()))(base, models)

@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import tadrop_jax as tj
 from tadrop_jax.cli import main
@@ -96,6 +97,10 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert f"{root / 'nowhere'}: no such directory" in capsys.readouterr().err
     assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "m1")]) == 2
     assert "is not empty" in capsys.readouterr().err
+    side = root / "out" / "tasks" / "m0" / "vocab.txt"
+    side.symlink_to("/proc/self/mem")  # root cannot read its beginning either
+    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
+    assert f"{side}: cannot be read: Input/output error" in capsys.readouterr().err
     (root / "out" / "bundle.json").write_text("{")
     assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
     assert "bundle.json: is not valid JSON" in capsys.readouterr().err
@@ -103,13 +108,43 @@ def test_a_task_that_cannot_be_taken_out(root, capsys):
     assert not (root / "one.partial").exists()
 
 
+def test_a_tasks_values_beyond_the_dtype_are_a_warning(root, capsys):
+    """Base and vector fit into float16, their sum does not; what was infinite in the bundle is not told again."""
+    for name, value in (("base", 6e4), ("m0", 1e5), ("m1", 1e5)):
+        tensors = read_model(root / name)
+        tensors["layer/bias"][:] = value
+        tensors["layer/kernel"][0, :2] = 1e6
+        save_file(tensors, root / name / "model.safetensors")
+    assert merge(root, "--dtype", "float16", method="emr") == 0
+    capsys.readouterr()
+    assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 0
+    assert capsys.readouterr().err == (
+        "warning: layer/bias: 9 values of finite inputs overflowed float16 and became infinite or NaN; "
+        "'tadrop merge' with --dtype bfloat16 or float32 holds larger ones\n"
+    )
+
+
 def test_a_bundle_is_no_model(root, capsys):
     assert merge(root, method="emr", out="bundle") == 0
     capsys.readouterr()
-    said = f"{root / 'bundle'}: is a bundle, no model: 'tadrop task' takes one task's model out of it"
-    refused(root, capsys, merge(root, models=("m0", "bundle")), said)
-    assert main(["convert", str(root / "bundle"), str(root / "out"), "--to", "torch"]) == 2
-    assert f"tadrop convert: {said}\n" == capsys.readouterr().err
+    command = f"'tadrop task {root / 'bundle'} --task NAME --out DIR'"
+    words = f"{root / 'bundle'}: is a bundle, no model: {command}"
+    refused(root, capsys, merge(root, models=("m0", "bundle")), words)
+    assert main(["convert", str(root / "bundle"), str(root / "out"), "--to", "flax"]) == 2
+    assert words in capsys.readouterr().err
+    # A file of that name makes no bundle of someone else's model.
+    (root / "m1" / "bundle.json").write_text("{}")
+    assert merge(root) == 0
+
+
+def test_single_files_of_a_cache_keep_their_names(root):
+    """In the cache of Hugging Face files are links to what is named by its hash."""
+    (root / "blobs").mkdir()
+    for hash_, name in (("0f3c", "m0"), ("77aa", "m1")):
+        (root / name / "model.safetensors").rename(root / "blobs" / hash_)
+        (root / f"{name}.safetensors").symlink_to(root / "blobs" / hash_)
+    assert merge(root, method="emr", models=("m0.safetensors", "m1.safetensors")) == 0
+    assert report_of(root / "out")["tasks"] == ["m0", "m1"]
 
 
 def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):

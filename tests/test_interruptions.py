@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from tadrop_jax import cutting
+from tadrop_jax import __version__, cutting
 from tadrop_jax.report import LINES, TensorLog
 from tests.helpers import REPOSITORY, command, files_of, merge, read_model, report_of, save_family
 
@@ -156,6 +156,18 @@ def test_an_input_that_has_changed_is_not_resumed(interrupted, capsys):
     save_file(tensors, interrupted / "m1" / "model.safetensors")
     assert merge(interrupted, "--resume") == 2
     assert "out.partial: belongs to another merge" in capsys.readouterr().err
+
+
+def test_a_merge_that_another_version_began_is_not_resumed(interrupted, capsys, monkeypatch):
+    for module in ("directories", "checkpoints.safetensors.sink", "checkpoints.safetensors.journal"):
+        monkeypatch.setattr(f"tadrop_jax.{module}.__version__", "9.9")
+    assert merge(interrupted, "--resume") == 2
+    said = f"out.partial: was begun by version {__version__} of tadrop_jax, and this is version 9.9, so it cannot be "
+    assert said + "resumed; go on with that version, or start afresh" in capsys.readouterr().err
+    journal = interrupted / "out.partial" / "journal.jsonl"
+    journal.write_text(journal.read_text().replace(f', "version": "{__version__}"', ""))
+    assert merge(interrupted, "--resume") == 2
+    assert "was begun by an older version of tadrop_jax" in capsys.readouterr().err
 
 
 def test_without_resume_it_starts_afresh(interrupted):

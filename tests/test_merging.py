@@ -50,6 +50,31 @@ def test_explain_takes_any_sparsifier_and_no_rule(base, models):
         tj.explain(base, models, tj.average())
 
 
+def test_explain_tells_the_ratio_that_tadrop_read_wherever_it_stands():
+    tadrop, after = tj.tadrop(0.75, 0.9), tj.magnitude(1.0)
+    stack = np.random.default_rng(0).normal(size=(3, 120)).astype(np.float32)
+    base, models = {"a": np.zeros(120, np.float32)}, [{"a": row} for row in stack]
+    left = np.asarray(tj.sparsify({"a": stack}, tj.conflict_aware(tadrop))["a"])
+    free = np.stack([np.where((left[:t] != 0).any(0), 0, stack[t]) for t in range(3)])
+
+    def ratios(seen):
+        low, high = (np.quantile(np.abs(seen), q, axis=1, method="lower") for q in (0.75, 0.9))
+        return low / high
+
+    only_a = tj.Step(apply=after.apply, stages=after.stages, instead=lambda path, *_: tadrop if path == "a" else None)
+    for sparsifier, seen in {
+        tj.chain(tadrop, after): stack,
+        tj.rescale(tadrop): stack,
+        tj.rescale(tj.chain(tadrop, after)): stack,
+        tj.conflict_aware(tadrop): free,
+        tj.rescale(tj.conflict_aware(tj.chain(tadrop, after))): free,
+        tj.masked(tadrop, include="a"): stack,
+        only_a: stack,
+    }.items():
+        said = tj.explain(base, models, sparsifier)["a"]
+        np.testing.assert_allclose(said["quantile_ratio"], ratios(seen), rtol=1e-6, err_msg=str(sparsifier))
+
+
 def test_quantile_ratios_keep_the_tree(base, models):
     stack = tj.task_vectors(base, models)
     ratios = tj.quantile_ratios(stack, q_low=0.25, q_high=1.0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
-from tadrop_jax import processes
+from tadrop_jax import __version__, processes
 from tadrop_jax.planning import Request
 from tests.helpers import CACHE, REPOSITORY, files_of, merge, read_model, refused, report_of, save_family
 
@@ -162,6 +162,19 @@ def test_shares_of_another_merge_are_not_joined(alone, tmp_path):
     assert not out.exists()
     assert by(alone, 0, 2, out, *TIES, method="ties") == 0
     check_equal(out, alone / "ties", 2)
+
+
+def test_a_share_of_another_merge_is_not_resumed(alone, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert by(alone, 0, 2, out, "--density", "0.9", method="ties") == 0
+    before = files_of(tmp_path)
+    assert by(alone, 0, 2, out, *TIES, "--resume", method="ties") == 2
+    assert "out.partial/0: belongs to another merge" in capsys.readouterr().err
+    for module in ("directories", "checkpoints.safetensors.journal"):
+        monkeypatch.setattr(f"tadrop_jax.{module}.__version__", "9.9")
+    assert by(alone, 0, 2, out, "--density", "0.9", "--resume", method="ties") == 2
+    assert f"out.partial/0: was begun by version {__version__} of tadrop_jax" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
 
 
 def test_refused(root, capsys):

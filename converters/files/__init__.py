@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters.errors import ConversionError
+from converters.errors import ConversionError, few
 from converters.files import header, msgpack, npz, orbax, safetensors, torch_pickle
 from converters.leaves import Leaf
 
@@ -218,7 +218,7 @@ def _from_index(path: Path, index: Path) -> Stored:
     stored = _from_files(path, [path / shard for shard in sorted(set(where.values()))])
     names = {name.removeprefix("params/") for name in where} if stored.is_tree else set(where)
     if lost := sorted(names - stored.tensors.keys()):
-        raise ConversionError(f"{index}: names tensors that its shards do not hold: {', '.join(lost)}.")
+        raise ConversionError(f"{index}: names tensors that its shards do not hold: {', '.join(few(lost))}.")
     if extra := sorted(stored.tensors.keys() - names):
-        raise ConversionError(f"{index}: does not name tensors that its shards hold: {', '.join(extra)}.")
+        raise ConversionError(f"{index}: does not name tensors that its shards hold: {', '.join(few(extra))}.")
     return stored

@@ -68,7 +68,7 @@ def read(directory: Path) -> dict[str, Leaf]:
         try:
             found[name] = _leaf(directory, name, future.result())
         except (ValueError, OSError) as error:
-            problems.append(f"{name}: {str(error).splitlines()[0]}")
+            problems.append(f"damaged: {name}: {str(error).splitlines()[0]}")
     if problems:
         raise ConversionError(f"{directory}: the Orbax checkpoint is incomplete or damaged:", problems)
     return found

@@ -9,18 +9,19 @@ tensors' shapes and the numbers that hold for the whole tree; configurations and
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tadrop_jax.checkpoints.safetensors import Source, check_directory, open_sink, open_source
+from tadrop_jax.checkpoints.safetensors import Source, TensorInfo, check_directory, open_sink, open_source
 from tadrop_jax.errors import CheckpointError, MergeError
 from tadrop_jax.kinds import Kind, Part, kind_of
 
 DESCRIPTION = "bundle.json"
 _FORMAT = "tadrop-bundle"
+Look = Callable[[str, np.ndarray, Callable[[], np.ndarray]], None]
 _CHUNK = 1 << 21  # a multiple of 8: bits hold 8 entries a byte
 
 
@@ -49,7 +50,9 @@ def description(
     }
 
 
-def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000_000) -> int:
+def write_task(
+    path: Path, task: str, out: Path, max_shard_size: int = 5_000_000_000, look: Look = lambda *values: None
+) -> dict[str, TensorInfo]:
     """Writes one task's full model, block by block (tensor by tensor if the kind of bundle asks for that).
 
     Args:
@@ -57,9 +60,11 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
       task: name of the task.
       out: new directory.
       max_shard_size: bytes a file.
+      look: ``(name, values, of_finite)``, called with what is written of a rebuilt tensor, and a function that tells
+        which of the values came of finite ones.
 
     Returns:
-      Bytes of the model's tensors.
+      The model's tensors, by name.
 
     Raises:
       MergeError: if there is no such task, no bundle, or one of task vectors alone.
@@ -89,7 +94,10 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
                     if parts:
                         of_task = {p: _read(source, f"{p}/{name}", part, t, start, stop) for p, part in parts.items()}
                         vector = np.ravel(kind.rebuild(np, of_task, scalars))
-                        block = (block.astype(np.float32) + vector).astype(info.dtype)
+                        with np.errstate(over="ignore"):  # whoever looks tells
+                            whole = (block.astype(np.float32) + vector).astype(info.dtype)
+                        look(name, whole, lambda block=block, vector=vector: np.isfinite(block) & np.isfinite(vector))
+                        block = whole
                     sink.write(name, start, block)
                 sink.mark_done(name)
             folder = path / "tasks" / task
@@ -100,10 +108,10 @@ def write_task(path: Path, task: str, out: Path, max_shard_size: int = 5_000_000
         except BaseException:
             sink.discard()
             raise
-    return sum(info.nbytes for info in layout.values())
+    return layout
 
 
-def _named(source: Source, prefix: str) -> dict[str, Any]:
+def _named(source: Source, prefix: str) -> dict[str, TensorInfo]:
     return {name.removeprefix(prefix): info for name, info in source.tensors.items() if name.startswith(prefix)}
 
 
@@ -128,17 +136,18 @@ def _read(source: Source, name: str, part: Part, t: int, start: int, stop: int) 
     return source.read(name, t * row + start, t * row + stop).astype(np.float32)
 
 
-def refuse_bundle(path: Path) -> None:
-    """Refuses to take a bundle for a model.
+def refuse(path: Path) -> None:
+    """Refuses a bundle where a model is wanted.
 
     Raises:
-      CheckpointError: if the directory says that it holds a bundle.
+      CheckpointError: telling how a model is taken out of it.
     """
     described = None
     with contextlib.suppress(OSError, ValueError):  # a file of that name may be anything
-        described = json.loads((path / DESCRIPTION).read_text())
+        described = json.loads((Path(path) / DESCRIPTION).read_text())
     if isinstance(described, dict) and described.get("format") == _FORMAT:
-        raise CheckpointError(f"{path}: is a bundle, no model: 'tadrop task' takes one task's model out of it")
+        command = f"'tadrop task {path} --task NAME --out DIR'"
+        raise CheckpointError(f"{path}: is a bundle, no model: {command} takes one task's model out of it")
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from tadrop_jax.checkpoints.safetensors import Source, open_source
 from tadrop_jax.errors import CheckpointError, checkpoint_errors
 
-_SHOWN = 5  # of the tensors that do not fit
-
 
 def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Source]:
     """Opens base and models.
@@ -49,10 +47,7 @@ def open_models(stack: contextlib.ExitStack, paths: Sequence[Path]) -> list[Sour
             return sources  # of an architecture that is not known: which tensor does not fit is told later
         names = " and ".join(repr(next(iter(source.tensors), "none")) for source in (sources[k], base))
         both = f"{paths[k]}: its tensors have other names or axes than those of {paths[0]}, such as {names}"
-        first, *rest = str(error).splitlines()
-        shown = [*rest[:_SHOWN], *([f"  and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else [])]
-        said = "\n".join((first, *shown))
-        raise CheckpointError(f"{both}, and cannot be brought into one layout: {said}") from error
+        raise CheckpointError(f"{both}, and cannot be brought into one layout: {error}") from error
     return sources
 
 
@@ -86,7 +81,7 @@ def open_model(path: Path) -> Source:
         CheckpointError: if it cannot be read, is a pickle that holds code, or is no model.
     """
     from converters.files import open_tensors
-    from tadrop_jax.checkpoints.bundles import refuse_bundle
+    from tadrop_jax.checkpoints import bundles
     from tadrop_jax.checkpoints.leaves import LeafSource
 
     try:
@@ -97,7 +92,7 @@ def open_model(path: Path) -> Source:
                 f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge "
                 "LoRA adapters from Python (tj.knots, tj.core_space)"
             )
-        refuse_bundle(path)
+        bundles.refuse(path)
         return open_source(path) if stored.format == "safetensors" else LeafSource(stored)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

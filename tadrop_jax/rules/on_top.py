@@ -29,16 +29,12 @@ def put_on_top(rule: Step) -> Step:
         # The rule may itself go on from a vector on top of the stack: that is no task.
         return jnp.concatenate([merged[None], x.stack[-len(x.tasks) :]])
 
-    def instead(path, shape, tasks):
-        other = rule.for_tensor(path, shape, tasks)
-        return None if other is rule else put_on_top(other)
-
     return dataclasses.replace(
         rule,
         apply=apply,
         output="stack",
         on_weights=rule.output == "parameters",
-        instead=instead if rule.instead else None,
+        instead=rule.others(put_on_top),
         spec=None if rule.spec is None else ("on top", rule.spec),
     )
 

@@ -20,7 +20,7 @@ def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
     ``block_random_pruning``).
 
     Args:
-      sparsifier: any sparsifier.
+      sparsifier: any sparsifier that goes by each task alone: not dominance, nor another conflict_aware.
       order: the order of the tasks, a permutation of 0 to T - 1; None means as given.
 
     Returns:
@@ -28,7 +28,8 @@ def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
 
     Raises:
       MergeError: if a rule is given in place of a sparsifier.
-      ParameterError: if ``order`` is no list of whole numbers; when run, if it is no permutation of the tasks.
+      ParameterError: if ``order`` is no list of whole numbers; when run, if it is no permutation of the tasks, or if
+        the sparsifier compares tasks.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -75,7 +76,16 @@ def turns_of(method: str, order: tuple[int, ...] | None, tasks: int) -> tuple[in
 
 
 def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
-    """The step for one task, on what the earlier tasks left free."""
+    """The step for one task, on what the earlier tasks left free.
+
+    Raises:
+      ParameterError: if the step compares tasks.
+    """
+    if step.across_tasks:
+        raise ParameterError(
+            "conflict_aware: gives its sparsifier one task at a time, but one that compares tasks is given "
+            "(dominance or conflict_aware); put them one after the other in a chain"
+        )
 
     def view(x):
         own = x.stack[task]
@@ -104,6 +114,8 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
         step,
         stages=tuple(restrict(s) for s in step.stages),
         apply=apply,
-        report=None,
+        task=task,
+        across_tasks=True,
+        instead=step.others(lambda other: _restricted(other, task, earlier)),
         spec=None if step.spec is None else ("conflict_aware", step.spec, task, earlier),
     )

@@ -49,5 +49,6 @@ def dominance(share=0.5, norm: int | None = 2) -> Step:
         apply=functools.partial(prune, norm=norm, kept=kept),
         report=functools.partial(describe, norm=norm),
         lengths=lengths(share=share),
+        across_tasks=True,
         spec=spec("dominance", share=share, norm=norm),
     )

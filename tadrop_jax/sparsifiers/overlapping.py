@@ -78,5 +78,6 @@ def _turn(task: int, earlier: tuple[int, ...], n: int, m: int, overlap: str, tai
         apply=apply,
         piece="group",
         group=m,
+        across_tasks=True,
         spec=spec("overlapping", task=task, earlier=earlier, n=n, m=m, overlap=overlap, tail=tail),
     )

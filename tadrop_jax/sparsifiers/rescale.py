@@ -7,7 +7,7 @@ import math
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import choice
 from tadrop_jax.sparsifiers.norms import powers, scale
-from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Scope, Step, Sums, expand, output_of
+from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Scope, Step, Sums, expand, output_of, reported
 
 
 def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -> Step | PerTasks:
@@ -24,7 +24,8 @@ def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -
     Args:
       sparsifier: any sparsifier, or a chain of them.
       norm: p, 2 or 1.
-      granularity: ``"tensor"``, or ``"global"``: over all tensors that the sparsifier is for.
+      granularity: ``"tensor"``, or ``"global"``: over all tensors that the sparsifier is for; not of a sparsifier that
+        has another one in its place for some tensors (``Step.instead``).
 
     Returns:
       A sparsifier; of the tensors that the inner one leaves alone it changes nothing.
@@ -48,12 +49,20 @@ def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -
 
     def build(tasks: int) -> tuple[Step, ...]:
         steps = expand(sparsifier, tasks)
+        if any((s.include, s.exclude) != (steps[0].include, steps[0].exclude) for s in steps):
+            raise ParameterError(
+                "rescale: the steps of a chain must be for the same tensors; use tj.masked on the whole"
+            )
         return (_restoring(_joined(steps), norm, granularity),) if steps else ()
 
     return PerTasks(build, ("rescale", sparsifier, norm, granularity))
 
 
 def _restoring(step: Step, norm: int, granularity: Scope) -> Step:
+    if step.instead and granularity == "global":
+        raise ParameterError(
+            "rescale: granularity must be 'tensor' where other steps take a sparsifier's place (instead)"
+        )
     mark = f"rescale {len(step.stages)} "  # no name that a stage of the inner step has
 
     def sums(x, carry, n):
@@ -71,19 +80,21 @@ def _restoring(step: Step, norm: int, granularity: Scope) -> Step:
         stages=(*step.stages, Sums(sums, scope=granularity)),
         apply=lambda x, carry: step.apply(x, carry) * x.column(factor(carry)),
         report=report,
+        instead=step.others(lambda other: _restoring(other, norm, granularity)),
         spec=None if step.spec is None else ("rescale", step.spec, norm, granularity),
     )
 
 
-def _joined(steps: tuple[Step, ...]) -> Step:
-    """A chain of sparsifiers as one step: the stages of a later one look at what the earlier ones make of the piece."""
-    first = steps[0]
-    if len(steps) == 1:
-        return first
-    if any((s.include, s.exclude) != (first.include, first.exclude) for s in steps):
-        raise ParameterError("rescale: the steps of a chain must be for the same tensors; use tj.masked on the whole")
+def _joined(steps: tuple[Step, ...], last: int | None = None) -> Step:
+    """A chain of sparsifiers as one step: the stages of a later one look at what the earlier ones make of the piece.
 
-    last = max(s.draw for s in steps)
+    Args:
+      steps: the chain.
+      last: number of the last draw, of the chain that this one takes the place of.
+    """
+    if len(steps) == 1:
+        return steps[0]
+    last = max(s.draw for s in steps) if last is None else last
 
     def own(i, carry):
         """What the stages of step i found."""
@@ -111,15 +122,24 @@ def _joined(steps: tuple[Step, ...]) -> Step:
             again=stage.again,
         )
 
+    def instead(path, shape, tasks):
+        found = tuple(s.for_tensor(path, shape, tasks) for s in steps)
+        # Step.for_tensor gives it the draw of the chain.
+        return None if found == steps else dataclasses.replace(_joined(found, last), draw=0)
+
     pieces = ("any", "group", "row", "slice", "tensor")
     known = all(s.spec is not None for s in steps)
     return dataclasses.replace(
-        first,
+        steps[0],
         apply=lambda x, carry: before(len(steps), x, carry).stack,
         stages=tuple(seen(i, stage) for i, step in enumerate(steps) for stage in step.stages),
         piece=max((s.piece for s in steps), key=pieces.index),
         group=math.lcm(*(s.group for s in steps)),
-        report=None,
+        report=lambda carry: reported(steps, [own(i, carry) for i in range(len(steps))]),
+        task=None,
+        across_tasks=any(s.across_tasks for s in steps),
+        instead=instead if any(s.instead for s in steps) else None,
+        mentions=tuple(itertools.chain(*(s.mentions for s in steps))),
         random=any(s.random for s in steps),
         draw=last,
         lengths=tuple(itertools.chain(*(s.lengths for s in steps))),

@@ -70,6 +70,17 @@ def test_every_fault_is_named_at_once():
     assert "(4,)" in str(caught.value)
 
 
+def test_of_many_faults_of_a_kind_the_first_few_are_told():
+    expect = to_flax(tensors(), TABLE)
+    with pytest.raises(ConversionError) as caught:
+        to_flax({f"other.{i}": np.zeros(2) for i in range(40)}, TABLE, expect=expect)
+    lines = str(caught.value).splitlines()
+    assert len(caught.value.problems) == 40 + len(tensors())
+    assert lines[1:7] == [*(f"  unmapped: other.{i} (2,)" for i in range(5)), "  unmapped: and 35 more"]
+    assert lines[7].startswith("  missing: model.")
+    assert lines[12:] == [f"  missing: and {len(tensors()) - 5} more"]
+
+
 def test_to_torch_names_unmapped_missing_and_misshapen_parameters():
     tree = to_flax(tensors(), TABLE)
     tree["head"] = {"kernel": np.zeros((2, 2))}

@@ -1,5 +1,7 @@
 """Norms restored after any sparsifier, and after chains of them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -56,6 +58,20 @@ def test_tensors_that_the_inner_sparsifier_leaves_alone_keep_their_bits(make_sta
     alone = flatten(tj.sparsify(nest(chosen), tj.rescale(tj.chain(*CHAIN), 1, "global")))
     for name, value in (stacks | alone).items():
         np.testing.assert_array_equal(out[name], value, err_msg=name)
+
+
+def test_what_takes_the_place_of_the_inner_sparsifier_is_rescaled_too(make_stacks, nest, flatten):
+    stacks = make_stacks("normal", TASKS)
+    half = tj.dare(0.5, None)
+    mixed = dataclasses.replace(half, instead=lambda path, *_: tj.magnitude(0.3) if "kernel" in path else None)
+    other = dataclasses.replace(half, instead=lambda path, *_: tj.dare(0.25, None) if "kernel" in path else None)
+    for inner in (mixed, tj.chain(half, other), tj.chain(half, mixed)):
+        after = flatten(tj.sparsify(nest(stacks), inner, key=KEY))
+        out = flatten(tj.sparsify(nest(stacks), tj.rescale(inner), key=KEY))
+        for name, expected in restored(stacks, after, 2, "tensor").items():
+            np.testing.assert_allclose(out[name], expected, rtol=1e-5, err_msg=name)
+        with pytest.raises(tj.ParameterError, match="rescale: granularity must be 'tensor'"):
+            tj.sparsify(nest(stacks), tj.rescale(inner, granularity="global"), key=KEY)
 
 
 def test_streamed_equals_in_memory(small_blocks):

@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from tadrop_jax import __version__
 from tadrop_jax.errors import CheckpointError
 
 NAME = "journal.jsonl"
@@ -28,6 +29,22 @@ def lock(file: Path) -> int:
     except OSError:  # Some network file systems have no locks.
         pass
     return fd
+
+
+def not_resumed(work: Path, version: str | None) -> CheckpointError:
+    """Of unfinished work that is not of the merge that is asked for, or was begun by another version of this library.
+
+    Args:
+        work: where it is.
+        version: the one that began it, if that is known.
+    """
+    if version == __version__:
+        why = "belongs to another merge (its inputs, method, parameters or output layout differ)"
+        advice = "repeat that merge's command"
+    else:
+        why = f"was begun by {'version ' + version if version else 'an older version'} of tadrop_jax"
+        why, advice = f"{why}, and this is version {__version__}", "go on with that version"
+    return CheckpointError(f"{work}: {why}, so it cannot be resumed; {advice}, or start afresh without resume.")
 
 
 def complete_lines(file: Path) -> list[dict[str, Any]]:

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from converters.errors import reading
 from converters.files import header
 from converters.files.safetensors import INDEX, SINGLE, index, shard_name, split
+from tadrop_jax import __version__
 from tadrop_jax.checkpoints.safetensors import journal
 from tadrop_jax.errors import CheckpointError, checkpoint_errors
 
@@ -59,7 +61,7 @@ class Sink:
         self._home = {name: shard for shard in shards for name in shard.entries}
         self._journal, self._synced_at = -1, time.monotonic()
         layout = hashlib.sha256(b"".join(shard.name.encode() + shard.head for shard in shards)).hexdigest()
-        identity = {"fingerprint": fingerprint, "layout": layout}
+        identity = {"fingerprint": fingerprint, "layout": layout, "version": __version__}
         resumed = True  # Until it is known: what an earlier run left is not for an error to delete.
         try:
             resumed = self._open_journal(identity, resume)
@@ -129,18 +131,18 @@ class Sink:
             data: its contents, or a file to copy.
 
         Raises:
-            CheckpointError: when the name is taken or leads elsewhere, or when the file cannot be written.
+            CheckpointError: when the name is taken or leads elsewhere, or when a file cannot be read or written.
         """
         parts = PurePosixPath(name).parts
         taken = {journal.NAME, INDEX, *(shard.name for shard in self._shards)}
         if not parts or parts[0] == "/" or ".." in parts or name in taken:
             raise CheckpointError(f"{self.out}: a file named {name!r} cannot be put there.")
+        if isinstance(data, Path):
+            with checkpoint_errors(), reading(data):
+                data = data.read_bytes()
         try:
             (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(data, Path):
-                shutil.copyfile(data, self.partial / name)
-            else:
-                (self.partial / name).write_bytes(data)
+            (self.partial / name).write_bytes(data)
         except OSError as error:
             raise _cannot_write(error, self.partial / name) from error
 
@@ -222,11 +224,7 @@ class Sink:
             lines = journal.complete_lines(file)
             if resume and lines:
                 if lines[0] != identity:
-                    raise CheckpointError(
-                        f"{self.partial}: belongs to another merge (its inputs, method, parameters or "
-                        "output layout differ), so it cannot be resumed; repeat that merge's command, or "
-                        "start afresh without resume."
-                    )
+                    raise journal.not_resumed(self.partial, lines[0].get("version"))
                 self.done = journal.trusted(lines)
                 self._log({"boot": journal.boot()})
                 return True
@@ -282,7 +280,7 @@ def open_sink(
 
     Raises:
         CheckpointError: when `out` is not empty, another process is writing it, what is to be resumed belongs
-            to another merge, or the disk is full. Nothing new is left behind then.
+            to another merge or version of this library, or the disk is full. Nothing new is left behind then.
 
     Example:
         >>> import tempfile, safetensors.numpy
