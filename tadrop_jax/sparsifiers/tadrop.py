@@ -3,7 +3,6 @@ r"""TADrop: tensor-wise adaptive drop (arXiv 2508.06163)."""
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from tadrop_jax import wide
@@ -93,6 +92,11 @@ def _magnitudes(x, carry):
     return magnitude(x.stack)
 
 
+def _unknown(number: float, ratio):
+    """A number that XLA does not know for a constant, for which it rewrites sums and powers: executors round alike."""
+    return jnp.float32(number) + 0 * ratio
+
+
 def _mapping(mapping) -> Callable:
     if callable(mapping):
         return mapping
@@ -107,10 +111,10 @@ def _mapping(mapping) -> Callable:
         return lambda ratio: ratio
     if kind == "affine" and len(values) == 2:
         slope, offset = values
-        # The barrier keeps the product from being fused into the sum: executors must round alike.
-        return lambda ratio: jax.lax.optimization_barrier(ratio * jnp.float32(slope)) + jnp.float32(offset)
+        # The select keeps the product from being fused into the sum, unless that is of a constant.
+        return lambda ratio: jnp.where(ratio == 0, 0, ratio * jnp.float32(slope)) + _unknown(offset, ratio)
     if kind == "power" and len(values) == 1:
-        return lambda ratio: ratio ** values[0]
+        return lambda ratio: ratio ** _unknown(values[0], ratio)
     raise ParameterError(
         f"tadrop: mapping must be 'identity', 'affine:SLOPE,OFFSET', 'power:EXPONENT' or a function, got {mapping!r}"
     )

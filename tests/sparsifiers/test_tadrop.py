@@ -1,5 +1,6 @@
 """TADrop's mappings from ratio to sparsity; the rest is in `tests/test_sparsifiers_against_oracles.py`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +30,18 @@ def test_mapping(name, make_stacks, nest, flatten):
         for tensor, expected in oracles.tadrop(stacks, mapping=theirs, s_max=0.75).items():
             np.testing.assert_array_equal(out[tensor] != 0, expected != 0, err_msg=tensor)
             np.testing.assert_allclose(out[tensor], expected, rtol=1e-5, atol=1e-6, err_msg=tensor)
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("mapping", ["affine:0.3,0.1", "affine:-0.7,0.9", "power:3", "power:0.5"])
+def test_ranks_are_alike_compiled_or_not(mapping):
+    """Compiled in memory, not compiled from files: where XLA fuses or rewrites the map, large tensors tell."""
+    ratios = np.random.default_rng(0).random(1000, np.float32)
+    found = {"low": jnp.asarray(ratios), "high": jnp.ones(1000)}
+    cut = tj.tadrop(mapping=mapping).stages[1].at
+    ranks = [at(found)["cut"] for at in (lambda c: cut(1 << 40, c), jax.jit(lambda c: cut(1 << 40, c)))]
+    for eager, compiled in zip(*ranks, strict=True):
+        np.testing.assert_array_equal(eager, compiled)
 
 
 @pytest.mark.parametrize("mapping", ["affine:0.5", "affine:a,b", "power", "power:1,2", "identity:1", "square", ""])
