@@ -163,6 +163,14 @@ def test_saved_and_loaded(form, which, tmp_path, trees, request):
         np.testing.assert_array_equal(loaded.task_params(2)["scale"], trees[1][2]["scale"])
 
 
+@pytest.mark.parametrize("form", ["safetensors", "orbax"])
+def test_a_tensor_without_entries(form, tmp_path):
+    base, model = ({"w": np.full(3, x, np.float32), "none": np.zeros((0, 2), jnp.bfloat16)} for x in (0, 1))
+    saved = tj.merge(base, [model], tj.emr())
+    saved.save(tmp_path / "bundle", form)
+    assert_equal(tj.Bundle.load(tmp_path / "bundle").task_params(0), saved.task_params(0))
+
+
 def test_names_on_disk(tmp_path, own):
     own.save(tmp_path / "bundle")
     tensors = read_model(tmp_path / "bundle")

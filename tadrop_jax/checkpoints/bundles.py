@@ -187,6 +187,9 @@ def save(bundle, path, format: str = "safetensors") -> None:
     if format == "orbax":
         from tadrop_jax.checkpoints import orbax
 
+        # Orbax refuses arrays without entries.
+        described["empty"] = {n: [v.dtype.name, list(v.shape)] for n, v in tensors.items() if not v.size}
+        tensors = {n: v for n, v in tensors.items() if v.size}
         orbax.save(path, {"tensors": tensors, "description": np.frombuffer(json.dumps(described).encode(), np.uint8)})
         return
     if format != "safetensors":
@@ -235,7 +238,9 @@ def load(path, like=None, kind: Kind | None = None):
         from tadrop_jax.checkpoints import orbax
 
         stored = orbax.restore(path)
-        tensors, described = stored["tensors"], json.loads(bytes(np.asarray(stored["description"])))
+        described = json.loads(bytes(np.asarray(stored["description"])))
+        empty = {n: np.zeros(shape, dtype) for n, (dtype, shape) in described.get("empty", {}).items()}
+        tensors = stored["tensors"] | empty
     kind, tasks = kind or kind_of(described["method"]), tuple(described["tasks"])
     shapes = {n: tuple(s) for n, s in described["shapes"].items()}
     named = [n.split("/", 2 if n.startswith("own/") else 1)[-1] for n in tensors if n.startswith(("base/", "own/"))]
