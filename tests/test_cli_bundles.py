@@ -198,3 +198,18 @@ def test_methods_that_are_not_known_here(root, capsys):
     assert main(["task", str(root / "out"), "--task", "m0", "--out", str(root / "one")]) == 2
     assert "there is no bundle of method 'later' (there are emr, tall, " in capsys.readouterr().err
     assert not (root / "one").exists()
+
+
+def test_names_that_begin_with_params(tmp_path):
+    """As of Linen variables: a file's names are kept on disk, a tree's are without it."""
+    for i, name in enumerate(("base", "m0", "m1")):
+        tensors = {"params/d/kernel": np.full((2, 3), i), "params/head": np.full(2, i), "batch_stats/d": np.ones(3)}
+        save_model(tmp_path / name, {n: v.astype(np.float32) for n, v in tensors.items()})
+    assert merge(tmp_path, "--set", "per_task=head", method="emr") == 0
+    assert main(["task", str(tmp_path / "out"), "--task", "m1", "--out", str(tmp_path / "one"), "--quiet"]) == 0
+    written = read_model(tmp_path / "one")
+    for like in (None, {"params": {"d": {"kernel": 0}, "head": 0}, "batch_stats": {"d": 0}}):
+        found = tj.Bundle.load(tmp_path / "out", like=like).task_params("m1")
+        np.testing.assert_array_equal(found["params"]["d"]["kernel"], written["params/d/kernel"])
+        np.testing.assert_array_equal(found["params"]["head"], written["params/head"])
+        np.testing.assert_array_equal(found["batch_stats"]["d"], written["batch_stats/d"])

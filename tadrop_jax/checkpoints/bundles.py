@@ -246,8 +246,11 @@ def load(path, like=None, kind: Kind | None = None):
     named = [n.split("/", 2 if n.startswith("own/") else 1)[-1] for n in tensors if n.startswith(("base/", "own/"))]
     names = described.get("names") or list(dict.fromkeys(named))
     found, _, treedef = named_leaves(nested({n: n for n in names}) if like is None else like)
-    if sorted(found) != sorted(names):
+    # Of files each name counts in full, of trees without a leading params/ (see trees.path_name).
+    on_disk = {n.removeprefix("params/"): n for n in names}
+    if sorted(found) != sorted(on_disk):
         raise MergeError(f"{path}: the bundle's tensors are not those of like=")
+    stored_names = [on_disk[n] for n in found]
 
     def parts_of(name):
         wanted = [] if name not in shapes else kind.parts(shapes[name], len(tasks))
@@ -261,16 +264,16 @@ def load(path, like=None, kind: Kind | None = None):
     for name, value in tensors.items():
         if name.startswith("own/"):
             _, task, rest = name.split("/", 2)
-            own[tasks.index(task)][rest] = kept(value)
-    base = [kept(tensors[f"base/{n}"]) if f"base/{n}" in tensors else None for n in found]
+            own[tasks.index(task)][rest.removeprefix("params/")] = kept(value)
+    base = [kept(tensors[f"base/{n}"]) if f"base/{n}" in tensors else None for n in stored_names]
     return Bundle(
         base=None if described.get("baseless") else jax.tree_util.tree_unflatten(treedef, base),
-        parts=tuple(parts_of(n) for n in found),
+        parts=tuple(parts_of(n) for n in stored_names),
         scalars={n: jnp.asarray(described[n], jnp.float32) for n in kind.scalars},
         own=own,
         kind=kind,
         treedef=treedef,
-        shapes=tuple(shapes.get(n) for n in found),
+        shapes=tuple(shapes.get(n) for n in stored_names),
         tasks=tasks,
     )
 
