@@ -13,7 +13,8 @@ from typing import NamedTuple
 from benchmarks import measure, merges
 from tadrop_jax import registry, selection
 from tadrop_jax.advancing import in_passing
-from tadrop_jax.steps import AnyStep, Ranks, Step, chain, expand
+from tadrop_jax.stages import Ranks
+from tadrop_jax.steps import AnyStep, Step, chain, expand
 
 # Rounds of counting of a selection in memory, each one read of the keys and one all-reduce.
 ROUNDS = -(-32 // selection.BITS_PER_ROUND)

@@ -23,12 +23,9 @@ _HOME = {
     "layouts": ["Layout"],
     "task_vector": ["task_vectors"],
     "selection": ["kth_largest_magnitude", "magnitude_quantile"],
+    "stages": ["Sums", "Min", "Max", "Ranks"],
     "steps": [
         "Step",
-        "Sums",
-        "Min",
-        "Max",
-        "Ranks",
         "Piece",
         "chain",
         "masked",

@@ -77,12 +77,12 @@ from tadrop_jax.sparsifiers.n_m import n_m as n_m
 from tadrop_jax.sparsifiers.rescale import rescale as rescale
 from tadrop_jax.sparsifiers.tadrop import tadrop as tadrop
 from tadrop_jax.sparsifiers.uniform import uniform as uniform
-from tadrop_jax.steps import Max as Max
-from tadrop_jax.steps import Min as Min
+from tadrop_jax.stages import Max as Max
+from tadrop_jax.stages import Min as Min
+from tadrop_jax.stages import Ranks as Ranks
+from tadrop_jax.stages import Sums as Sums
 from tadrop_jax.steps import Piece as Piece
-from tadrop_jax.steps import Ranks as Ranks
 from tadrop_jax.steps import Step as Step
-from tadrop_jax.steps import Sums as Sums
 from tadrop_jax.steps import at_least as at_least
 from tadrop_jax.steps import chain as chain
 from tadrop_jax.steps import floor_times as floor_times

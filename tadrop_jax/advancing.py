@@ -7,7 +7,8 @@ import jax
 
 from tadrop_jax.errors import MergeError
 from tadrop_jax.pieces import Piece
-from tadrop_jax.steps import Step, Sums
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step
 
 
 def merge_stages(results) -> dict[str, jax.Array]:

@@ -12,7 +12,8 @@ from jax import lax
 from tadrop_jax import memory, reductions, selection
 from tadrop_jax.advancing import advance
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.steps import Max, Min, Piece, Stage, Step, Sums
+from tadrop_jax.stages import Max, Min, Stage, Sums
+from tadrop_jax.steps import Piece, Step
 
 
 class Site(NamedTuple):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import MergeError
 from tadrop_jax.selection import magnitude
-from tadrop_jax.steps import AnyStep, Ranks, Step, Sums, expand, floor_times, output_of, reported, safe_ratio, spec
+from tadrop_jax.stages import Ranks, Sums
+from tadrop_jax.steps import AnyStep, Step, expand, floor_times, output_of, reported, safe_ratio, spec
 
 
 def ratio_step(q_low, q_high) -> Step:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from tadrop_jax import linalg
 from tadrop_jax.parameters import choice
-from tadrop_jax.steps import Step, Sums, over_tasks, safe_ratio, safe_sqrt
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step, over_tasks, safe_ratio, safe_sqrt
 
 Merge = Callable[[jax.Array], jax.Array]
 

@@ -22,7 +22,8 @@ from tadrop_jax.pieces import piece_of
 from tadrop_jax.placement import apart, devices_of, place, without_first_axis
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.sites import OfRun, Site, Tensor, crossed, kept, site_of
-from tadrop_jax.steps import Piece, Step, Sums
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Piece, Step
 from tadrop_jax.trees import is_traced
 from tadrop_jax.wide import Wide
 

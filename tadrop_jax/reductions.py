@@ -10,7 +10,8 @@ from jax import lax
 
 from tadrop_jax import selection, wide
 from tadrop_jax.errors import MergeError
-from tadrop_jax.steps import Max, Min, Piece, Stage, Sums
+from tadrop_jax.stages import Max, Min, Stage, Sums
+from tadrop_jax.steps import Piece
 from tadrop_jax.trees import is_traced
 from tadrop_jax.wide import Wide
 

@@ -240,7 +240,7 @@ def place(row: np.ndarray, known: list[int], rank: int) -> np.generic:
 
 
 def tails(rows: np.ndarray, places: Sequence[list[int]], cuts: np.ndarray, power: int | None) -> dict[str, np.ndarray]:
-    """What :class:`tadrop_jax.steps.Tail` asks for, of rows that were partitioned.
+    """What :class:`tadrop_jax.stages.Tail` asks for, of rows that were partitioned.
 
     Args:
       rows: ``(T, n)`` keys of non-negative float32 numbers.

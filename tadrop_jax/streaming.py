@@ -22,7 +22,8 @@ from tadrop_jax import cutting, randomness, reductions, sampling, selection
 from tadrop_jax.advancing import global_stages, in_passing, merge_stages
 from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
-from tadrop_jax.steps import Step, Sums
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step
 from tadrop_jax.workers import cores, side_by_side
 
 __all__ = ["NonFinite", "Outcome", "Settings", "Stream", "measure", "run"]

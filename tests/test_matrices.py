@@ -11,7 +11,8 @@ import tadrop_jax as tj
 from tadrop_jax import registry
 from tadrop_jax.matrices import matrix_rule
 from tadrop_jax.planning import Request
-from tadrop_jax.steps import Step, Sums, spec
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step, spec
 from tests.helpers import family, run_streamed, save_family
 
 pytestmark = pytest.mark.optimised

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tadrop_jax.rules.geometry import weights_of
-from tadrop_jax.steps import Ranks, Step, spec
+from tadrop_jax.stages import Ranks
+from tadrop_jax.steps import Step, spec
 from tadrop_jax.wide import floor_times
 
 _FLOOR = 1e-8

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from tadrop_jax.kinds import masked_vector
 from tadrop_jax.parameters import choice
 from tadrop_jax.selection import magnitude
-from tadrop_jax.steps import Step, Sums, over_tasks, patterns, safe_ratio, spec
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step, over_tasks, patterns, safe_ratio, spec
 
 KIND = masked_vector("emr")
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import number
-from tadrop_jax.steps import Piece, Sums, over_tasks, safe_ratio
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Piece, over_tasks, safe_ratio
 
 
 def weights_of(x: Piece) -> jax.Array:

@@ -12,7 +12,8 @@ from tadrop_jax.rules.geometry import (
     weights_per_task,
     weights_with_sum,
 )
-from tadrop_jax.steps import Step, Sums, safe_ratio, spec
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step, safe_ratio, spec
 
 # Of the sum of |w_t|: what float32 rounding leaves of unit vectors that balance out lies below.
 _BALANCED = 1e-5

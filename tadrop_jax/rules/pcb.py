@@ -8,7 +8,8 @@ from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.selection import magnitude
-from tadrop_jax.steps import Ranks, Step, floor_times, over_tasks, safe_ratio, spec
+from tadrop_jax.stages import Ranks
+from tadrop_jax.steps import Step, floor_times, over_tasks, safe_ratio, spec
 
 VERSIONS: dict[str, dict[str, Any]] = {
     "repository": {"clip": 0.0001, "coefficient": 1.0},

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from tadrop_jax.parameters import choice, single
 from tadrop_jax.rules.ram import changed
-from tadrop_jax.steps import Step, Sums, over_tasks, spec
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step, over_tasks, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "mergekit": {"alpha": 0.2, "granularity": "tensor"},

@@ -8,7 +8,8 @@ from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.sparsifiers.ranking import exact_largest, from_top, is_kept
-from tadrop_jax.steps import Ranks, Step, Sums, over_tasks, spec
+from tadrop_jax.stages import Ranks, Sums
+from tadrop_jax.steps import Step, over_tasks, spec
 
 
 def sce(density: Any = 0.1, coefficient=1.0) -> Step:

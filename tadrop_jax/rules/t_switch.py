@@ -7,12 +7,11 @@ from tadrop_jax import wide
 from tadrop_jax.errors import MergeError
 from tadrop_jax.kinds import Kind, Part
 from tadrop_jax.parameters import choice, lengths, number
+from tadrop_jax.stages import Ranks, Sums
 from tadrop_jax.steps import (
     AnyStep,
     Chain,
-    Ranks,
     Step,
-    Sums,
     at_least,
     chain,
     floor_times,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from tadrop_jax.parameters import choice, flag, lengths, number, single
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
-from tadrop_jax.steps import AnyStep, Chain, Guess, Step, Sums, chain, over_tasks, safe_ratio, spec
+from tadrop_jax.stages import Guess, Sums
+from tadrop_jax.steps import AnyStep, Chain, Step, chain, over_tasks, safe_ratio, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {

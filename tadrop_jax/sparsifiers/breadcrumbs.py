@@ -8,7 +8,8 @@ from tadrop_jax import wide
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.selection import magnitude
 from tadrop_jax.sparsifiers.ranking import between_ranks, check_positions, tie_order
-from tadrop_jax.steps import Ranks, Step, floor_times, spec
+from tadrop_jax.stages import Ranks
+from tadrop_jax.steps import Step, floor_times, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {"granularity": "row", "first": "gamma"},

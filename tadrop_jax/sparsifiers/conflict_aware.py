@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import whole
-from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Step, Sums, expand, output_of
+from tadrop_jax.stages import Ranks, Sums
+from tadrop_jax.steps import AnyStep, PerTasks, Step, expand, output_of
 
 
 def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.sparsifiers.norms import powers, scale
-from tadrop_jax.steps import Step, Sums, safe_ratio, spec
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step, safe_ratio, spec
 
 
 def dare(density, rescale: str | None = "inverse") -> Step:

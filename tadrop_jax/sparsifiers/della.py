@@ -11,7 +11,8 @@ from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.selection import magnitude
 from tadrop_jax.sparsifiers.norms import powers, scale
 from tadrop_jax.sparsifiers.ranking import row_ranks
-from tadrop_jax.steps import Step, Sums, safe_ratio, spec
+from tadrop_jax.stages import Sums
+from tadrop_jax.steps import Step, safe_ratio, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {"granularity": "row", "rescale": "entry"},

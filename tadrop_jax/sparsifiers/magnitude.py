@@ -6,7 +6,8 @@ from tadrop_jax import selection, wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.sparsifiers.ranking import each, exact_largest, from_top, is_kept
-from tadrop_jax.steps import Ranks, Scope, Step, floor_times, spec
+from tadrop_jax.stages import Ranks, Scope
+from tadrop_jax.steps import Step, floor_times, spec
 
 KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")
 

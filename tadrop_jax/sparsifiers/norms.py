@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.steps import Sums, Tail, at_least, magnitude, safe_ratio, safe_sqrt
+from tadrop_jax.stages import Sums, Tail
+from tadrop_jax.steps import at_least, magnitude, safe_ratio, safe_sqrt
 
 
 def check_norm(method: str, norm):

@@ -12,7 +12,7 @@ from jax import lax
 
 from tadrop_jax import reductions, selection, wide
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.steps import Ranks
+from tadrop_jax.stages import Ranks
 from tadrop_jax.wide import Wide
 
 NEVER = np.uint32(2**32 - 1)

@@ -7,7 +7,8 @@ import math
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import choice
 from tadrop_jax.sparsifiers.norms import powers, scale
-from tadrop_jax.steps import AnyStep, PerTasks, Ranks, Scope, Step, Sums, expand, output_of, reported
+from tadrop_jax.stages import Ranks, Scope, Sums
+from tadrop_jax.steps import AnyStep, PerTasks, Step, expand, output_of, reported
 
 
 def rescale(sparsifier: AnyStep, norm: int = 2, granularity: Scope = "tensor") -> Step | PerTasks:

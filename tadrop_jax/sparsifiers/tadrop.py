@@ -9,7 +9,8 @@ from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import known, number, ordered
 from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
-from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, safe_ratio, spec
+from tadrop_jax.stages import Ranks
+from tadrop_jax.steps import Step, floor_times, magnitude, safe_ratio, spec
 
 
 def tadrop(

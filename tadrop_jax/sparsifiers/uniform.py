@@ -5,7 +5,8 @@ import functools
 from tadrop_jax.parameters import lengths, number
 from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
 from tadrop_jax.sparsifiers.ranking import each
-from tadrop_jax.steps import Ranks, Step, floor_times, magnitude, spec
+from tadrop_jax.stages import Ranks
+from tadrop_jax.steps import Step, floor_times, magnitude, spec
 
 
 def uniform(sparsity, norm: int | None = 2) -> Step:
