@@ -121,7 +121,8 @@ def keep_probabilities(x, density, epsilon, granularity: str) -> jax.Array:
         last = size.shape[axis] - 1
         ranks = jnp.moveaxis(row_ranks(jnp.moveaxis(size, axis, -1)), -1, axis)
     share = ranks.astype(jnp.float32) / last if last else jnp.full(size.shape, 0.5, jnp.float32)
-    # The barrier keeps the product from being fused into the sum: executors must round alike.
+    # Executors must round alike. The barrier keeps the product from being fused into the sum; XLA on CPU drops it, and
+    # fuses them everywhere.
     spread = jax.lax.optimization_barrier(x.from_torch_order(share) * (2 * epsilon))
     return (density - epsilon) + spread
 
