@@ -62,6 +62,7 @@ evidence: setup
 	run vision --base-seed 1 --seeds 0 --out $(OUT)/vision-base1; \
 	run vision --base-seed 1 --recipe sgd --seeds 0 1 --out $(OUT)/vision-base1; \
 	run language --base-seed 1 --seeds 0 --out $(OUT)/language-second; \
+	run vision --base-seed 2 --out $(OUT)/vision-third; \
 	run language --base-seed 2 --pretraining 0.4 --recipe frozen-head --count 4 --out $(OUT)/language-third
 
 clean:
