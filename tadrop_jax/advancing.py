@@ -85,9 +85,12 @@ def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, re
 
 def _check_shape(step: Step, x: Piece, value) -> None:
     """Refuses what a step of the user's own puts out if it has another shape than it says: it would be broadcast."""
-    wanted = {"stack": x.stack.shape, "bundle": None}.get(step.output, x.stack.shape[1:])
+    if step.output == "bundle":
+        return
+    wanted = x.stack.shape if step.output == "stack" else x.stack.shape[1:]
     found = getattr(value, "shape", None)
-    if wanted is not None and found != wanted:
+    on_top = (len(x.tasks) + 1, *wanted[1:])  # what a rule merged, on top of the task vectors (SVC)
+    if found != wanted and not (step.output == "stack" and found == on_top):
         got = f"shape {list(found)}" if found is not None else f"a {type(value).__name__}"
         said = f"of a stack of shape {list(x.stack.shape)} a step with output={step.output!r} makes {list(wanted)}"
         raise MergeError(f"{said}; its apply gave {got}")
