@@ -204,12 +204,19 @@ def task_names(models: Sequence[Path]) -> tuple[str, ...]:
     """The models' directory names (file names without suffix), made unique by their parents if need be."""
     # A file keeps the name that it was given by: in the cache of Hugging Face it is a link to one named by its hash.
     paths = [Path(os.path.abspath(p)) if p.is_file() else p.resolve() for p in models]
-    names = [p.stem if p.is_file() else p.name for p in paths]
+    names = [p.stem if p.is_file() else _name(p) for p in paths]
     if len(set(names)) < len(names):
-        names = [f"{p.parent.name}-{n}" for p, n in zip(paths, names, strict=True)]
+        names = [f"{_name(p.parent)}-{n}" for p, n in zip(paths, names, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{n}-{t}" for t, n in enumerate(names)]
     return tuple(names)
+
+
+def _name(directory: Path) -> str:
+    """A directory's name; of one in the cache of Hugging Face that of the model, and not of the commit."""
+    snapshots, repository = directory.parent.name, directory.parent.parent.name
+    cached = snapshots == "snapshots" and repository.startswith("models--")
+    return repository.rpartition("--")[-1] if cached else directory.name
 
 
 def refuse_same_file(models: Sequence[Source]) -> None:

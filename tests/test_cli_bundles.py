@@ -147,6 +147,17 @@ def test_single_files_of_a_cache_keep_their_names(root):
     assert report_of(root / "out")["tasks"] == ["m0", "m1"]
 
 
+def test_models_of_a_cache_give_tasks_their_names(root):
+    """There a model lies in models--OWNER--NAME/snapshots/COMMIT."""
+    for name in ("m0", "m1"):
+        place = root / f"models--someone--gpt2-{name}" / "snapshots" / "5f91d94b"
+        place.parent.mkdir(parents=True)
+        (root / name).rename(place)
+    models = [f"models--someone--gpt2-{name}/snapshots/5f91d94b" for name in ("m0", "m1")]
+    assert merge(root, method="emr", models=models) == 0
+    assert report_of(root / "out")["tasks"] == ["gpt2-m0", "gpt2-m1"]
+
+
 def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):
     base, models = family(2)
     tj.merge_task_vectors(tj.task_vectors(base, models), tj.emr()).save(tmp_path / "bundle")
