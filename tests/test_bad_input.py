@@ -172,6 +172,11 @@ def unreadable_tokenizer(file: Path):
     (file.parents[1] / "base" / "tokenizer.json").symlink_to("/proc/self/mem")
 
 
+def dangling_tokenizer(file: Path):
+    """As in a cache of Hugging Face that was pruned."""
+    (file.parents[1] / "base" / "tokenizer.json").symlink_to(file.parent / "nowhere")
+
+
 DAMAGE = {
     truncated: [FILE, "truncated"],
     corrupt: [FILE, "header", "not valid JSON"],
@@ -186,6 +191,7 @@ DAMAGE = {
     config: ["m1/config.json", "not valid JSON"],
     unreadable_config: ["m1/config.json: cannot be read: Input/output error"],
     unreadable_tokenizer: ["base/tokenizer.json: cannot be read: Input/output error"],
+    dangling_tokenizer: ["base/tokenizer.json: cannot be read: No such file"],
     adapter: ["m1", "is an adapter", "merge_and_unload", "tj.knots"],
     adapter_file: ["m1", "is an adapter", "merge_and_unload"],
     other_dtype: ["has dtype float16", "one dtype first"],

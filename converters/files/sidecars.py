@@ -38,7 +38,7 @@ def sidecars(src_dir: str | os.PathLike[str]) -> dict[str, Path]:
     return {
         file.relative_to(src_dir).as_posix(): file
         for file in files
-        if file.is_file()
+        if (file.is_file() or (file.is_symlink() and not file.exists()))  # a link to nothing is refused when it is read
         and file.suffix in _SUFFIXES
         and not file.name.endswith(".index.json")
         and not file.name.startswith(".")
