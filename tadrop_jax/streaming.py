@@ -408,16 +408,22 @@ class _Run:
     def finish(self, k: int, write, parallel) -> None:
         kept = self.keep(k)
         self.tensor_stages(k, None, parallel, kept)
-        found = parallel(lambda block: self.put(block, write, kept), self.blocks(k))
-        for m, at in enumerate(self.passing(k)):
-            self.shares.setdefault(at, {})[k] = [passing[m] for passing in found]
+        at = self.passing(k)
+
+        def share(block: Block) -> list[tuple[dict, Any]]:
+            if write is not None:
+                return self.put(block, write, kept)
+            return [(self.call("sums", block, stop, kept)[0], False) for stop in at]
+
+        found = parallel(share, self.blocks(k))
+        for m, stop in enumerate(at):
+            self.shares.setdefault(stop, {})[k] = [shares[m] for shares in found]
 
     def put(self, block: Block, write, kept=None) -> list[tuple[dict, Any]]:
         """Computes what the chain puts out for a block, and writes it; gives what was found in passing."""
         value, passing = self.call("finish", block, None, kept)
-        if write is not None:
-            bundle = self.steps[-1].output == "bundle"
-            write(block.at, block.start, self.parts_of(block, value) if bundle else value[: block.size])
+        bundle = self.steps[-1].output == "bundle"
+        write(block.at, block.start, self.parts_of(block, value) if bundle else value[: block.size])
         return passing
 
     def parts_of(self, block: Block, value) -> dict[str, np.ndarray] | None:
