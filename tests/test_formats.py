@@ -170,7 +170,7 @@ def test_a_model_of_another_architecture(mixed, capsys):
     first, *few, last = capsys.readouterr().err.splitlines()
     assert f"{mixed / 'gpt2'}: its tensors have other names or axes than those of {mixed / 'base'}" in first
     assert len(few) == 5
-    assert last == "  and 23 more"
+    assert last == "  unmapped: and 23 more"
 
 
 def test_a_tree_of_an_unknown_architecture(tmp_path, capsys):
