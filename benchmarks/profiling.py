@@ -88,7 +88,8 @@ def profile(method: str, inputs: Sequence[Path], out: Path) -> dict[str, Any]:
         stop.set()
         watcher.join()
         merges.remove(out)
-    first = next(i for i, (_, _, seen) in enumerate(looks) if seen["reading"])
+    # A small merge may be over between two looks.
+    first = next((i for i, (_, _, seen) in enumerate(looks) if seen["reading"] or seen["checking"]), 0)
     looks = looks[first:]
     (begin, cpu, _), (end, cpu_end, _) = looks[0], looks[-1]
     total, all_ = Counter[str](), cores() * len(looks)
