@@ -28,9 +28,9 @@ class ConversionError(ValueError):
         super().__init__("\n  ".join((summary, *itertools.chain(*lines))))
 
 
-def few(lines: Sequence[str], prefix: str = "") -> list[str]:
-    """The first five, and how many more there are; that line has a prefix."""
-    return [*lines[:_SHOWN], *[f"{prefix}and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)]
+def few(lines: Sequence[str], prefix: str = "", of: str = "") -> list[str]:
+    """The first five, and how many more there are; that line has a prefix, and may say of what."""
+    return [*lines[:_SHOWN], *[f"{prefix}and {len(lines) - _SHOWN} more{of}"] * (len(lines) > _SHOWN)]
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """A chain of steps at work: the loop that every executor runs over a piece, and what its stages found."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 
 from tadrop_jax.errors import MergeError
 from tadrop_jax.pieces import Piece
-from tadrop_jax.stages import Sums
+from tadrop_jax.stages import Stage, Sums
 from tadrop_jax.steps import Step
 
 
@@ -30,7 +30,12 @@ def in_passing(steps: Sequence[Step], i: int, j: int) -> bool:
     """Whether the pass that applies a chain can find a stage's statistic: nothing looks at it, or goes by a guess."""
     stage = steps[i].stages[j]
     last = (i, j) == (len(steps) - 1, len(steps[i].stages) - 1)
-    return isinstance(stage, Sums) and (stage.aside or (stage.guess is not None and last))
+    return may_pass(stage) and (last or stage.guess is None)
+
+
+def may_pass(stage: Stage) -> TypeGuard[Sums]:
+    """Whether a stage leaves it open when its statistic is found: it is aside, or has a guess."""
+    return isinstance(stage, Sums) and (stage.aside or stage.guess is not None)
 
 
 class Reached(NamedTuple):

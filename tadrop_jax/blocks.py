@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from tadrop_jax import memory, reductions, selection
-from tadrop_jax.advancing import advance
+from tadrop_jax.advancing import advance, may_pass
 from tadrop_jax.pieces import piece_of
-from tadrop_jax.stages import Max, Min, Stage, Sums
+from tadrop_jax.stages import Max, Min, Sums
 from tadrop_jax.steps import Piece, Step
 
 
@@ -60,7 +60,7 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
 
         def whole(stage, x, carry):
             found = reductions.reduce_stage(stage, x, carry, math.prod(x.stack.shape[1:]))
-            return passed(stage, x, carry, found) if _passes(stage) else found
+            return passed(stage, x, carry, found) if may_pass(stage) else found
 
         return advance(site.steps, site.active, x, carries, whole, site.stop), passing
 
@@ -78,15 +78,11 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
     def missing(stage, x, carry):
         if stage.scope == "row":
             return reductions.reduce_stage(stage, x, carry, n)
-        if not _passes(stage):
+        if not may_pass(stage):
             raise AssertionError("statistics come before the pass that needs them")
         return passed(stage, x, carry, _partial(stage, x, carry, valid, n))
 
     return advance(site.steps, site.active, x, carries, missing, site.stop), passing
-
-
-def _passes(stage: Stage) -> bool:
-    return isinstance(stage, Sums) and (stage.aside or stage.guess is not None)
 
 
 def stage_of(site: Site) -> Any:

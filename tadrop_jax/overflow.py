@@ -8,10 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from converters.errors import few
 from tadrop_jax.reading import all_finite
 from tadrop_jax.report import TensorLog
-
-_SHOWN = 5
 
 
 class Overflow:
@@ -66,4 +65,4 @@ def warnings_of(rows: Mapping[str, Mapping[str, Any]], dtype_of: Callable[[str],
         wider = "; 'tadrop merge' with --dtype bfloat16 or float32 holds larger ones" if narrow else ""
         values = f"{count} value{'s' * (count > 1)}"
         lines.append(f"{name}: {values} of finite inputs overflowed {dtype} and became infinite or NaN{wider}")
-    return lines[:_SHOWN] + [f"and {len(lines) - _SHOWN} more such tensors"] * (len(lines) > _SHOWN)
+    return few(lines, of=" such tensors")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from converters.errors import few
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
 from tadrop_jax.errors import CheckpointError, MergeError, ParameterError
 from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
@@ -197,7 +198,7 @@ def implausible(sources: Sequence[Source], plan: Plan, paths: Sequence[Path]) ->
                     f"{path}: tensor {name!r} moved by {ratio:.1f} times its own size; "
                     "if it was trained anew, let it stay the task's own (per_task)"
                 )
-    return lines[:5] + [f"and {len(lines) - 5} more such tensors"] * (len(lines) > 5)
+    return few(lines, of=" such tensors")
 
 
 def task_names(models: Sequence[Path]) -> tuple[str, ...]:
