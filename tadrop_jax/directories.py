@@ -90,7 +90,7 @@ def merge_directories(request: Request, progress: Callable[[int, int], None] = l
             )
             try:
                 report = _merge(
-                    request, sources, steps, plan, tasks, sink, bundle, share, layout, fingerprint, progress
+                    request, sources, steps, plan, tasks, sink, bundle, share, layout, beside, fingerprint, progress
                 )
             except (CheckpointError, OSError) as error:
                 raise MergeFailed(str(error)) from error
@@ -140,7 +140,7 @@ def inspect_directories(
 
 
 def _merge(
-    request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool, share, layout, fingerprint, progress
+    request, sources, steps, plan: Plan, tasks, sink: Sink, bundle: bool, share, layout, beside, fingerprint, progress
 ) -> dict:
     base = sources[0]
     turned = Turned(sources, {} if bundle else pytorch_places(base), request.workers)
@@ -242,7 +242,7 @@ def _merge(
         count = base.tensors[name].shape[0]
         report["warnings"].append(f"{name}: its first {plan.rows[name]} rows merge, of {count} that the base has")
     if request.process == 0:
-        _add_files(request, sink, tasks, steps[-1].kind, scalars, report, sources, plan, layout)
+        _add_files(sink, beside, tasks, steps[-1].kind, scalars, report, sources, plan, layout)
     sink.add_file(REPORT, json.dumps(report, indent=1).encode())
     progress(total, total)
     sink.finish(without=[LINES])
@@ -293,8 +293,8 @@ def _beside(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
     return {place + name: data for place, files in found.items() for name, data in files.items()}
 
 
-def _add_files(request, sink: Sink, tasks, kind, scalars, report, sources, plan: Plan, layout) -> None:
-    for name, data in _beside(request, () if kind is None else tasks).items():
+def _add_files(sink: Sink, beside, tasks, kind, scalars, report, sources, plan: Plan, layout) -> None:
+    for name, data in beside.items():
         sink.add_file(name, data)
     if kind is not None:
         sizes = outputs.bytes_by_part(layout)
