@@ -46,10 +46,10 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
     choice("emr", "rescaler", rescaler, ("tensor_mean", "global"))
 
     def parts(x):
-        positive = x.once(over_tasks(jnp.add, x.stack) > 0)
-        masks = jnp.where(positive, x.stack > 0, x.stack < 0)
-        largest = x.once(over_tasks(jnp.maximum, jnp.where(masks, magnitude(x.stack), 0)))
-        return jnp.where(positive, largest, -largest), masks
+        sign = x.once(jnp.where(over_tasks(jnp.add, x.stack) > 0, 1.0, -1.0))
+        agreeing = x.stack * sign
+        masks = agreeing > 0
+        return sign * x.once(over_tasks(jnp.maximum, jnp.maximum(agreeing, 0))), masks
 
     def sums(x, carry, n):
         unified, masks = parts(x)
