@@ -12,6 +12,7 @@ from jax import lax
 from tadrop_jax import memory, reductions, selection
 from tadrop_jax.advancing import advance, may_pass
 from tadrop_jax.pieces import piece_of
+from tadrop_jax.sites import Given
 from tadrop_jax.stages import Max, Min, Sums
 from tadrop_jax.steps import Piece, Step
 
@@ -20,7 +21,7 @@ class Site(NamedTuple):
     """What a compiled block function depends on besides the length of the block.
 
     Attributes:
-      steps: the chain.
+      steps: the chain, without its numbers (:attr:`Step.form`).
       active: which steps are for the tensor.
       tasks: T.
       kind: ``"keys"`` (of a stage of ranks), ``"sums"`` (of a stage of sums) or ``"finish"`` (what the chain puts out).
@@ -43,10 +44,10 @@ class Site(NamedTuple):
     part: tuple[int, ...] | None = None
 
 
-def _reach(site: Site, raw, key, carries, start, valid, n):
+def _reach(site: Site, raw, given: Given, carries, start, valid, n):
     """The chain up to the site's stop, over one block; and what it finds in passing."""
     values = lax.bitcast_convert_type(raw, jnp.dtype(site.dtype)).astype(jnp.float32)
-    passing: list[tuple] = []
+    steps, passing = given.of(site.steps), list[tuple]()
 
     def passed(stage, x, carry, found):
         if stage.guess is None:
@@ -56,13 +57,13 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
 
     if site.shape is not None:
         values = values.reshape(-1, *site.shape)
-        x = piece_of((values[0], list(values[1:])), None, site.tasks, key, site.shape)
+        x = piece_of((values[0], list(values[1:])), None, site.tasks, given.key, site.shape)
 
         def whole(stage, x, carry):
             found = reductions.reduce_stage(stage, x, carry, math.prod(x.stack.shape[1:]))
             return passed(stage, x, carry, found) if may_pass(stage) else found
 
-        return advance(site.steps, site.active, x, carries, whole, site.stop), passing
+        return advance(steps, site.active, x, carries, whole, site.stop), passing
 
     if site.part is not None:
         values = values.reshape(len(values), -1, *site.part)
@@ -73,7 +74,7 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
         return (start[0] + (low < start[1]).astype(jnp.uint32)).reshape(local), low.reshape(local)
 
     stack = values[1:] - values[:1]
-    x = Piece(stack, values[0], tuple(range(site.tasks)), key, position, valid, true=valid > 0)
+    x = Piece(stack, values[0], tuple(range(site.tasks)), given.key, position, valid, true=valid > 0)
 
     def missing(stage, x, carry):
         if stage.scope == "row":
@@ -82,7 +83,7 @@ def _reach(site: Site, raw, key, carries, start, valid, n):
             raise AssertionError("statistics come before the pass that needs them")
         return passed(stage, x, carry, _partial(stage, x, carry, valid, n))
 
-    return advance(site.steps, site.active, x, carries, missing, site.stop), passing
+    return advance(steps, site.active, x, carries, missing, site.stop), passing
 
 
 def stage_of(site: Site) -> Any:
@@ -97,17 +98,17 @@ def selected_like(site: Site, leaves: tuple, tree) -> tuple[Any, int]:
 
     Args:
       site: of kind ``"keys"``.
-      leaves: shapes and dtypes of raw bits, key and carries.
+      leaves: shapes and dtypes of raw bits, key and numbers, and carries.
       tree: their structure.
     """
-    raw, key, carries = jax.tree.unflatten(tree, leaves)
+    raw, given, carries = jax.tree.unflatten(tree, leaves)
 
-    def values(raw, key, carries):
+    def values(raw, given, carries):
         start, size = np.zeros(2, np.uint32), raw.shape[1]
-        reached, _ = _reach(site, raw, key, carries, start, np.uint32(size), np.float32(size))
+        reached, _ = _reach(site, raw, given, carries, start, np.uint32(size), np.float32(size))
         return _flat(stage_of(site).of(reached.x, reached.carry))
 
-    found = jax.eval_shape(values, raw, key, carries)
+    found = jax.eval_shape(values, raw, given, carries)
     return found.dtype, found.shape[0]
 
 
@@ -133,14 +134,14 @@ def compiled(site: Site):
     """The compiled function of one block.
 
     Returns:
-      A function of raw bits ``(T + 1, B)`` (row 0 is the base), key, carries, position of the first entry as two
-      uint32, number of real entries, and entries of the tensor. It gives the value of the site's kind; of each stage
-      that is found in passing, for ``"finish"``, the block's share and whether entries went by a guess of it; and,
-      where the block is the whole tensor, the carries with the tensor's own statistics filled in (else None).
+      A function of raw bits ``(T + 1, B)`` (row 0 is the base), key and numbers, carries, position of the first entry
+      as two uint32, number of real entries, and entries of the tensor. It gives the value of the site's kind; of each
+      stage that is found in passing, for ``"finish"``, the block's share and whether entries went by a guess of it;
+      and, where the block is the whole tensor, the carries with the tensor's own statistics filled in (else None).
     """
 
-    def fn(raw, key, carries, start, valid, n):
-        reached, passing = _reach(site, raw, key, carries, start, valid, n)
+    def fn(raw, given, carries, start, valid, n):
+        reached, passing = _reach(site, raw, given, carries, start, valid, n)
         filled = None if site.shape is None else reached.carries
         if site.kind == "keys":
             return selection.ordered_bits(_flat(stage_of(site).of(reached.x, reached.carry))), [], filled

@@ -47,7 +47,7 @@ def matrix_rule(
     """
     coefficient = single(name, "coefficient", coefficient)
     mean_only = patterns(mean_only)
-    identity = spec(name, coefficient=coefficient, **parameters)
+    identity = spec(name, **parameters)
     mean = _mean(coefficient)
 
     def instead(path: str, shape: tuple[int, ...], tasks: int) -> Step | None:
@@ -55,7 +55,7 @@ def matrix_rule(
         return None if is_matrix else mean
 
     def apply(x, carry):
-        return coefficient * x.from_torch_order(merge(x.in_torch_order()))
+        return x.numbers["coefficient"] * x.from_torch_order(merge(x.in_torch_order()))
 
     return Step(
         apply=apply,
@@ -65,6 +65,7 @@ def matrix_rule(
         mentions=mean_only,
         note=lambda shape, tasks: {"treated": "matrix"} | dict(note(shape, tasks) if note else {}),  # type: ignore[arg-type]
         spec=None if identity is None else (*identity, mean_only),
+        numbers={"coefficient": coefficient},
     )
 
 

@@ -21,7 +21,7 @@ from tadrop_jax.advancing import advance, global_stages, merge_stages
 from tadrop_jax.pieces import piece_of
 from tadrop_jax.placement import apart, devices_of, place, without_first_axis
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
-from tadrop_jax.sites import OfRun, Site, Tensor, crossed, kept, site_of
+from tadrop_jax.sites import Given, OfRun, Site, Tensor, crossed, given, kept, site_of
 from tadrop_jax.stages import Sums
 from tadrop_jax.steps import Piece, Step
 from tadrop_jax.trees import is_traced
@@ -74,8 +74,9 @@ def run(
 
 def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, spare, functions: OfRun) -> list[Result]:
     key = randomness.check_needed(any(s.random for s in steps), key)
-    sites = [site_of(steps, t, tasks, functions) for t in tensors]
+    sites, chains = zip(*(site_of(steps, t, tasks, functions) for t in tensors), strict=True) if tensors else ((), ())
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
+    own = [given(k, chain) for k, chain in zip(keys, chains, strict=True)]
 
     def raw(k):
         """Base and models, brought to where the site wants them only while they are needed."""
@@ -85,33 +86,33 @@ def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, sp
 
     for stop in global_stages(steps):
         i, j = stop
-        at = [k for k, site in enumerate(sites) if site.active[i] and site.steps[i] == steps[i]]
+        at = [k for k, site in enumerate(sites) if site.active[i] and chains[k][i] == steps[i]]
         if not at:
             continue
         stage = steps[i].stages[j]
         if isinstance(stage, Sums):
             parts = []
             for k in at:
-                part, carries[k] = _partial(sites[k], stop)(raw(k), keys[k], carries[k])
+                part, carries[k] = _partial(sites[k], stop)(raw(k), own[k], carries[k])
                 parts.append(part)
             found = combine(stage, parts)
         else:
             for k in at:
-                carries[k] = _prepared(sites[k], stop)(raw(k), keys[k], carries[k])
-            found = _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries)
+                carries[k] = _prepared(sites[k], stop)(raw(k), own[k], carries[k])
+            found = _global_ranks(stage, stop, at, tensors, sites, raw, own, carries)
         for k in at:
             done = list(carries[k][i])
             done[j] = found
             carries[k] = (*carries[k][:i], tuple(done), *carries[k][i + 1 :])
 
-    finished = _finish(tensors, sites, raw, keys, carries, spare)
+    finished = _finish(tensors, sites, raw, own, carries, spare)
     return [
-        Result(value, tuple(merge_stages(c) for c in filled), site.steps)
-        for (value, filled), site in zip(finished, sites, strict=True)
+        Result(value, tuple(merge_stages(c) for c in filled), chain)
+        for (value, filled), chain in zip(finished, chains, strict=True)
     ]
 
 
-def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
+def _finish(tensors, sites, raw, own, carries, spare) -> list[tuple]:
     """What the chain puts out for each tensor; tensors of one site that are wanted whole run together."""
     together: dict[Any, list[int]] = {}
     for k, site in enumerate(sites):
@@ -130,9 +131,9 @@ def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
         for start in range(0, len(batch), size):
             at = batch[start : start + size]
             if len(at) == 1:
-                results = [_finish_one(site, tensors[at[0]], raw(at[0]), keys[at[0]], carries[at[0]], spare)]
+                results = [_finish_one(site, tensors[at[0]], raw(at[0]), own[at[0]], carries[at[0]], spare)]
             else:
-                results = _finished_together(site)([(raw(k), keys[k], carries[k]) for k in at])
+                results = _finished_together(site)([(raw(k), own[k], carries[k]) for k in at])
             for k, (value, filled) in zip(at, results, strict=True):
                 lies, shape = tensors[k].lies, getattr(value, "shape", None)
                 if site.mesh is None and lies is not None:  # it was gathered for a step that needs it whole
@@ -147,13 +148,13 @@ def _finish(tensors, sites, raw, keys, carries, spare) -> list[tuple]:
     return found
 
 
-def _finish_one(site, tensor: Tensor, raw, key, carries, spare):
+def _finish_one(site, tensor: Tensor, raw, own, carries, spare):
     base, models = raw
     # What has the shape and dtype of a model takes the place of one.
     alike = bool(spare) and site.active[-1] and site.steps[-1].output in ("vector", "parameters")
     if alike and id(tensor.models[0]) in spare:
-        return _consuming(site)(models[0], base, models[1:], key, carries)
-    return _finished(site)(raw, key, carries)
+        return _consuming(site)(models[0], base, models[1:], own, carries)
+    return _finished(site)(raw, own, carries)
 
 
 def _raw(tensor: Tensor, site: Site):
@@ -167,19 +168,19 @@ def _raw(tensor: Tensor, site: Site):
     return jax.tree.map(lambda leaf: place(leaf, to), (tensor.base, tensor.models))
 
 
-def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
+def _global_ranks(stage, stop, at, tensors, sites, raw, own, carries):
     """Selection over the tree: the counts of each round add over tensors."""
     i, j = stop
     n = sum(math.prod(sites[k].shape) for k in at)
     carry = merge_stages(carries[at[0]][i][:j])
     # The tensors agree on dtype and leading axis of what is selected; ask the first without computing it.
-    probe = jax.eval_shape(_selected(sites[at[0]], stop), raw(at[0]), keys[at[0]], carries[at[0]])
+    probe = jax.eval_shape(_selected(sites[at[0]], stop), raw(at[0]), own[at[0]], carries[at[0]])
     names, ranks = from_the_top(stage.at(n, carry), n, probe.shape[0])
 
     scattered = apart([tensors[k].like for k in at])
 
     def count(pivots):
-        parts = [_counted(sites[k], stop)(raw(k), keys[k], carries[k], pivots) for k in at]
+        parts = [_counted(sites[k], stop)(raw(k), own[k], carries[k], pivots) for k in at]
         return functools.reduce(wide.add, jax.device_get(parts) if scattered else parts)
 
     eager = not is_traced([(tensors[k][1:3], carries[k]) for k in at] + [ranks])
@@ -189,7 +190,7 @@ def _global_ranks(stage, stop, at, tensors, sites, raw, keys, carries):
     found = selection.from_ordered_bits(found, probe.dtype)
     # What a step without a spec closes over may be traced, though the tensors are not.
     if stage.attached and (not eager or any(sites[k].functions is not None for k in at)):
-        values = [_selected(sites[k], stop)(raw(k), keys[k], carries[k]) for k in at]
+        values = [_selected(sites[k], stop)(raw(k), own[k], carries[k]) for k in at]
         found = [selection.attached(f, values) for f in found]
     return dict(zip(names, found, strict=True))
 
@@ -205,14 +206,14 @@ def _whole(site: Site, raw, key) -> Piece:
     return piece_of(raw, site.order, site.tasks, key, site.shape, offsets, look=site.one_pass)
 
 
-def _advance(site: Site, raw, key, carries, stop=None):
+def _advance(site: Site, raw, own: Given, carries, stop=None):
     """Applies the steps before ``stop``, filling in the statistics of single tensors on the way."""
-    n, names = math.prod(site.shape), crossed(site)
+    n, names, steps = math.prod(site.shape), crossed(site), own.of(site.steps)
 
     def reduce(stage, x, carry):
         return reduce_stage(stage, x, carry, n, names, site.one_pass)
 
-    return advance(site.steps, site.active, _whole(site, raw, key), carries, reduce, stop)
+    return advance(steps, site.active, _whole(site, raw, own.key), carries, reduce, stop)
 
 
 def store(step: Step, reached, base, dtype):
@@ -232,7 +233,7 @@ def _carried(site: Site):
 
 
 def _mapped(site: Site, fn, outputs, extra=()):
-    """Compiles a function of (raw, key, carries, ...), in shard_map for a sharded tensor."""
+    """Compiles a function of (raw, own, carries, ...), in shard_map for a sharded tensor."""
     if site.mesh is None:
         return jax.jit(fn)
     whole, stack = site.spec, PartitionSpec(None, *site.spec)
@@ -251,8 +252,8 @@ def _mapped(site: Site, fn, outputs, extra=()):
 
 @kept
 def _partial(site: Site, stop):
-    def fn(raw, key, carries):
-        at = _advance(site, raw, key, carries, stop)
+    def fn(raw, own, carries):
+        at = _advance(site, raw, own, carries, stop)
         stage = site.steps[stop[0]].stages[stop[1]]
         n, names = math.prod(site.shape), crossed(site)
         return reduce_stage(stage, at.x, at.carry, n, names, site.one_pass), at.carries
@@ -262,26 +263,28 @@ def _partial(site: Site, stop):
 
 @kept
 def _prepared(site: Site, stop):
-    def fn(raw, key, carries):
-        return _advance(site, raw, key, carries, stop).carries
+    def fn(raw, own, carries):
+        return _advance(site, raw, own, carries, stop).carries
 
     return _mapped(site, fn, lambda whole, stack, none, carries: carries)
 
 
 @kept
 def _selected(site: Site, stop):
-    def fn(raw, key, carries):
-        at = _advance(site, raw, key, carries, stop)
-        return site.steps[stop[0]].stages[stop[1]].of(at.x, at.carry)
+    def fn(raw, own, carries):
+        at = _advance(site, raw, own, carries, stop)
+        stage = site.steps[stop[0]].stages[stop[1]]
+        return stage.of(at.x, at.carry)
 
     return _mapped(site, fn, lambda whole, stack, none, carries: stack)
 
 
 @kept
 def _counted(site: Site, stop):
-    def fn(raw, key, carries, pivots):
-        at = _advance(site, raw, key, carries, stop)
-        values = site.steps[stop[0]].stages[stop[1]].of(at.x, at.carry)
+    def fn(raw, own, carries, pivots):
+        at = _advance(site, raw, own, carries, stop)
+        stage = site.steps[stop[0]].stages[stop[1]]
+        values = stage.of(at.x, at.carry)
         flat = jnp.reshape(pivots, (-1, pivots.shape[-1], *(1,) * (values.ndim - 1)))
         axes = tuple(range(1, values.ndim))
         counts = selection.exact_count(selection.ordered_bits(values), flat, axes, site.one_pass)
@@ -293,8 +296,8 @@ def _counted(site: Site, stop):
 
 
 def _finisher(site: Site):
-    def fn(raw, key, carries):
-        reached, base = _advance(site, raw, key, carries), raw[0]
+    def fn(raw, own, carries):
+        reached, base = _advance(site, raw, own, carries), raw[0]
         if not site.steps:
             return reached.value, reached.carries
         return store(site.steps[-1], reached, base, None if base is None else base.dtype), reached.carries
@@ -334,7 +337,7 @@ def _consuming(site: Site):
     """The same, with the first model's buffer for the result."""
     finished = _finished(site)
 
-    def fn(model, base, rest, key, carries):
-        return finished((base, (model, *rest)), key, carries)
+    def fn(model, base, rest, own, carries):
+        return finished((base, (model, *rest)), own, carries)
 
     return jax.jit(fn, donate_argnums=0)

@@ -1,7 +1,8 @@
 """Pieces of tensors as steps see them, and the positions of their entries in 64 bits."""
 
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ class Piece(NamedTuple):
       given: the stack as it came, before any step.
       true: a boolean that is true, though XLA cannot know it; None where there is none.
       draw: which random numbers a step draws, see :class:`tadrop_jax.steps.Step`.
+      numbers: of the step that looks, by name, see there.
     """
 
     stack: jax.Array
@@ -42,6 +44,7 @@ class Piece(NamedTuple):
     given: jax.Array | None = None
     true: jax.Array | None = None
     draw: int = 0
+    numbers: Mapping[str, Any] = types.MappingProxyType({})
 
     def per_task(self, values) -> jax.Array:
         """Brings a number, or one number per task, into a shape that broadcasts against the stack."""

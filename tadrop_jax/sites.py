@@ -1,10 +1,13 @@
 """Where and on what the in-memory executor runs: tensors, and what the functions that are compiled for them hang on."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tadrop_jax.placement import AnyMesh, axis_names, entries_of, is_local, sharding_of
@@ -67,8 +70,8 @@ class OfRun(dict):
 class Site(NamedTuple):
     """What a compiled function depends on besides shapes and dtypes; and where it is kept, if not for good.
 
-    What a step without a spec closes over may be a tracer of the caller's, or other with every call: it is compiled for
-    one run, and forgotten.
+    The steps are without their numbers (:attr:`Step.form`). What a step without a spec closes over may be a tracer of
+    the caller's, or other with every call: it is compiled for one run, and forgotten.
     """
 
     steps: tuple[Step, ...]
@@ -81,6 +84,28 @@ class Site(NamedTuple):
     spec: PartitionSpec
     one_pass: bool
     functions: OfRun | None
+
+
+class Given(NamedTuple):
+    """What a compiled function is given besides tensors: the tensor's random key or None, and each step's numbers."""
+
+    key: Any
+    numbers: tuple[dict, ...]
+
+    def of(self, forms: Sequence[Step]) -> tuple[Step, ...]:
+        """The steps of these numbers."""
+        pairs = zip(forms, self.numbers, strict=True)
+        return tuple(dataclasses.replace(form, numbers=own) if own else form for form, own in pairs)
+
+
+def given(key, steps: Sequence[Step]) -> Given:
+    """What functions that are compiled for the forms of some steps are given."""
+    return Given(key, tuple(jax.tree.map(_argument, dict(step.numbers)) for step in steps))
+
+
+def _argument(number):
+    """A number of Python as one that has a dtype: of float32, like the task vectors."""
+    return number if isinstance(number, jax.Array) else np.float32(number)
 
 
 def kept(make):
@@ -99,8 +124,11 @@ def kept(make):
     return found
 
 
-def site_of(steps, tensor: Tensor, tasks: int, functions: OfRun) -> Site:
-    """The site of a chain of expanded steps at a tensor; functions of steps without a spec go to those of the run."""
+def site_of(steps, tensor: Tensor, tasks: int, functions: OfRun) -> tuple[Site, tuple[Step, ...]]:
+    """The site of a chain of expanded steps at a tensor, and the chain as it is there.
+
+    Functions of steps without a spec go to those of the run.
+    """
     stacked = tensor.base is None
     shape = tuple(tensor.shape[a] for a in tensor.order or range(len(tensor.shape)))
     active = tuple(s.covers(tensor.path, tensor.aliases) and tensor.size > 0 for s in steps)
@@ -114,7 +142,9 @@ def site_of(steps, tensor: Tensor, tasks: int, functions: OfRun) -> Site:
     # Where shardings cannot be seen, a variadic reduction of a sharded array would be gathered.
     hidden = jax.device_count() > 1 and mesh is None and is_traced((tensor.base, tensor.models))
     own = None if all(s.spec is not None for s in steps) else functions
-    return Site(steps, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden, own)
+    forms = tuple(s.form for s in steps)
+    site = Site(forms, active, tasks, stacked, tensor.order, tuple(tensor.shape), mesh, spec, not hidden, own)
+    return site, steps
 
 
 def crossed(site: Site) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from tadrop_jax.kinds import Kind
 from tadrop_jax.pieces import Piece
 from tadrop_jax.selection import at_least, magnitude
 from tadrop_jax.stages import Carry, Stage
-from tadrop_jax.trees import check_pattern, selected_tied
+from tadrop_jax.trees import check_pattern, is_traced, selected_tied
 from tadrop_jax.wide import floor_times
 
 __all__ = [
@@ -46,8 +46,8 @@ Kept = Literal["any", "group", "row", "slice", "tensor"]
 class Step:
     """One step of a merge.
 
-    Two steps with the same ``spec`` are the same step: the executors compile it once. A step without a spec is equal to
-    itself alone.
+    Two steps with the same ``spec`` and ``numbers`` are the same step; the executors compile it once whatever the
+    numbers. A step without a spec is equal to itself alone.
 
     Attributes:
       apply: ``(x, carry) -> array``: the new stack ``(T, *S)`` of a sparsifier; the merged task vector ``S`` of a rule;
@@ -77,6 +77,9 @@ class Step:
       lengths: names and lengths of parameters that were given one per task.
       models: name of the method, and the least and the largest number of models that it merges (None: no limit).
       spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
+      numbers: what ``apply`` and the stages look up in ``x.numbers``, each a number or a tuple of one per task:
+        compiled functions take them as arguments, and serve for any. They are not in the spec, and nothing else hangs
+        on them.
     """
 
     apply: Callable[[Piece, Carry], Any]
@@ -101,6 +104,7 @@ class Step:
     lengths: tuple[tuple[str, int], ...] = ()
     models: tuple[str, int, int | None] | None = None
     spec: tuple | None = None
+    numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         """Checks what can be checked without data."""
@@ -115,17 +119,26 @@ class Step:
             check_pattern(pattern)
 
     def _identity(self):
-        return None if self.spec is None else (self.spec, self.include, self.exclude, self.per_task, self.draw)
+        if self.spec is None or is_traced(dict(self.numbers)):
+            return None
+        numbers = tuple(sorted(self.numbers.items()))
+        return (self.spec, numbers, self.include, self.exclude, self.per_task, self.draw)
 
     def __eq__(self, other):
         """Equal spec and masks, or the same object."""
         if not isinstance(other, Step):
             return NotImplemented
-        return self is other or (self.spec is not None and self._identity() == other._identity())
+        return self is other or (self._identity() is not None and self._identity() == other._identity())
 
     def __hash__(self):
         """Consistent with equality."""
-        return id(self) if self.spec is None else hash(self._identity())
+        identity = self._identity()
+        return id(self) if identity is None else hash(identity)
+
+    @functools.cached_property
+    def form(self) -> "Step":
+        """The step without its numbers: what compiled functions are kept by."""
+        return dataclasses.replace(self, numbers={}) if self.numbers else self
 
     @property
     def named(self) -> tuple[str, ...]:

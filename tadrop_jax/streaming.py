@@ -22,6 +22,7 @@ from tadrop_jax import cutting, randomness, reductions, sampling, selection
 from tadrop_jax.advancing import global_stages, in_passing, merge_stages
 from tadrop_jax.blocks import Site, compiled, selected_like
 from tadrop_jax.reading import Block, NonFinite, Reader, Stream
+from tadrop_jax.sites import given
 from tadrop_jax.stages import Sums
 from tadrop_jax.steps import Step
 from tadrop_jax.workers import cores, side_by_side
@@ -132,7 +133,8 @@ class _Run:
             for t, active, chain in zip(streams, self.active, self.chains, strict=True)
         ]
         self.whole = [part == t.shape for t, part in zip(streams, self.parts, strict=True)]
-        self.keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.name) for t in streams]
+        keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.name) for t in streams]
+        self.given = [given(k, chain) for k, chain in zip(keys, self.chains, strict=True)]
         self.carries: list[tuple] = [tuple((None,) * len(s.stages) for s in chain) for chain in self.chains]
         self.reader = Reader(streams, tasks, settings.check_finite, settings.progress)
         self.workers = settings.workers or cores()
@@ -233,8 +235,8 @@ class _Run:
         # One tensor is decomposed at a time: LAPACK has the cores already, and each takes several times its size.
         with self.decomposing if self.whole[k] else contextlib.nullcontext():
             value, passing, carries = compiled(self.site(k, kind, stop))(
-                jax.dlpack.from_dlpack(raw),
-                self.keys[k],
+                raw,
+                self.given[k],
                 self.carries[k],
                 start,
                 np.uint32(block.size),
@@ -249,7 +251,7 @@ class _Run:
         stream = self.streams[k]
         out = (self.settings.dtype or stream.dtype).name
         shape, part = (stream.shape, None) if self.whole[k] else (None, self.parts[k])
-        chain, active = self.chains[k], self.active[k]
+        chain, active = tuple(s.form for s in self.chains[k]), self.active[k]
         return Site(chain, active, self.tasks, kind, stop, stream.dtype.name, out, shape, part)
 
     def global_stage(self, stop):
@@ -395,7 +397,7 @@ class _Run:
     def selected_like(self, k, stop):
         width = 8 if self.parts[k] is None else math.prod(self.parts[k])
         raw = jax.ShapeDtypeStruct((self.tasks + 1, width), self.streams[k].bits)
-        held = (raw, self.keys[k], self.carries[k])
+        held = (raw, self.given[k], self.carries[k])
         leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), held))
         return selected_like(self.site(k, "keys", stop), tuple(leaves), tree)
 

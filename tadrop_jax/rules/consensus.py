@@ -46,7 +46,7 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0, *, multi_task: A
     def apply(x, carry):
         vector, masks = vector_and_masks(x, tall_lambda, multi_task is not None)
         votes = over_tasks(jnp.add, masks.astype(jnp.int32))
-        return coefficient * jnp.where(votes >= agree, vector, 0)
+        return x.numbers["coefficient"] * jnp.where(votes >= agree, vector, 0)
 
     step = Step(
         apply=apply,
@@ -57,8 +57,8 @@ def consensus(agree: int = 2, tall_lambda=0.4, coefficient=1.0, *, multi_task: A
             "consensus",
             agree=agree,
             tall_lambda=tall_lambda,
-            coefficient=coefficient,
             of_sum=multi_task is None,
         ),
+        numbers={"coefficient": coefficient},
     )
     return after(multi_task, step, "consensus")

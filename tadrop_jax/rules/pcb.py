@@ -91,7 +91,7 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
         # some bits off where it is computed anew, and must not count: alone, the least weight is as good as 1.
         above = value - floor > _ROUNDING * (jnp.abs(value) + jnp.abs(floor))
         weights = safe_ratio(jnp.where(above, value - floor, 0), top - floor)
-        vectors = jnp.sign(x.stack) * sizes(x, carry) * x.per_task(coefficient)
+        vectors = jnp.sign(x.stack) * sizes(x, carry) * x.per_task(x.numbers["coefficient"])
         merged = over_tasks(jnp.add, weights * vectors)
         return merged / jnp.maximum(over_tasks(jnp.add, weights), 1e-12)
 
@@ -103,5 +103,6 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
         apply=apply,
         output="vector",
         lengths=lengths(coefficient=coefficient),
-        spec=spec("pcb", ratio=ratio, version=version, coefficient=coefficient),
+        spec=spec("pcb", ratio=ratio, version=version),
+        numbers={"coefficient": coefficient},
     )

@@ -38,9 +38,14 @@ def ram(threshold=1e-5, coefficient=1.0) -> Step:
 
     def apply(x, carry):
         active, count = changed(x, threshold)
-        return coefficient * over_tasks(jnp.add, jnp.where(active, x.stack, 0)) / jnp.maximum(count, 1)
+        return x.numbers["coefficient"] * over_tasks(jnp.add, jnp.where(active, x.stack, 0)) / jnp.maximum(count, 1)
 
-    return Step(apply=apply, output="vector", spec=spec("ram", threshold=threshold, coefficient=coefficient))
+    return Step(
+        apply=apply,
+        output="vector",
+        spec=spec("ram", threshold=threshold),
+        numbers={"coefficient": coefficient},
+    )
 
 
 def changed(x, threshold) -> tuple[jax.Array, jax.Array]:

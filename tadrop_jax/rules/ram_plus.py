@@ -77,12 +77,13 @@ def ram_plus(
     def apply(x, carry):
         active, count = changed(x, threshold)
         scaled = x.stack * jnp.where(count == 1, x.column(factor(carry)), 1)
-        return coefficient * over_tasks(jnp.add, jnp.where(active, scaled, 0)) / jnp.maximum(count, 1)
+        return x.numbers["coefficient"] * over_tasks(jnp.add, jnp.where(active, scaled, 0)) / jnp.maximum(count, 1)
 
     return Step(
         stages=(Sums(counts, scope=granularity),),  # type: ignore[arg-type]
         apply=apply,
         output="vector",
         report=lambda carry: {"scale": factor(carry)},
-        spec=spec("ram_plus", r=r, alpha=alpha, threshold=threshold, granularity=granularity, coefficient=coefficient),
+        spec=spec("ram_plus", r=r, alpha=alpha, threshold=threshold, granularity=granularity),
+        numbers={"coefficient": coefficient},
     )

@@ -74,7 +74,7 @@ def sce(density: Any = 0.1, coefficient=1.0) -> Step:
         positive = x.once(over_tasks(jnp.add, changes) >= 0)
         agreeing = jnp.where(jnp.where(positive, changes > 0, changes < 0), x.column(weights), 0)
         merged = over_tasks(jnp.add, changes * agreeing)
-        return coefficient * merged / jnp.maximum(over_tasks(jnp.add, agreeing), 1e-6)
+        return x.numbers["coefficient"] * merged / jnp.maximum(over_tasks(jnp.add, agreeing), 1e-6)
 
     selection = (
         Sums(varying),
@@ -85,7 +85,8 @@ def sce(density: Any = 0.1, coefficient=1.0) -> Step:
         stages=(*(() if everything else selection), Sums(squares)),
         apply=apply,
         output="vector",
-        spec=spec("sce", density=density, coefficient=coefficient),
+        spec=spec("sce", density=density),
+        numbers={"coefficient": coefficient},
     )
 
 

@@ -33,15 +33,17 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
     weights, normalize = number("task_arithmetic", "weights", weights), flag("task_arithmetic", "normalize", normalize)
 
     def apply(x, carry):
-        total = over_tasks(jnp.add, x.stack * x.per_task(coefficient) * x.per_task(weights))
+        coefficient, weights = (x.per_task(x.numbers[name]) for name in ("coefficient", "weights"))
+        total = over_tasks(jnp.add, x.stack * (coefficient * weights))
         if not normalize:
             return total
-        divisor = jnp.sum(jnp.broadcast_to(x.per_task(weights).ravel(), (x.stack.shape[0],)))
+        divisor = jnp.sum(jnp.broadcast_to(weights.ravel(), (x.stack.shape[0],)))
         return total / jnp.where(jnp.abs(divisor) < 1e-8, 1, divisor)
 
     return Step(
         apply=apply,
         output="vector",
         lengths=lengths(coefficient=coefficient, weights=weights),
-        spec=spec("task_arithmetic", coefficient=coefficient, weights=weights, normalize=normalize),
+        spec=spec("task_arithmetic", normalize=normalize),
+        numbers={"coefficient": coefficient, "weights": weights},
     )

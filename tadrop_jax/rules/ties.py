@@ -150,7 +150,7 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
     def weighted(x):
         # The select keeps XLA from fusing this product into the sum, whose rounding would then leave a sign where
         # +a and -a cancel.
-        return jnp.where(x.stack == 0, 0, x.stack * x.per_task(weights))
+        return jnp.where(x.stack == 0, 0, x.stack * x.per_task(x.numbers["weights"]))
 
     def elected(x):
         votes = {
@@ -158,7 +158,7 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
             "weighted": lambda: weighted(x),
             "frequency": lambda: jnp.sign(x.stack),
         }
-        return jnp.sign(over_tasks(jnp.add, votes[elect]()))
+        return x.once(jnp.sign(over_tasks(jnp.add, votes[elect]())))
 
     def voters_of(x):
         return weighted(x) if elect == "weighted" else x.stack
@@ -178,11 +178,12 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         sign = elected(x)
         otherwise = jnp.sign(carry["majority"][0]) if zero_sign == "majority" else 1.0
         sign = jnp.where(sign == 0, otherwise, sign)
-        voters = voters_of(x)
+        towards = voters_of(x) * jnp.where(sign > 0, 1.0, -1.0)
         # Task by task, since on the whole stack XLA on CPU would find the sign anew for each task.
         tasks = range(len(x.stack))
-        weight = jnp.broadcast_to(x.per_task(weights), (len(tasks), *(1,) * (x.stack.ndim - 1)))
-        agree = [jnp.where(sign > 0, voters[t] > 0, voters[t] < 0) for t in tasks]
+        coefficient, weight = x.numbers["coefficient"], x.per_task(x.numbers["weights"])
+        weight = jnp.broadcast_to(weight, (len(tasks), *(1,) * (x.stack.ndim - 1)))
+        agree = [towards[t] > 0 for t in tasks]
         chosen = [jnp.where(agree[t], x.stack[t] * weight[t], 0) for t in tasks]
         if combine == "max":
             return coefficient * over_tasks(jnp.maximum, [jnp.abs(c) for c in chosen]) * sign
@@ -201,11 +202,10 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         lengths=lengths(weights=weights),
         spec=spec(
             "ties",
-            coefficient=coefficient,
-            weights=weights,
             combine=combine,
             elect=elect,
             zero_sign=zero_sign,
             divisor=divisor,
         ),
+        numbers={"coefficient": coefficient, "weights": weights},
     )

@@ -97,28 +97,28 @@ def _joined(steps: tuple[Step, ...], last: int | None = None) -> Step:
         return steps[0]
     last = max(s.draw for s in steps) if last is None else last
 
-    def own(i, carry):
-        """What the stages of step i found."""
+    def own(i, named):
+        """What the stages of step i found, or its numbers."""
         mark = f"{i} "
-        return {k.removeprefix(mark): v for k, v in carry.items() if k.startswith(mark)}
+        return {k.removeprefix(mark): v for k, v in named.items() if k.startswith(mark)}
+
+    def marked(i, named):
+        return {f"{i} {k}": v for k, v in named.items()}
 
     def before(i, x, carry):
         """The piece as the steps before step i leave it, and as step i sees it."""
-        start = x.draw - last
-        for j, step in enumerate(steps[:i]):
-            x = x._replace(draw=start + step.draw)
-            x = x._replace(stack=step.apply(x, own(j, carry)))
-        return x._replace(draw=start + steps[i].draw) if i < len(steps) else x
+        start, numbers = x.draw - last, x.numbers
+        for j, step in enumerate(steps[: i + 1]):
+            x = x._replace(draw=start + step.draw, numbers=own(j, numbers))
+            x = x._replace(stack=step.apply(x, own(j, carry))) if j < i else x
+        return x
 
     def seen(i, stage):
-        def marked(found):
-            return {f"{i} {k}": v for k, v in found.items()}
-
         if isinstance(stage, Sums):
-            return type(stage)(lambda x, c, n: marked(stage.of(before(i, x, c), own(i, c), n)), stage.scope)
+            return type(stage)(lambda x, c, n: marked(i, stage.of(before(i, x, c), own(i, c), n)), stage.scope)
         return Ranks(
             lambda x, c: stage.of(before(i, x, c), own(i, c)),
-            lambda n, c: marked(stage.at(n, own(i, c))),
+            lambda n, c: marked(i, stage.at(n, own(i, c))),
             stage.scope,
             again=stage.again,
         )
@@ -145,4 +145,5 @@ def _joined(steps: tuple[Step, ...], last: int | None = None) -> Step:
         draw=last,
         lengths=tuple(itertools.chain(*(s.lengths for s in steps))),
         spec=("joined", *((s.spec, s.draw) for s in steps)) if known else None,
+        numbers={k: v for i, s in enumerate(steps) for k, v in marked(i, s.numbers).items()},
     )
