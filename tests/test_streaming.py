@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tadrop_jax as tj
-from tadrop_jax import cutting, streaming
+from tadrop_jax import blocks, cutting, streaming
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.merging import with_sparsifier
 from tadrop_jax.steps import expand
@@ -262,6 +262,16 @@ def test_a_step_of_the_users_own():
     assert_same(merged, tj.merge(base, models, rule), base, rtol=1e-5)
     lowest = [min((m[n] - base[n]).min() for n in base) for m in models]
     np.testing.assert_allclose(rows["bias"][0]["bottom"], lowest, rtol=1e-6)
+
+
+def test_other_coefficients_find_the_compiled_functions():
+    base, models = family(3)
+    chain = [with_sparsifier(tj.tadrop(), tj.ties(None, c, weights=[1.0, c, 0.5])) for c in (0.5, 0.25)]
+    run_streamed(base, models, chain[0])
+    before = blocks.compiled.cache_info().misses
+    merged, _, _ = run_streamed(base, models, chain[1])
+    assert blocks.compiled.cache_info().misses == before
+    assert_same(merged, tj.merge(base, models, chain[1]), base)
 
 
 def test_masked_steps():

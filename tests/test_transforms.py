@@ -250,6 +250,61 @@ def test_arrays_as_coefficients_do_not_compile_again(number, base, models):
     assert not again
 
 
+# Of a coefficient and a weight; the merged vector grows with the first.
+NUMBERED = {
+    "task_arithmetic": lambda c, w: tj.task_arithmetic(c, weights=[w, 1.0, 0.5], normalize=True),
+    "ties": lambda c, w: tj.ties(0.3, c, weights=w),
+    "ties_mergekit": lambda c, w: tj.ties(0.5, c, weights=[1.0, w, 0.5], flavour="mergekit"),
+    "consensus": lambda c, w: tj.consensus(coefficient=c, multi_task=tj.task_arithmetic(w)),
+    "pcb": lambda c, w: tj.pcb(coefficient=[c, c, c]),
+    "ram": lambda c, w: tj.ram(coefficient=c),
+    "ram_plus": lambda c, w: tj.ram_plus(coefficient=c),
+    "sce": lambda c, w: tj.sce(0.5, c),
+    "tsv_m": lambda c, w: tj.tsv_m(c),
+    "wudi": lambda c, w: tj.wudi(coefficient=c),
+    "cabs": lambda c, w: tj.cabs(2, 8, c),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_one_compilation_whatever_the_coefficient(name, base, models):
+    rule = NUMBERED[name]
+    once = tj.merge(base, models, rule(0.5, 0.7))
+    tj.merge(base, models, rule(1.0, 0.7))
+    with count_compilations() as again:
+        other, weighed = tj.merge(base, models, rule(1.5, 0.7)), tj.merge(base, models, rule(0.5, 0.2))
+    assert not again
+    grown = jax.tree.map(lambda b, m: b + 3 * (m - b), base, once)
+    assert_close(other, grown, rtol=1e-5, atol=1e-5)
+    assert rule(0.5, 0.7) == rule(0.5, 0.7) != rule(0.6, 0.7)
+    sees_weights = name in ("task_arithmetic", "ties", "ties_mergekit", "consensus")
+    assert (rule(0.5, 0.7) != rule(0.5, 0.2)) == sees_weights
+    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(weighed), jax.tree.leaves(once), strict=True)]
+    assert all(same) != sees_weights
+
+
+def above(limit) -> tj.Step:
+    """A user's sparsifier whose stage and result look up a number."""
+
+    def kept(x):
+        return jnp.where(jnp.abs(x.stack) > x.numbers["limit"], x.stack, 0)
+
+    stage = tj.Sums(lambda x, carry, n: {"kept": kept(x) != 0})
+    return tj.Step(lambda x, carry: kept(x), (stage,), spec=("above",), numbers={"limit": limit})
+
+
+@pytest.mark.parametrize("wrapped", [tj.rescale, tj.conflict_aware], ids=["rescale", "conflict_aware"])
+def test_numbers_of_steps_inside_others(wrapped, stack):
+    """Each step of a wrapped chain sees its own, and other numbers are another step."""
+    first, second = (above(limit) for limit in (0.5, 1.0))
+    for inner, alone in ((tj.chain(first, second), second), (tj.chain(second, first), second), (first, first)):
+        assert_close(tj.sparsify(stack, wrapped(inner)), tj.sparsify(stack, wrapped(alone)))
+    counts = [
+        sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(tj.sparsify(stack, wrapped(s)))) for s in (first, second)
+    ]
+    assert counts[0] > counts[1] > 0
+
+
 def test_one_compilation_per_shape_and_dtype():
     """A tensor whose shape and dtype were seen costs nothing, whatever its name or the tree around it."""
     rng = np.random.default_rng(0)
