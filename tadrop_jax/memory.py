@@ -74,7 +74,8 @@ def run(
 
 def _run(steps: tuple[Step, ...], tensors: Sequence[Tensor], tasks: int, key, spare, functions: OfRun) -> list[Result]:
     key = randomness.check_needed(any(s.random for s in steps), key)
-    sites, chains = zip(*(site_of(steps, t, tasks, functions) for t in tensors), strict=True) if tensors else ((), ())
+    there = [site_of(steps, t, tasks, functions) for t in tensors]
+    sites, chains = [site for site, _ in there], [chain for _, chain in there]
     keys = [None if key is None else randomness.tensor_key(key, t.seed_name or t.path) for t in tensors]
     own = [given(k, chain) for k, chain in zip(keys, chains, strict=True)]
 
