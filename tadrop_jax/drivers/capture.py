@@ -105,8 +105,9 @@ def linen_inputs(module, **arguments) -> Callable:
     def note(call, args, kwargs, context):
         layer = context.module
         dense = isinstance(layer, nn.Dense) or (isinstance(layer, nn.DenseGeneral) and not layer.batch_dims)
-        if dense and context.method_name == "__call__" and args:
-            layer.sow(_INPUTS, "kernel", _contracted(args[0], getattr(layer, "axis", -1)))
+        if dense and context.method_name == "__call__":
+            inputs = args[0] if args else kwargs["inputs"]
+            layer.sow(_INPUTS, "kernel", _contracted(inputs, getattr(layer, "axis", -1)))
         return call(*args, **kwargs)
 
     def capture(params, batch):
@@ -124,6 +125,7 @@ def linen_inputs(module, **arguments) -> Callable:
 
 def _contracted(inputs: jax.Array, axes) -> jax.Array:
     """Inputs as ``(..., in)``, where the layer contracts these axes."""
-    axes = tuple(a % inputs.ndim for a in (axes if isinstance(axes, (tuple, list)) else (axes,)))
+    # The axes of a kernel lie as those of the inputs do, in whatever order the layer names them.
+    axes = tuple(sorted(a % inputs.ndim for a in (axes if isinstance(axes, (tuple, list)) else (axes,))))
     inputs = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
     return jnp.reshape(inputs, (*inputs.shape[: inputs.ndim - len(axes)], -1))

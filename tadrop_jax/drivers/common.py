@@ -221,11 +221,11 @@ def endless(method: str, source, task: int) -> Iterator[Any]:
     """The batches of one task, begun again when they end.
 
     Raises:
-      MergeError: when there is no batch, or when an iterator that cannot begin again has ended.
+      MergeError: when there is no batch, or when a function, or an iterator that cannot begin again, has ended.
     """
     if callable(source):
-        yield from (source(step) for step in itertools.count())
-        return
+        yield from once(source)
+        raise MergeError(f"{method}: batches[{task}] gave None in place of a batch: a function of the step must go on")
     while True:
         batch = None
         for batch in source:

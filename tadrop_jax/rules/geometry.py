@@ -13,6 +13,8 @@ from tadrop_jax.parameters import number
 from tadrop_jax.stages import Sums
 from tadrop_jax.steps import Piece, over_tasks, safe_ratio
 
+_COLLINEAR = 1e-6
+
 
 def weights_of(x: Piece) -> jax.Array:
     """The weights of the models, ``(T, *S)``: base plus what a sparsifier left of the task vectors."""
@@ -67,6 +69,11 @@ def angle(cosine: jax.Array) -> jax.Array:
     inside = jnp.abs(cosine) < 1
     outside = jnp.where(cosine > 0, 0, jnp.where(cosine < 0, jnp.pi, jnp.nan))
     return jnp.where(inside, jnp.arccos(jnp.where(inside, cosine, 0)), outside)
+
+
+def collinear(cosine: jax.Array) -> jax.Array:
+    """Whether vectors are parallel or opposite: rounding of float32 sums would decide the angle."""
+    return 1 - jnp.abs(cosine) <= _COLLINEAR
 
 
 def arc(cosine: jax.Array, t, linear: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.rules.geometry import (
     arc,
+    collinear,
     combined,
     cosines,
     gram,
@@ -16,9 +17,6 @@ from tadrop_jax.rules.geometry import (
     weights_per_task,
 )
 from tadrop_jax.steps import Step, safe_ratio, spec
-
-# Of 1 - |cosine|: rounding of float32 sums would decide the angle below.
-_COLLINEAR = 1e-6
 
 
 def nuslerp(weights=1.0, *, space: str = "task vectors", granularity: str = "tensor") -> Step:
@@ -61,7 +59,7 @@ def nuslerp(weights=1.0, *, space: str = "task vectors", granularity: str = "ten
         total = first + second
         small = jnp.abs(total) < 1e-6
         t = jnp.where(small, 0.5, second / jnp.where(small, 1, total))
-        return arc(cosine, t, 1 - jnp.abs(cosine) <= _COLLINEAR)
+        return arc(cosine, t, collinear(cosine))
 
     def whole(x, carry):
         return combined(x, vectors_of(x), jnp.stack(coefficients(x, cosines(gram(carry))[0, 1])))

@@ -3,7 +3,7 @@ r"""Spherical linear interpolation of two models (Shoemake 1985)."""
 import jax.numpy as jnp
 
 from tadrop_jax.parameters import single
-from tadrop_jax.rules.geometry import arc, cosines, gram, inner_products, weights_of
+from tadrop_jax.rules.geometry import arc, collinear, cosines, gram, inner_products, weights_of
 from tadrop_jax.steps import Step, spec
 
 
@@ -15,8 +15,9 @@ def slerp(t=0.5, *, threshold=0.9995) -> Step:
       \cos\Omega = \frac{\langle\theta_0, \theta_1\rangle}{|\theta_0| |\theta_1|}, \quad
       \theta = \frac{\sin((1 - t)\Omega)}{\sin\Omega} \theta_0 + \frac{\sin(t\Omega)}{\sin\Omega} \theta_1
 
-    Where :math:`|\cos\Omega|` is above the threshold it is the chord, :math:`(1 - t) \theta_0 + t \theta_1`; a
-    fine-tune of the base nearly always lies there. Use :func:`tadrop_jax.nuslerp` for the arc between two fine-tunes.
+    Where :math:`|\cos\Omega|` is above the threshold, or 1 to within rounding (:math:`10^{-6}`), it is the chord,
+    :math:`(1 - t) \theta_0 + t \theta_1`; a fine-tune of the base nearly always lies there. Use
+    :func:`tadrop_jax.nuslerp` for the arc between two fine-tunes.
 
     The defaults give what mergekit's and fusion-bench's ``slerp`` give. As in mergekit, a zero tensor has no
     direction and counts as orthogonal.
@@ -44,7 +45,7 @@ def slerp(t=0.5, *, threshold=0.9995) -> Step:
 
     def apply(x, carry):
         cosine = cosines(gram(carry))[0, 1]
-        linear = jnp.abs(cosine) > threshold
+        linear = (jnp.abs(cosine) > threshold) | collinear(cosine)
         first, second = arc(cosine, t, linear)
         # As base plus task vector: a model that equals the base gives the base to the last bit.
         return jnp.where(linear, 1, first + second) * x.base + second * x.stack[0]

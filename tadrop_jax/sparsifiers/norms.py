@@ -57,6 +57,6 @@ def prune(x, carry, norm, kept=reaches_cut):
 
 
 def scale(carry, norm):
-    """``||tau||_p / ||kept||_p``, one number a task; 0 where nothing is left."""
-    ratio = safe_ratio(carry["all"], carry["kept"])
+    """``||tau||_p / ||kept||_p``, one number a task; 1 where nothing is left, or too little to square."""
+    ratio = jnp.where(carry["kept"] == 0, 1, safe_ratio(carry["all"], carry["kept"]))
     return ratio if norm == 1 else safe_sqrt(ratio)

@@ -336,6 +336,10 @@ def test_with_coefficients_refuses_others(trees):
 
 def test_endless_batches_begin_again():
     assert list(itertools.islice(common.endless("x", [1, 2], 0), 5)) == [1, 2, 1, 2, 1]
+    ending = common.endless("x", lambda step: None if step == 2 else step, 0)
+    assert list(itertools.islice(ending, 2)) == [0, 1]
+    with pytest.raises(tj.MergeError, match=r"x: batches\[0\] gave None"):
+        next(ending)
 
 
 def test_tied_weights_stay_tied():

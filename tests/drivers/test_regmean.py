@@ -168,6 +168,28 @@ def test_inputs_of_linen_and_nnx_layers(inputs):
     assert type(module.square) is nnx.Linear  # the user's module is left alone
 
 
+def test_axes_of_a_kernel_lie_as_those_of_the_inputs():
+    """Flax sorts the axes that a layer contracts: their order says nothing of the kernel's."""
+    x = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
+    model = linen.DenseGeneral(4, axis=(-1, -2))
+    flat = x.reshape(5, 6)
+    found = tj.gram_matrices(tj.linen_inputs(model), model.init(jax.random.key(0), x), [x])
+    np.testing.assert_allclose(found["kernel"], flat.T @ flat / 5, rtol=1e-5, atol=1e-6)
+    module = nnx.LinearGeneral((2, 3), 4, axis=(-1, -2), rngs=nnx.Rngs(0))
+    found = tj.gram_matrices(tj.nnx_inputs(module), tj.nnx_apply(module)[1], [x])
+    np.testing.assert_allclose(found["kernel"], flat.T @ flat / 5, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_may_be_given_by_their_name():
+    class Named(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(3, name="named")(inputs=x)
+
+    x = np.ones((2, 4), np.float32)
+    assert list(tj.linen_inputs(Named())(Named().init(jax.random.key(0), x), x)) == ["named/kernel"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

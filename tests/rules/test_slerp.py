@@ -70,6 +70,13 @@ def test_threshold():
     np.testing.assert_allclose(ours(base, models, tj.slerp(0.5, threshold=0.7))["w"], [0.9, 0.3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("model", [[1, 2, 2], [-2, -4, -4], [3, 6, 6]], ids=["equal", "opposite", "parallel"])
+def test_collinear_vectors_have_no_arc_whatever_the_threshold(model):
+    base, models = pair([1, 2, 2], model)
+    chord = 0.7 * base["w"] + 0.3 * models[0]["w"]
+    np.testing.assert_allclose(ours(base, models, tj.slerp(0.3, threshold=1.0))["w"], chord, rtol=1e-6)
+
+
 def test_gradients_are_finite_and_right():
     base, models = pair([1, 0, 2], [0, 1, 1])
 

@@ -50,6 +50,20 @@ def test_it_is_the_norm_of_uniform(make_stacks, nest, flatten):
         np.testing.assert_allclose(here[name], there, rtol=1e-6)
 
 
+@pytest.mark.parametrize("step", [tj.uniform(0.5), tj.rescale(tj.magnitude(0.5))], ids=["uniform", "rescale"])
+def test_what_is_too_small_to_square_is_not_lost(step):
+    """In memory its powers are 0, as those of nothing are; streamed, the first of these has them still."""
+    base = {name: np.zeros(4, np.float32) for name in ("small", "smallest")}
+    models = [
+        {name: np.array([1, -2, 3, 8], np.float32) * size for name, size in zip(base, (2e-21, 1e-30), strict=True)}
+    ]
+    rule = tj.chain(step, tj.task_arithmetic(1.0))
+    for merged in (tj.merge(base, models, rule), run_streamed(base, models, rule)[0]):
+        for name, value in merged.items():
+            np.testing.assert_array_equal(value != 0, [False, False, True, True], err_msg=name)
+            np.testing.assert_allclose(value[2:], models[0][name][2:], rtol=0.1, err_msg=name)
+
+
 def test_tensors_that_the_inner_sparsifier_leaves_alone_keep_their_bits(make_stacks, nest, flatten):
     stacks = make_stacks("normal", TASKS)
     step = tj.rescale(tj.masked(tj.chain(*CHAIN), include="kernel"), 1, "global")
