@@ -90,6 +90,14 @@ def test_options_that_do_not_parse(options, word, root, capsys):
     assert not (root / "out").exists()
 
 
+def test_a_required_option_that_is_misspelt(capsys):
+    assert main(["merge", "--base", "b", "--models", "m", "--method", "ties", "--output", "x"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("required: --out; unrecognized: --output (did you mean '--out'?)")
+    assert main(["merge", "--base", "b", "--meth", "ties"]) == 2
+    assert capsys.readouterr().err.endswith("required: --out\n")
+
+
 def test_missing_options_are_named(root, capsys):
     assert main(["merge", "--base", str(root / "base"), "--out", str(root / "out")]) == 2
     assert "--models, --method must be given" in capsys.readouterr().err

@@ -72,6 +72,15 @@ def test_help_does_not_start_jax(argv):
     assert "tadrop" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["merge", "convert"])
+def test_help_is_wrapped_but_for_examples(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main([name, "--help"]) == 0
+    told, examples = capsys.readouterr().out.split("Examples:\n")
+    assert max(map(len, told.splitlines())) <= 70
+    assert all(line.startswith("  tadrop ") for line in examples.splitlines())
+
+
 def test_methods_lists_every_method_and_parameter():
     done = command("methods", COLUMNS="200")
     assert done.returncode == 0
@@ -81,6 +90,7 @@ def test_methods_lists_every_method_and_parameter():
             assert f"{parameter.name} = " in done.stdout
     one = command("methods", "ties", COLUMNS="200")
     assert "preset (authors, mergekit, peft," in one.stdout
+    assert all(line == line.rstrip() for line in (done.stdout + one.stdout).splitlines())
     assert "tadrop" not in one.stdout
 
 
