@@ -273,6 +273,14 @@ def test_single_files_in_and_out(root, tmp_path):
     assert report_of(root / "out")["tasks"] == ["model", "m1"]
 
 
+def test_the_configuration_beside_a_single_base_comes_along(root, capsys):
+    (root / "base" / "tokenizer.json").write_text("{}")
+    base, models = str(root / "base" / "model.safetensors"), [str(root / "m0"), str(root / "m1")]
+    assert main(["merge", "--base", base, "--models", *models, "--method", "average", "--out", str(root / "out")]) == 0
+    assert sorted(files_of(root / "out")) == ["config.json", "merge_report.json", "model.safetensors"]
+    assert "config.json" not in capsys.readouterr().out
+
+
 def test_what_lies_beside_a_single_file_is_not_overwritten(root, capsys):
     (root / "one.config.json").write_text("of something else")
     assert merge(root, out="one.safetensors") == 2
