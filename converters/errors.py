@@ -42,6 +42,23 @@ def reading(path: Any):
         raise ConversionError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def configuring(where: Any, name: str):
+    """Makes a `ConversionError` of what a configuration's values break, such as a text in place of a number.
+
+    Args:
+        where: the file, for the message.
+        name: of the architecture, likewise.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        said = " ".join(str(error).split())
+        raise ConversionError(f"{where}: a field has a value that no {name} can have: {said}") from error
+
+
 def advice(config: str) -> str:
     """Tells how to say what the files do not tell.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters import families
-from converters.errors import ConversionError, reading
+from converters.errors import ConversionError, configuring, reading
 from converters.files import Stored, open_tensors
 from converters.mapping import Row, flatten, nest, translate
 from converters.names import Origin, learned, spelled
@@ -78,28 +78,33 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     source = Path(source)
     folder = source if source.is_dir() else source.parent
     raw, note = read_json(folder / "config.json"), read_json(folder / NOTE)
+    described = folder / "config.json" if config is None else "config"
     given = dict(config) if isinstance(config, Mapping) else {}
     if isinstance(config, Mapping):
         raw, config = given, None
     name = architecture or note.get("architecture")
     if name is None and raw.get("architectures"):
         # An unsupported architecture is told before files are looked at.
-        name = families.detect(raw, (), folder / "config.json").name
+        with configuring(described, "model"):
+            name = families.detect(raw, (), folder / "config.json").name
     stored = open_tensors(source)
     if stored.is_adapter:
         raise ConversionError(
             f"{source}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload)"
         )
+    if told := stored.why_not_whole:
+        raise ConversionError(f"{source}: {told}")
     entry = families.architecture(name) if name else families.detect(raw, stored.tensors, folder / "config.json")
     package = families.package_of(entry)
     tensors, spelling = spelled(stored.tensors, package, entry)
-    if config is None and "config" in note:
-        config = package.Config.from_dict({**note["config"], **given})
-    elif config is None:
-        shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
-        make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))
-        config = make(raw, shapes, entry.name)
-    expect = abstract(package, config, entry)
+    with configuring(described, entry.name):
+        if config is None and "config" in note:
+            config = package.Config.from_dict({**note["config"], **given})
+        elif config is None:
+            shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
+            make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))
+            config = make(raw, shapes, entry.name)
+        expect = abstract(package, config, entry)
     if stored.is_tree:
         leaves, problems, rows = _of_tree(stored.tensors, tensors, package, entry, config, expect)
         noted = Origin.noted(entry.name, note if note.get("architecture") == entry.name else {}, folder / NOTE)

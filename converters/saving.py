@@ -177,12 +177,9 @@ def _write(directory, leaves, package, entry, config, origin, beside, to, format
 
 
 def _beside(source: Path) -> dict[str, Path]:
-    """The files that travel along; of a single file's neighbours only its configuration is known to be its own."""
+    """The files that travel along."""
     with reading(source):
-        if source.is_dir():
-            return {name: file for name, file in sidecars(source).items() if name != NOTE}
-        config = source.parent / "config.json"
-        return {config.name: config} if config.exists() else {}
+        return {name: file for name, file in sidecars(source).items() if name != NOTE}
 
 
 def _check(directory: Path, to: str, format: str | None) -> str:

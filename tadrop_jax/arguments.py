@@ -1,22 +1,46 @@
 """What the command line takes: its commands, their options, and what ``--help`` says of them."""
 
 import argparse
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tadrop_jax import __version__, registry
 from tadrop_jax.errors import meant
 
 
+class _Help(argparse.HelpFormatter):
+    """Wraps descriptions to the width of the terminal, and leaves the lines of examples as they are."""
+
+    def _fill_text(self, text, width, indent):
+        return text if text.startswith("Examples:") else super()._fill_text(text, width, indent)
+
+
 class _Command(argparse.ArgumentParser):
     """A command's parser: it refuses what it does not know with its own usage, not with that of ``tadrop``."""
 
+    _given: Sequence[str] = ()
+
     def parse_known_args(self, args=None, namespace=None):
+        self._given = sys.argv[1:] if args is None else args
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            known = meant(rest[0].partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(rest)}{known}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest[0])}")
         return found, rest
+
+    def error(self, message):
+        """Where a required option is missing, the one that is misspelt is named beside it."""
+        if "are required" in message:
+            for given in self._given:
+                option = given.partition("=")[0]
+                if given.startswith("--") and not any(
+                    known.startswith(option) for known in self._option_string_actions
+                ):
+                    message += f"; unrecognized: {given}{self._meant(given)}"
+        super().error(message)
+
+    def _meant(self, given: str) -> str:
+        return meant(given.partition("=")[0], self._option_string_actions)
 
 
 def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
@@ -44,7 +68,7 @@ def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpars
         "  tadrop merge --base gpt2 --models cola sst2 mrpc --method ties --density 0.2 --out merged\n"
         "  tadrop merge --base vit --models a b --method emr --sparsify tadrop --set per_task=^classifier --out emr\n"
         "  tadrop merge recipe.yaml --out merged",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     merge.add_argument(
         "recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="recipe file, in place of the options"
@@ -132,7 +156,7 @@ def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpars
         "  tadrop convert gpt2 gpt2-flax --to flax\n"
         "  tadrop convert gpt2-flax gpt2-torch --to torch\n"
         "  tadrop convert clip.pt clip --to torch --architecture CLIPModel",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     convert.add_argument("source", type=Path, metavar="SRC", help="directory, or a file")
     convert.add_argument("out", type=Path, metavar="DST", help="new directory")
@@ -157,6 +181,8 @@ def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpars
     methods.set_defaults(run=run["methods"])
 
     demo = commands.add_parser("demo", help="the whole story on real data, in minutes")
-    demo.add_argument("--out", type=Path, metavar="DIR", help="where to put models, merges and picture")
+    demo.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to put models, merges and picture (default: tadrop-demo)"
+    )
     demo.set_defaults(run=run["demo"])
     return parser

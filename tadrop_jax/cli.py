@@ -18,6 +18,7 @@ from tadrop_jax.arguments import parser_of
 from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, RowsError, checkpoint_errors
 
 _PICTURES = (".png", ".svg", ".pdf")
+_FILES = (".bin", ".ckpt", ".msgpack", ".npz", ".pkl", ".pt", ".pth")  # names that a directory would not have
 _EXCLUDE = " (--exclude REGEX takes such tensors from the base, for instance heads of different tasks"
 _OWN = "; with a method that gives one model per task --differing own lets them stay each task's own"
 _OVERLAP = (
@@ -90,6 +91,7 @@ def _merge(options) -> int:
         raise MergeError(f"--workers must be at least 1, got {options.workers}")
     _start_jax()
     from tadrop_jax.directories import DTYPES, MergeFailed, Request, merge_directories
+    from tadrop_jax.processes import of_another_merge
 
     chain = recipes.chain_of(described)
     for line in told if not options.quiet else []:
@@ -125,6 +127,8 @@ def _merge(options) -> int:
         return 1
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
+    for share in of_another_merge(request, report["fingerprint"]) if not out.exists() else []:
+        print(f"warning: {share}: is of another merge; process {share.name} has to run again", file=sys.stderr)
     if not options.quiet:
         console.print_summary(report, out, time.perf_counter() - began)
         if not out.exists():
@@ -236,7 +240,7 @@ def _task(options) -> int:
 
 
 def _convert(options) -> int:
-    _checked_out(options.out, resume=False)
+    _checked_out(options.out, resume=False, single=False)
     size = console.shard_size(
         options.max_shard_size, options.out, options.format or ("orbax" if options.to == "flax" else "safetensors")
     )
@@ -319,8 +323,11 @@ def _start_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _checked_out(out: Path, resume: bool, alone: bool = True) -> Path:
-    """Refuses an output that is there already, before anything is read."""
+def _checked_out(out: Path, resume: bool, alone: bool = True, single: bool = True) -> Path:
+    """Refuses an output that is there already, or is to be a file of a kind not written, before anything is read."""
+    if out.suffix in _FILES or (out.suffix == ".safetensors" and not single):
+        what = "a directory, or one .safetensors file" if single else "a directory"
+        raise MergeError(f"{out}: what is written is {what}, and no {out.suffix} file")
     # The unfinished work lies beside what a link leads to.
     out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if alone and out.exists() and (out.is_file() or any(out.iterdir())):

@@ -11,6 +11,17 @@ _NUMBERS = 54  # columns of the terminal that an inspection needs beside the nam
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def _show(console, *what, **how) -> None:
+    """Prints; where no terminal is, without the blanks that fill up lines."""
+    if console.is_terminal:
+        console.print(*what, **how)
+        return
+    with console.capture() as held:
+        console.print(*what, **how)
+    lines = held.get().split("\n")
+    print("\n".join(line.rstrip() for line in lines), end="")
+
+
 def print_methods(name: str | None) -> None:
     """Prints the registry: of all methods what they do, or of one what each parameter means."""
     from rich.console import Console
@@ -28,7 +39,7 @@ def print_methods(name: str | None) -> None:
             given = [] if name else [", ".join(map(_default, m.parameters))]
             table.add_row(m.name, Text.assemble(m.about, "\n", (facts, "dim"), *(f"\n{g}" for g in given if g), "\n"))
         if table.row_count:
-            console.print(*[] if name else [title, ""], table, sep="\n", end="")
+            _show(console, *[] if name else [title, ""], table, sep="\n", end="")
     if name is None:
         console.print("'tadrop methods NAME' tells what each parameter means.")
         return
@@ -37,7 +48,7 @@ def print_methods(name: str | None) -> None:
     parameters.add_column()
     for p in registry.method(name).parameters:
         parameters.add_row(_default(p), _meaning(p))
-    console.print(parameters)
+    _show(console, parameters)
 
 
 def _default(parameter: registry.Parameter) -> str:
@@ -51,15 +62,15 @@ def _meaning(parameter: registry.Parameter) -> str:
 
 
 def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> None:
-    """Prints what `tadrop inspect` found, a line a tensor."""
+    """Prints what `tadrop inspect` found, a line a tensor; into a file or a pipe whole names, however long."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     title = f"{sparsifier} on {len(tasks)} task vectors (means over tasks)"
-    shared = ""
-    if max(map(len, rows), default=0) > console.width - _NUMBERS:  # what names begin with is said once
+    shared, longest = "", max(map(len, rows), default=0)
+    if console.is_terminal and longest > console.width - _NUMBERS:  # what names begin with is said once
         alike = os.path.commonprefix(list(rows))  # noqa: RUF071 (cut to whole parts in the next line)
         shared = alike[: max(alike.rfind("."), alike.rfind("/")) + 1]
         title += f"; tensors of {shared}" * bool(shared)
@@ -72,8 +83,9 @@ def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> Non
         shape = "x".join(map(str, row["shape"])) or "scalar"
         means = (row[k].mean() for k in ("quantile_ratio", "sparsity", "norm", "norm_after", "sign_conflict"))
         table.add_row(name.removeprefix(shared), shape, *(f"{mean:.3g}" for mean in means))
-    console.print(table)
-    console.print(
+    _show(console if console.is_terminal else Console(width=longest + 2 * _NUMBERS), table)
+    _show(
+        console,
         "ratio: quantile ratio of the magnitudes; norm, after: before and after the sparsifier; conflict: share of "
         "entries whose tasks differ in sign",
         highlight=False,

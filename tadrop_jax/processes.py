@@ -134,6 +134,12 @@ def join(request, fingerprint: str) -> dict | None:
     return _report(out) or None
 
 
+def of_another_merge(request, fingerprint: str) -> list[Path]:
+    """The complete shares beside this one that will not be joined with it, until their processes run again."""
+    shares = [_folder(request.out) / str(i) for i in range(request.processes)]
+    return [share for share in shares if _report(share).get("fingerprint", fingerprint) != fingerprint]
+
+
 def abandon(request) -> None:
     """Leaves nothing behind of a process whose request is wrong, if no other one is at work."""
     with contextlib.suppress(OSError):

@@ -1,9 +1,10 @@
 """Search over hyper-parameters: arrays in one compilation, everything else in a loop."""
 
 import csv
+import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
 
-from tadrop_jax.errors import ParameterError
+from tadrop_jax.errors import ParameterError, meant
 from tadrop_jax.parameters import whole
 
 
@@ -85,7 +86,8 @@ def sweep(
       A :class:`Sweep`: one dict for each setting, with the setting and its ``"score"`` (or its scores by name).
 
     Raises:
-      ParameterError: for an empty grid, lengths that differ, scores that are not scalar, or ``at_once`` below 1.
+      ParameterError: for an empty grid, a hyper-parameter that the rule does not have, lengths that differ, scores that
+        are not scalar, or ``at_once`` below 1.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -103,6 +105,7 @@ def sweep(
         several = np.ndim(values) > 0 if hasattr(values, "shape") else isinstance(values, (list, tuple))
         if not several or len(values) == 0:
             raise ParameterError(f"sweep: {name} must be an array or a list of settings, got {values!r}")
+    _check_names(rule_factory, grid)
     arrays = {n: jnp.asarray(v) for n, v in grid.items() if isinstance(v, (jax.Array, np.ndarray))}
     lists = {n: list(v) for n, v in grid.items() if n not in arrays}
     if not product:
@@ -114,6 +117,21 @@ def sweep(
     for fixed in itertools.product(*lists.values()):
         rows += _run(rule_factory, dict(zip(lists, fixed, strict=True)), arrays, evaluate, at_once, list(grid))
     return rows
+
+
+def _check_names(rule_factory: Callable, names: Iterable[str]) -> None:
+    """Refuses hyper-parameters that a factory does not take, or that it wants besides."""
+    try:
+        signature = inspect.signature(rule_factory)
+    except (TypeError, ValueError):  # it does not tell
+        return
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        unknown = [name for name in names if name not in signature.parameters]
+        near = meant(unknown[0], signature.parameters) if unknown else ""
+        called = getattr(rule_factory, "__name__", "the rule")
+        raise ParameterError(f"sweep: {called}: {error}{near}") from None
 
 
 def _side_by_side(rule_factory, arrays, lists, evaluate, at_once) -> Sweep:

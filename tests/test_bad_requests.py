@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tadrop_jax.cli import main
-from tests.helpers import files_of, merge, refused, save_family
+from tests.helpers import family, files_of, merge, refused, save_family, save_model
 
 SHAPES = {"layer/kernel": (12, 5), "layer/bias": (5,)}
 
@@ -90,6 +90,14 @@ def test_options_that_do_not_parse(options, word, root, capsys):
     assert not (root / "out").exists()
 
 
+def test_a_required_option_that_is_misspelt(capsys):
+    assert main(["merge", "--base", "b", "--models", "m", "--method", "ties", "--output", "x"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("required: --out; unrecognized: --output (did you mean '--out'?)")
+    assert main(["merge", "--base", "b", "--meth", "ties"]) == 2
+    assert capsys.readouterr().err.endswith("required: --out\n")
+
+
 def test_missing_options_are_named(root, capsys):
     assert main(["merge", "--base", str(root / "base"), "--out", str(root / "out")]) == 2
     assert "--models, --method must be given" in capsys.readouterr().err
@@ -116,6 +124,21 @@ def test_shards_of_one_file(root, capsys):
     assert f"--max-shard-size is for directories of safetensors files, and {root / 'out.safetensors'} is one file" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", ["out.bin", "out.pt", "out.npz"])
+def test_a_file_of_a_kind_that_is_not_written(name, root, capsys):
+    assert merge(root, out=name) == 2
+    assert f"{name}: what is written is a directory, or one .safetensors file, and no " in capsys.readouterr().err
+    assert not list(root.glob("out*"))
+
+
+def test_one_shard_of_several_is_no_model(root, capsys):
+    save_model(root / "m2", family(shapes=SHAPES)[1][1], shards=2)
+    for models in (("m0", "m2/model-00001-of-00002.safetensors"), ("m2/model-00002-of-00002.safetensors", "m1")):
+        assert merge(root, models=models) == 2
+        assert f"safetensors: is one of 2 shards; give their directory, {root / 'm2'}" in capsys.readouterr().err
+    assert merge(root, models=("m0", "m2")) == 0
 
 
 def test_one_file_for_one_model_a_task(root, capsys):

@@ -72,6 +72,15 @@ def test_help_does_not_start_jax(argv):
     assert "tadrop" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["merge", "convert"])
+def test_help_is_wrapped_but_for_examples(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main([name, "--help"]) == 0
+    told, examples = capsys.readouterr().out.split("Examples:\n")
+    assert max(map(len, told.splitlines())) <= 70
+    assert all(line.startswith("  tadrop ") for line in examples.splitlines())
+
+
 def test_methods_lists_every_method_and_parameter():
     done = command("methods", COLUMNS="200")
     assert done.returncode == 0
@@ -81,6 +90,7 @@ def test_methods_lists_every_method_and_parameter():
             assert f"{parameter.name} = " in done.stdout
     one = command("methods", "ties", COLUMNS="200")
     assert "preset (authors, mergekit, peft," in one.stdout
+    assert all(line == line.rstrip() for line in (done.stdout + one.stdout).splitlines())
     assert "tadrop" not in one.stdout
 
 
@@ -261,6 +271,14 @@ def test_single_files_in_and_out(root, tmp_path):
     for name, value in read_model(root / "one.safetensors").items():
         assert value.tobytes() == read_model(root / "out")[name].tobytes()
     assert report_of(root / "out")["tasks"] == ["model", "m1"]
+
+
+def test_the_configuration_beside_a_single_base_comes_along(root, capsys):
+    (root / "base" / "tokenizer.json").write_text("{}")
+    base, models = str(root / "base" / "model.safetensors"), [str(root / "m0"), str(root / "m1")]
+    assert main(["merge", "--base", base, "--models", *models, "--method", "average", "--out", str(root / "out")]) == 0
+    assert sorted(files_of(root / "out")) == ["config.json", "merge_report.json", "model.safetensors"]
+    assert "config.json" not in capsys.readouterr().out
 
 
 def test_what_lies_beside_a_single_file_is_not_overwritten(root, capsys):

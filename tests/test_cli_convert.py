@@ -92,13 +92,18 @@ def test_shards(root):
     assert len(list((root / "out").glob("model-*.safetensors"))) > 2
     module, _ = converters.load(root / "out")
     assert module(np.ones((1, 8, 8, 1), np.float32)).shape == (1, 2)
+    with pytest.raises(converters.ConversionError, match=r"is one of .* shards; give their directory"):
+        converters.load(next((root / "out").glob("model-00002-*")))
+
+
+def test_a_file_in_place_of_a_directory(root, capsys):
+    said = "out.safetensors: what is written is a directory, and no .safetensors file"
+    refused(root, capsys, convert(root, "vit", "out.safetensors", "--to", "torch"), said)
 
 
 def test_shards_of_what_has_none(root, capsys):
     size = ("--max-shard-size", "1KB")
     refused(root, capsys, convert(root, "vit", "out", "--to", "flax", *size), "--max-shard-size", "orbax has no shards")
-    alone = root / "out.safetensors"
-    refused(root, capsys, convert(root, "vit", alone.name, "--to", "torch", *size), f"{alone} is one file")
 
 
 def test_what_is_wrong(root, capsys):

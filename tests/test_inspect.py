@@ -1,6 +1,7 @@
 """`tadrop inspect`: the numbers of tj.explain, from files."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -76,9 +77,18 @@ def test_table_and_plot(folders, tmp_path, capsys, sparsifier):
 )
 def test_what_names_begin_with_is_said_once_on_narrow_terminals(folders, capsys, monkeypatch, columns, said):
     monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal then
     assert inspect(folders[0], "--include", "^a") == 0
-    out = " ".join(capsys.readouterr().out.split())
+    out = " ".join(re.sub("\x1b\\[[0-9]*m", "", capsys.readouterr().out).split())
     assert all(words in out for words in said)
+
+
+def test_a_pipe_gets_whole_names_and_no_blanks_at_the_end_of_lines(folders, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    assert inspect(folders[0], "--include", "^a") == 0
+    out = capsys.readouterr().out
+    assert " a.weight  40x30 " in out
+    assert all(line == line.rstrip() for line in out.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -155,10 +155,12 @@ def test_records_of_a_share_are_no_part_of_the_result(alone, tmp_path):
     check_equal(out, alone / "ties", 2)
 
 
-def test_shares_of_another_merge_are_not_joined(alone, tmp_path):
+def test_shares_of_another_merge_are_not_joined(alone, tmp_path, capsys):
     out = tmp_path / "out"
     assert by(alone, 0, 2, out, "--density", "0.9", method="ties") == 0
+    assert "another merge" not in capsys.readouterr().err
     assert by(alone, 1, 2, out, *TIES, method="ties") == 0
+    assert "out.partial/0: is of another merge; process 0 has to run again" in capsys.readouterr().err
     assert not out.exists()
     assert by(alone, 0, 2, out, *TIES, method="ties") == 0
     check_equal(out, alone / "ties", 2)

@@ -1,6 +1,7 @@
 """Sweeps over hyper-parameters: one compilation for arrays, a loop for the rest, one table."""
 
 import csv
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,18 @@ def test_a_list_of_settings_of_several_shapes():
 def test_refusals(grid, evaluate, said):
     with pytest.raises(tj.ParameterError, match=said):
         tj.sweep(lambda c: c, grid, evaluate)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "said"),
+    [
+        (tj.ties, "densty", "sweep: ties: got an unexpected keyword argument 'densty' (did you mean 'density'?)"),
+        (lambda density, t: None, "density", "missing a required argument: 't'"),
+    ],
+)
+def test_a_hyper_parameter_that_the_rule_does_not_have_is_named(factory, name, said):
+    with pytest.raises(tj.MergeError, match=re.escape(said)):
+        tj.sweep(factory, {name: [0.5]}, lambda rule: 0.0)
 
 
 @pytest.mark.parametrize("at_once", [0, -1, 1.5, "2"])

@@ -3,6 +3,7 @@
 `open_tensors` gives what a file or a directory holds as leaves: nothing is read before it is asked for.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -41,6 +42,16 @@ class Stored(NamedTuple):
         """Whether it is what PEFT adds to a model, and no model: its files or its tensors are called so."""
         named = bool(self.files) and all(file.name.startswith(_ADAPTER) for file in self.files)
         return named or (bool(self.tensors) and all("lora_" in name for name in self.tensors))
+
+    @property
+    def why_not_whole(self) -> str:
+        """What is said of a file that is one shard of several, by an index beside it; empty for anything else."""
+        for index in [] if self.path.is_dir() else sorted(self.path.parent.glob("*.index.json")):
+            with contextlib.suppress(ConversionError):  # it may be of other files, which are gone
+                shards = set(shards_of(self.path.parent, index).values())
+                if self.path.name in shards and len(shards) > 1:
+                    return f"is one of {len(shards)} shards; give their directory, {self.path.parent}"
+        return ""
 
     @property
     def is_tree(self) -> bool:

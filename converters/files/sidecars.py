@@ -26,14 +26,16 @@ def sidecars(src_dir: str | os.PathLike[str]) -> dict[str, Path]:
     Weights, their indices, what describes an adapter, training state and results, and the model card are left behind.
 
     Args:
-        src_dir: a Hugging Face directory.
+        src_dir: a Hugging Face directory, or a single file, of whose neighbours only `config.json` is known to be its
+            own.
 
     Returns:
-        The files by their names, '/'-joined below the directory, sorted; none for a single file or a missing directory.
+        The files by their names, '/'-joined below the directory, sorted; none where there is nothing.
     """
     src_dir = Path(src_dir)
     if not src_dir.is_dir():
-        return {}
+        config = src_dir.parent / "config.json"
+        return {config.name: config} if src_dir.is_file() and config.exists() else {}
     files = sorted([*src_dir.iterdir(), *src_dir.glob(f"{_TEMPLATES}/*.jinja")])
     return {
         file.relative_to(src_dir).as_posix(): file

@@ -87,6 +87,9 @@ def open_model(path: Path) -> Source:
     try:
         with checkpoint_errors():
             stored = open_tensors(path)
+            told = stored.why_not_whole
+        if told:
+            raise CheckpointError(f"{path}: {told}")
         if stored.is_adapter:
             raise CheckpointError(
                 f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge "

@@ -124,6 +124,18 @@ def test_unsupported_configurations_say_why():
         Config(hidden_size=10, num_attention_heads=4)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", "8"), ("num_attention_heads", None), ("num_hidden_layers", []), ("image_size", "8"),
+     ("id2label", ["a"]), ("hidden_act", {}), ("architectures", 1)],
+)  # fmt: skip
+def test_values_of_another_kind_are_told_with_their_file(field, value, directory):
+    described = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(described | {field: value}))
+    with pytest.raises(ConversionError, match=r"config.json: a field has a value that no"):
+        converters.load(directory)
+
+
 def test_the_table_covers_the_model_and_nothing_moves_twice(tiny):
     names = converters.to_torch(tiny, table(TINY, "ViTForImageClassification"))
     assert len(names) == 4 + 2 * 16 + 2 + 2
