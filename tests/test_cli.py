@@ -277,7 +277,7 @@ def test_the_configuration_beside_a_single_base_comes_along(root, capsys):
     (root / "base" / "tokenizer.json").write_text("{}")
     base, models = str(root / "base" / "model.safetensors"), [str(root / "m0"), str(root / "m1")]
     assert main(["merge", "--base", base, "--models", *models, "--method", "average", "--out", str(root / "out")]) == 0
-    assert sorted(files_of(root / "out")) == ["config.json", "merge_report.json", "model.safetensors"]
+    assert sorted(files_of(root / "out")) == ["config.json", "model.safetensors"]
     assert "config.json" not in capsys.readouterr().out
 
 
