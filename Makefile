@@ -63,6 +63,9 @@ evidence: setup
 	run vision --base-seed 1 --recipe sgd --seeds 0 1 --out $(OUT)/vision-base1; \
 	run language --base-seed 1 --seeds 0 --out $(OUT)/language-second; \
 	run vision --base-seed 2 --out $(OUT)/vision-third; \
+	photos="--base-seed 2 --pretraining 0.5 --recipe low-rate --count 4 --seeds 0 1 --out $(OUT)/vision-photos"; \
+	run vision $$photos; run vision $$photos --rules AdaMerging --sparsifiers none "TADrop 0.95/0.99" \
+		"uniform of 0.95/0.99" "shuffled of 0.95/0.99" "reversed of 0.95/0.99"; \
 	run language --base-seed 2 --pretraining 0.4 --recipe frozen-head --count 4 --out $(OUT)/language-third
 
 clean:
