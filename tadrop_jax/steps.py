@@ -21,7 +21,7 @@ from tadrop_jax.kinds import Kind
 from tadrop_jax.pieces import Piece
 from tadrop_jax.selection import at_least, magnitude
 from tadrop_jax.stages import Carry, Stage
-from tadrop_jax.trees import check_pattern, is_traced, selected_tied
+from tadrop_jax.trees import check_pattern, selected_tied
 from tadrop_jax.wide import floor_times
 
 __all__ = [
@@ -119,7 +119,8 @@ class Step:
             check_pattern(pattern)
 
     def _identity(self):
-        if self.spec is None or is_traced(dict(self.numbers)):
+        # Arrays that did not become Python's numbers are traced, or lie on other hosts too.
+        if self.spec is None or any(isinstance(n, jax.Array) for n in jax.tree.leaves(dict(self.numbers))):
             return None
         numbers = tuple(sorted(self.numbers.items()))
         return (self.spec, numbers, self.include, self.exclude, self.per_task, self.draw)
