@@ -41,6 +41,10 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--pretraining", type=float, default=1.0, metavar="SHARE", help="of the usual steps: a shorter, weaker base"
     )
+    parser.add_argument(
+        "--width", type=int, metavar="N", help="of the model, a multiple of its heads (default: the suite's)"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="of the model (default: the suite's)")
     parser.add_argument("--count", type=int, metavar="N", help="tasks (default: the suite's main table)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="in place of the suite's own; needs a --table")
     parser.add_argument("--table", metavar="NAME", help="of the table's file (default: the recipe's)")
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> Path:
         jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     from examples.evidence import experiments, lines
-    from examples.evidence.suites import Suite
+    from examples.evidence.suites import Suite, origin
 
     suite = importlib.import_module(f"examples.evidence.{chosen.suite}")
     recipe, count = ("fast", min(suite.GROUPS)) if chosen.fast else (chosen.recipe, chosen.count or suite.COUNT)
@@ -73,11 +77,15 @@ def main(arguments: list[str] | None = None) -> Path:
     check(parser, "--sparsifiers", chosen.sparsifiers, experiments.sparsifiers(Suite(None, [], None), None))
     names = tuple(chosen.tasks or suite.GROUPS[count])
     settings = suite.Settings.fast() if chosen.fast else suite.Settings()
-    settings = dataclasses.replace(settings, seed=chosen.base_seed, share=chosen.pretraining)
+    usual, size = settings, {name: getattr(chosen, name) or getattr(settings, name) for name in ("width", "layers")}
+    settings = dataclasses.replace(settings, seed=chosen.base_seed, share=chosen.pretraining, **size)
+    if settings.width % settings.heads:
+        parser.error(f"--width: {settings.width} is not a multiple of the {settings.heads} heads")
     if (base_report := chosen.out / "base.json").exists():
-        there = {"seed": 0, "share": 1.0} | json.loads(base_report.read_text())
-        for option, name in (("--base-seed", "seed"), ("--pretraining", "share")):
-            if (wanted := getattr(settings, name)) != there[name]:
+        there = dataclasses.asdict(usual) | json.loads(base_report.read_text())
+        for name, wanted in origin(settings).items():
+            if wanted != there[name]:
+                option = {"seed": "--base-seed", "share": "--pretraining"}.get(name, f"--{name}")
                 parser.error(
                     f"{option}: the base in {chosen.out} is of {there[name]}, not {wanted}; give another --out"
                 )

@@ -71,10 +71,11 @@ OWN: dict[str, Callable[[], Any]] = {
 }
 
 
-def adamerging(suite: Suite, stack: Stack, steps: int = 100, size: int = 16) -> Result:
+def adamerging(suite: Suite, stack: Stack, start: float = 0.3, steps: int = 100, size: int = 16) -> Result:
     """Learns a coefficient for each tensor and task on the validation inputs, without their labels; tests.
 
-    The authors take 500 steps of Adam at .001 on test inputs; these are 100 at .01.
+    The authors take 500 steps of Adam at .001 on test inputs; these are 100 at .01. All coefficients begin at `start`,
+    the authors' by default.
     """
 
     def logits(tuned):
@@ -86,12 +87,24 @@ def adamerging(suite: Suite, stack: Stack, steps: int = 100, size: int = 16) -> 
 
     models = [added(suite.base, vector) for vector in unstacked(stack)]
     functions, inputs = [logits(tuned) for tuned in suite.tuned], [batches(tuned) for tuned in suite.tuned]
-    found = tj.adamerging(functions, inputs, suite.base, models, steps=steps, learning_rate=1e-2)
+    found = tj.adamerging(functions, inputs, suite.base, models, init=start, steps=steps, learning_rate=1e-2)
     return _judged(suite, [found.params] * len(suite.tuned))
 
 
+def adamerging_from_the_best(suite: Suite, stack: Stack) -> Result:
+    """AdaMerging from the coefficient that is best for Task Arithmetic on validation data, so that it is tuned, too."""
+    unit = _mean_length(tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned]))
+    merged = tj.merge_task_vectors(stack, tj.task_arithmetic(1.0), layout=suite.layout)
+    length = judge(suite, stack, tj.task_arithmetic(1.0), unit).length
+    start = min(length * unit / _length(merged), 1.0)
+    return adamerging(suite, stack, start)._replace(length=length)
+
+
 # Rules that learn: of the suite and the task vectors, the result. They take as long as some hundred evaluations.
-LEARNED: dict[str, Callable[[Suite, Stack], Result]] = {"AdaMerging": adamerging}
+LEARNED: dict[str, Callable[[Suite, Stack], Result]] = {
+    "AdaMerging": adamerging,
+    "AdaMerging, tuned start": adamerging_from_the_best,
+}
 
 
 def sparsifiers(
@@ -196,7 +209,7 @@ def judge(suite: Suite, stack: Stack, rule: Any, unit: float) -> Result:
     if isinstance(merged, tj.Bundle):
         models = [added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
         return _judged(suite, models)
-    factor = unit / max(_lengths(jax.tree.map(lambda leaf: leaf[None], merged))[0], 1e-30)
+    factor = unit / _length(merged)
 
     def model(length):
         return [added(suite.base, merged, length * factor)] * len(suite.tuned)
@@ -279,6 +292,11 @@ def added(base, vector, factor=1.0):
 def _lengths(stack) -> jax.Array:
     """The 2-norm of each task's whole vector, (T,)."""
     return sum(jax.numpy.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in jax.tree.leaves(stack)) ** 0.5
+
+
+def _length(vector) -> float:
+    """The 2-norm of one whole vector; never zero."""
+    return max(float(_lengths(jax.tree.map(lambda leaf: leaf[None], vector))[0]), 1e-30)
 
 
 def _mean_length(stack) -> float:

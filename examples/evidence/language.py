@@ -88,7 +88,7 @@ def pretrain(
     characters = sum(map(len, texts)) / (len(train) + len(held)) / (settings.context + 1)
     report = {"perplexity": float(np.exp(nats)), "bits_per_character": nats / float(np.log(2)) / characters}
     module = nnx.merge(graph, params)
-    report |= {"seed": settings.seed, "share": settings.share}
+    report |= suites.origin(settings)
     suites.save(out / "base", module, module.config, report, files=_files(out))
 
 

@@ -110,7 +110,7 @@ def pretrain(
         progress=progress,
     )
     module = nnx.merge(graph, params)
-    found = report(module) | {"seed": settings.seed, "share": settings.share}
+    found = report(module) | suites.origin(settings)
     suites.save(out / "base", module, config, found, files=files)
 
 

@@ -182,6 +182,11 @@ def save(directory: Path, model: Any, config: Any, measured: dict[str, float], *
     part.rename(directory)
 
 
+def origin(settings: Any) -> dict[str, float]:
+    """What a base was made by, as options of the command can say it: another is not taken for it."""
+    return {name: getattr(settings, name) for name in ("seed", "share", "width", "layers")}
+
+
 def class_names(classes: int) -> tuple[str, ...]:
     """The names that Hugging Face gives classes that have none."""
     return tuple(f"LABEL_{i}" for i in range(classes))

@@ -104,7 +104,7 @@ def pretrain(
     head = _head(params)
     found = suites.features(apply, params["vit"], test.inputs)
     accuracy = suites.share_right(found, head, test.labels)
-    report = {"accuracy": accuracy, "seed": settings.seed, "share": settings.share}
+    report = {"accuracy": accuracy} | suites.origin(settings)
     suites.save(out / "base", params, config, report)
 
 

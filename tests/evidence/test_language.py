@@ -45,7 +45,13 @@ def test_fine_tunes_beat_the_probe_and_leave_unseen_tokens_alone(out):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [("--base-seed", "is of 0, not 2"), ("--pretraining", "is of 1.0, not 2.0")]
+    ("option", "said"),
+    [
+        ("--base-seed", "is of 0, not 2"),
+        ("--pretraining", "is of 1.0, not 2.0"),
+        ("--width", "is of 32, not 2"),
+        ("--layers", "is of 1, not 2"),
+    ],
 )
 def test_another_base_is_not_taken(option, said, out, capsys):
     with pytest.raises(SystemExit):
