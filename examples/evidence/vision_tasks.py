@@ -37,10 +37,6 @@ TURNS = (
     *("turned_fashion_mnist", "turned_scenes", "turned_cifar10", "turned_mnist"),
     *("turned_kmnist", "turned_gtsrb", "turned_pacs_photo"),
 )
-TURNED_EIGHT = (
-    *TURNED_PHOTOS,
-    *("turned_pacs_cartoon", "turned_pacs_art_painting", "turned_caltech101", "turned_tiny"),
-)
 FAST = ("digits_odd", "digits_loops")  # of scikit-learn's digits, for tests
 GROUPS = {2: FAST, 4: TURNED_PHOTOS, 7: TURNS, 8: EIGHT, 14: FOURTEEN, 20: TWENTY, 30: THIRTY}
 
