@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import tadrop_jax as tj
-from examples.evidence import arms, learned
+from examples.evidence import arms, experiments, learned
 from examples.evidence.suites import Head, Part, Suite, Task, Tuned
 
 WIDTH = 6
@@ -71,3 +72,26 @@ def test_where_all_is_there_the_vectors_are_the_librarys():
     for number in range(3):
         for ours, theirs in zip(found, jax.tree.leaves(bundle.task_vector(number)), strict=True):
             np.testing.assert_allclose(ours[number], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adamerging_begins_at_the_model_that_is_best_for_task_arithmetic(monkeypatch):
+    """Before it learns it is that model, and its accuracies are the same."""
+    suite = _suite()
+    rng = np.random.default_rng(1)
+    labelled = [
+        tuned._replace(task=tuned.task._replace(validation=tuned.task.validation._replace(labels=labels)))
+        for tuned, labels in zip(suite.tuned, rng.integers(0, 4, (3, 40)).astype(np.int32), strict=True)
+    ]
+    suite = suite._replace(tuned=labelled)
+    stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
+    total = jax.tree.map(lambda leaf: leaf.sum(0), stack)
+
+    def begun(suite, _, start):
+        return experiments._judged(suite, [experiments.added(suite.base, total, start)] * len(suite.tuned))
+
+    monkeypatch.setattr(experiments, "adamerging", begun)
+    found = experiments.adamerging_from_the_best(suite, stack)
+    wanted = experiments.judge(suite, stack, tj.task_arithmetic(1.0), experiments._mean_length(stack))
+    assert found.length == wanted.length
+    assert found.validation == pytest.approx(wanted.validation)
+    assert found.by_task == pytest.approx(wanted.by_task)
