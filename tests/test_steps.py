@@ -42,3 +42,36 @@ def test_what_is_no_rank_is_refused(ranks, streamed):
     rule = tj.chain(cut_at(ranks), tj.average())
     with pytest.raises(tj.MergeError, match=r"a rank is a whole number from 0 to 4.*'cut' is"):
         run_streamed(base, models, rule) if streamed else tj.merge(base, models, rule)
+
+
+def scaled(factors, looked_up: bool = True) -> tj.Step:
+    """A user's sparsifier that multiplies each task by a factor that it looks up, or closes over."""
+    return tj.Step(
+        lambda x, carry: x.stack * x.per_task(x.numbers["factors"] if looked_up else factors),
+        spec=("scaled",) if looked_up else None,
+        numbers={"factors": factors} if looked_up else {},
+    )
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, jnp.array])
+def test_numbers_of_a_users_step_are_one_per_task(kind):
+    """Whatever holds them; a piece of one task takes its own."""
+    stack = {"w": jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])}
+    step = scaled(kind([2.0, 3.0, 4.0]))
+    assert step == scaled(kind([2.0, 3.0, 4.0])) != scaled(kind([2.0, 3.0, 5.0]))
+    assert hash(step) == hash(scaled((2.0, 3.0, 4.0)))
+    for whole in (step, tj.conflict_aware(step)):
+        np.testing.assert_array_equal(jnp.diag(tj.sparsify(stack, whole)["w"]), [2, 3, 4])
+
+
+def test_numbers_that_are_no_numbers_or_of_other_tasks():
+    stack = {"w": jnp.ones((3, 2))}
+    for bad in (None, "x", 1j, True, np.nan, np.ones((3, 1)), ()):
+        with pytest.raises(tj.ParameterError, match="a step: factors"):
+            scaled(bad)
+    for few in ((1.0, 2.0), np.ones(4)):
+        with pytest.raises(tj.ParameterError, match=r"factors has \d values, one per task, but there are 3 tasks"):
+            tj.sparsify(stack, scaled(few))
+    # An array of all tasks does not tell a piece of one which is its own: each got the first task's.
+    with pytest.raises(tj.MergeError, match="3 numbers for the 1 tasks of a piece"):
+        tj.sparsify(stack, tj.conflict_aware(scaled(jnp.array([2.0, 3.0, 4.0]), looked_up=False)))
