@@ -75,3 +75,23 @@ def test_numbers_that_are_no_numbers_or_of_other_tasks():
     # An array of all tasks does not tell a piece of one which is its own: each got the first task's.
     with pytest.raises(tj.MergeError, match="3 numbers for the 1 tasks of a piece"):
         tj.sparsify(stack, tj.conflict_aware(scaled(jnp.array([2.0, 3.0, 4.0]), looked_up=False)))
+
+
+@pytest.mark.parametrize(
+    "wrapped", [tj.conflict_aware, lambda s: tj.rescale(tj.chain(scaled(1.0), s))], ids=["conflict_aware", "chain"]
+)
+def test_order_statistics_inside_others_keep_their_gradient(wrapped):
+    """Of one task, and of a chain behind a step that changes nothing."""
+
+    def clipped(x, carry):
+        return jnp.minimum(x.stack, x.column(carry["most"]))
+
+    most = tj.Ranks(lambda x, carry: x.stack, lambda n, carry: {"most": n // 2}, "global", attached=True)
+    clip = tj.Step(clipped, (most,))
+    stack = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0, 6.0]])}
+
+    def gradient(step):
+        return jax.grad(lambda stack: jnp.sum(tj.sparsify(stack, step)["w"] ** 2))(stack)["w"]
+
+    alone = clip if wrapped is tj.conflict_aware else tj.rescale(clip)
+    np.testing.assert_allclose(gradient(wrapped(clip)), gradient(alone), rtol=1e-5)

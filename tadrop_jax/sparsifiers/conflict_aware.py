@@ -101,6 +101,7 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
             lambda x, carry: stage.of(view(x), carry),
             lambda n, carry: own_ranks(stage, n, carry),
             stage.scope,
+            attached=stage.attached,
             again=stage.again,
         )
 
