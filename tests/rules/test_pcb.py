@@ -83,12 +83,20 @@ def test_many_tasks_do_not_overflow():
     assert np.any(merged)
 
 
-def test_the_gradient_of_a_step_before_it(make_stacks):
-    """The floor has it too, where a step closes over what is differentiated and the task vectors are constants."""
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_the_gradient_of_a_step_before_it(looked_up, make_stacks):
+    """The floor has it too, where the task vectors are constants, and a step has what is differentiated.
+
+    It closes over it, or looks it up among its numbers.
+    """
     given = {"w": make_stacks("normal", TASKS)["block/kernel"]}
 
     def size(factor, stack):
         scaled = tj.Step(apply=lambda x, carry: x.stack * factor)
+        if looked_up:
+            scaled = tj.Step(
+                lambda x, carry: x.stack * x.numbers["factor"], spec=("scaled",), numbers={"factor": factor}
+            )
         merged = tj.merge_task_vectors(stack, tj.pcb(0.5), sparsifier=scaled)["w"]
         return jnp.sum(merged * jnp.arange(merged.size).reshape(merged.shape))
 
