@@ -123,3 +123,12 @@ def test_a_vmap_over_ratios_equals_a_loop(make_stacks):
 def test_values_out_of_range_are_refused(given, said):
     with pytest.raises(tj.ParameterError, match=said):
         tj.pcb(**given)
+
+
+def test_a_ratio_of_no_more_than_an_entry_is_refused():
+    """The floor would be the largest entry, no weight above 0, and the result the base."""
+    stack = {"w": jnp.arange(1.0, 21.0).reshape(2, 10) / 64}
+    for ratio in (0.01, 0.1):
+        with pytest.raises(tj.ParameterError, match=r"pcb: with ratio 0\.[01]+ none of 10 entries takes part"):
+            tj.merge_task_vectors(stack, tj.pcb(ratio))
+    assert np.any(tj.merge_task_vectors(stack, tj.pcb(0.15))["w"])
