@@ -184,9 +184,11 @@ def _global_ranks(stage, stop, at, tensors, sites, raw, own, carries):
         parts = [_counted(sites[k], stop)(raw(k), own[k], carries[k], pivots) for k in at]
         return functools.reduce(wide.add, jax.device_get(parts) if scattered else parts)
 
-    eager = not is_traced([(tensors[k][1:3], carries[k]) for k in at] + [ranks])
+    # What is selected hangs on the tensors, on what was found, and on the numbers of the steps before.
+    seen = [(tensors[k][1:3], own[k], carries[k]) for k in at]
+    eager = not is_traced((seen, ranks))
     group = selection.bits_per_round(sites[at[0]].one_pass)
-    varies = selection.varying(*(leaf for k in at for leaf in jax.tree.leaves((tensors[k][1:3], carries[k]))))
+    varies = selection.varying(*jax.tree.leaves(seen))
     found = selection.search(count, ranks, 32, jnp.uint32, group=group, eager=eager, varies=varies)
     found = selection.from_ordered_bits(found, probe.dtype)
     # What a step without a spec closes over may be traced, though the tensors are not.

@@ -54,7 +54,14 @@ class Piece(NamedTuple):
         return values if values.ndim == 0 else self.column(values)
 
     def column(self, values: jax.Array) -> jax.Array:
-        """Brings statistics ``(T,)`` of any dtype into a shape that broadcasts against the stack."""
+        """Brings statistics ``(T,)`` of any dtype into a shape that broadcasts against the stack.
+
+        Raises:
+          MergeError: if they are neither one for each task of this piece nor one for all.
+        """
+        tasks = self.stack.shape[0]
+        if jnp.size(values) not in (1, tasks, len(self.tasks)):
+            raise MergeError(f"there are {jnp.size(values)} numbers for the {tasks} tasks of a piece: see Piece.tasks")
         return jnp.reshape(values, (-1,) + (1,) * (self.stack.ndim - 1))
 
     def once(self, array: jax.Array) -> jax.Array:

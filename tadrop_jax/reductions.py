@@ -1,7 +1,7 @@
 """Stages of statistics over one tensor, and partial statistics of tensors, blocks and devices added up."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,17 @@ from tadrop_jax.wide import Wide
 
 
 def from_the_top(named, n: int, tasks: int) -> tuple[list[str], Wide]:
-    """Ranks from the bottom as ``k``-th largest: names, and a Wide of shape ``(R, T)``."""
+    """Ranks from the bottom as ``k``-th largest: names, and a Wide of shape ``(R, T)``.
+
+    Raises:
+      MergeError: for what is no rank among n entries.
+    """
     ks = []
-    for rank in named.values():
-        if isinstance(rank, (int, np.integer)):
-            limbs = wide.wide(n - int(rank))
-        elif isinstance(rank, tuple) and not isinstance(rank, Wide):
-            each = [r if isinstance(r, Wide) else wide.wide(int(r)) for r in rank]
-            each = [wide.subtract(wide.wide(n), r) for r in each]
+    for rank in _ranks(named, n, tasks).values():
+        if isinstance(rank, int):
+            limbs = wide.wide(n - rank)
+        elif type(rank) is tuple:
+            each = [wide.subtract(wide.wide(n), wide.wide(r)) for r in rank]
             limbs = Wide(*(jnp.stack([jnp.reshape(limb, ()) for limb in limbs]) for limbs in zip(*each, strict=True)))
         else:
             limbs = wide.subtract(wide.wide(n), rank)
@@ -32,15 +35,51 @@ def from_the_top(named, n: int, tasks: int) -> tuple[list[str], Wide]:
     return list(named), Wide(*(jnp.stack(limbs) for limbs in zip(*ks, strict=True)))
 
 
-def from_the_bottom(named, tasks: int) -> tuple[list[str], np.ndarray]:
-    """Concrete ranks as they are named: names, and int64 ``(R, T)``."""
+def from_the_bottom(named, n: int, tasks: int) -> tuple[list[str], np.ndarray]:
+    """Concrete ranks as they are named: names, and int64 ``(R, T)``.
+
+    Raises:
+      MergeError: for what is no rank among n entries.
+    """
 
     def whole(rank):
         if isinstance(rank, Wide):
             return (np.asarray(rank.high).astype(np.int64) << 16) + np.asarray(rank.low)
         return np.stack([np.reshape(whole(r), ()) for r in rank]) if isinstance(rank, tuple) else np.int64(rank)
 
-    return list(named), np.stack([np.broadcast_to(whole(rank), (tasks,)) for rank in named.values()])
+    ranks = [whole(rank) for rank in _ranks(named, n, tasks).values()]
+    return list(named), np.stack([np.broadcast_to(rank, (tasks,)) for rank in ranks])
+
+
+def _ranks(named, n: int, tasks: int) -> "dict[str, int | Wide | tuple]":
+    """What a stage of ranks asks for, checked: ints, Wides, or a tuple of one of those per task.
+
+    A share of n would be cut to a whole number without a word, and other ranks give entries of their own.
+    """
+    if not isinstance(named, Mapping):
+        raise MergeError(f"the at of a stage of ranks gives a dictionary of ranks by name, got {named!r}")
+    return {name: _rank(name, rank, n, tasks) for name, rank in named.items()}
+
+
+def _rank(name: str, rank, n: int, tasks: int) -> "int | Wide | tuple":
+    if getattr(rank, "ndim", 2) < 2:  # an array
+        if not is_traced(rank):
+            rank = rank.tolist()
+            rank = tuple(rank) if isinstance(rank, list) else rank
+        elif jnp.issubdtype(rank.dtype, jnp.integer):
+            rank = wide.wide(rank)
+    if isinstance(rank, Wide):
+        fits = np.shape(rank.low) in ((), (1,), (tasks,))
+    elif isinstance(rank, tuple):
+        return tuple(_rank(name, r, n, 1) for r in rank) if len(rank) == tasks else _rank(name, [*rank], n, tasks)
+    else:
+        fits = isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= n
+    if not fits:
+        raise MergeError(
+            f"a rank is a whole number from 0 to {n}, the number of entries, or a tuple of one for each of {tasks} "
+            f"tasks (tj.floor_times makes one of a share); {name!r} is {rank!r}"
+        )
+    return rank
 
 
 def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.kinds import Kind
+from tadrop_jax.parameters import lengths, number
 from tadrop_jax.pieces import Piece
 from tadrop_jax.selection import at_least, magnitude
 from tadrop_jax.stages import Carry, Stage
@@ -77,9 +78,9 @@ class Step:
       lengths: names and lengths of parameters that were given one per task.
       models: name of the method, and the least and the largest number of models that it merges (None: no limit).
       spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
-      numbers: what ``apply`` and the stages look up in ``x.numbers``, each a number or a tuple of one per task:
-        compiled functions take them as arguments, and serve for any. They are not in the spec, and nothing else hangs
-        on them.
+      numbers: what ``apply`` and the stages look up in ``x.numbers``, each a number or, as a tuple there, one per
+        task: compiled functions take them as arguments, and serve for any. They are not in the spec, and nothing else
+        hangs on them.
     """
 
     apply: Callable[[Piece, Carry], Any]
@@ -117,6 +118,9 @@ class Step:
             raise ParameterError(f"group must be at least 1, got {self.group}")
         for pattern in (*self.named, *self.per_task):
             check_pattern(pattern)
+        # An array of one number per task as a tuple, of which a piece of some tasks takes theirs.
+        given = {name: number("a step", name, value) for name, value in self.numbers.items()}
+        object.__setattr__(self, "numbers", given)
 
     def _identity(self):
         # Arrays that did not become Python's numbers are traced, or lie on other hosts too.
@@ -313,7 +317,7 @@ def expand(step: AnyStep, tasks: int) -> tuple[Step, ...]:
     if isinstance(step, Step):
         if step.models is not None:
             _check_models(*step.models, tasks)
-        for name, length in step.lengths:
+        for name, length in (*step.lengths, *lengths(**step.numbers)):
             if length != tasks:
                 raise ParameterError(f"{name} has {length} values, one per task, but there are {tasks} tasks")
         return (step,)

@@ -334,7 +334,7 @@ class _Run:
         def ranks_of(m: int, keys: list[np.ndarray]) -> np.ndarray:
             carry = merge_stages([*self.carries[k][i][:j], *found(keys)])
             named = stages[m].at(n, jax.tree.map(jnp.asarray, carry))
-            names[m], ranks = reductions.from_the_bottom(named, lead)
+            names[m], ranks = reductions.from_the_bottom(named, n, lead)
             return ranks
 
         search = sampling.Selection(n, [functools.partial(ranks_of, m) for m in range(len(stages))])
@@ -371,7 +371,7 @@ class _Run:
         stage, before = self.chains[k][i].stages[j], (i, j - 1)
         lead = self.selected_like(k, before)[1]
         carry = jax.tree.map(jnp.asarray, merge_stages(self.carries[k][i][:j]))
-        (name,), (ranks,) = reductions.from_the_bottom(stage.at(n, carry), lead)
+        (name,), (ranks,) = reductions.from_the_bottom(stage.at(n, carry), n, lead)
         cuts = np.asarray(selection.ordered_bits(carry[stage.ties]))
 
         def keys(b: Block) -> np.ndarray:

@@ -283,6 +283,30 @@ def test_one_compilation_whatever_the_coefficient(name, base, models):
     assert all(same) != sees_weights
 
 
+# Of a weight, or a share of the way from one end to the other; and how many models it takes.
+GEOMETRIC = {
+    "karcher": (lambda w: tj.karcher([w, 0.5]), 2),
+    "multislerp": (lambda w: tj.multislerp([w, 0.5]), 2),
+    "nuslerp": (lambda w: tj.nuslerp([w, 0.5]), 2),
+    "slerp": (tj.slerp, 1),
+    "nearswap": (tj.nearswap, 1),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIC)
+def test_one_compilation_whatever_the_weights_of_two_models(name, base, models):
+    rule, many = GEOMETRIC[name]
+    once = tj.merge(base, models[:many], rule(0.25))
+    with count_compilations() as again:
+        other = tj.merge(base, models[:many], rule(0.75))
+    assert not again
+    chex.assert_trees_all_equal(tj.merge(base, models[:many], rule(0.25)), once)
+    inside = jax.jit(lambda w: tj.merge(base, models[:many], rule(w)))(0.75)
+    assert_close(other, inside, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(other["block"]["bias"], once["block"]["bias"])
+    assert rule(0.25) == rule(0.25) != rule(0.75)
+
+
 def above(limit) -> tj.Step:
     """A user's sparsifier whose stage and result look up a number."""
 

@@ -88,15 +88,15 @@ def combined(x: Piece, vectors: jax.Array, coefficients: jax.Array) -> jax.Array
     return over_tasks(jnp.add, vectors * x.column(coefficients))
 
 
-def shares(x: Piece, weights) -> jax.Array:
-    """One weight a task, ``(T,)``, divided by their sum."""
-    given = weights_per_task(x, weights)
+def shares(x: Piece) -> jax.Array:
+    """The step's weights, one a task, ``(T,)``, divided by their sum."""
+    given = weights_per_task(x)
     return safe_ratio(given, jnp.sum(given))
 
 
-def weights_per_task(x: Piece, weights) -> jax.Array:
-    """One weight a task, ``(T,)``, of a number or one per task."""
-    return jnp.broadcast_to(jnp.reshape(x.per_task(weights), (-1,)), (len(x.tasks),))
+def weights_per_task(x: Piece) -> jax.Array:
+    """The step's ``"weights"`` (:attr:`tadrop_jax.steps.Step.numbers`), one a task, ``(T,)``."""
+    return jnp.broadcast_to(jnp.reshape(x.per_task(x.numbers["weights"]), (-1,)), (len(x.tasks),))
 
 
 def weights_with_sum(method: str, weights):

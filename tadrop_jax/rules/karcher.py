@@ -62,7 +62,7 @@ def karcher(weights=1.0, *, max_iter: int = 10, tol=1e-5) -> Step:
     tol = single("karcher", "tol", tol, 0)
 
     def apply(x, carry):
-        models, w = weights_of(x), shares(x, weights)
+        models, w = weights_of(x), shares(x)
         if len(x.tasks) == 1:
             return models[0]
         products = gram(carry)
@@ -75,7 +75,8 @@ def karcher(weights=1.0, *, max_iter: int = 10, tol=1e-5) -> Step:
         apply=apply,
         output="parameters",
         lengths=lengths(weights=weights),
-        spec=spec("karcher", weights=weights, max_iter=max_iter, tol=tol),
+        spec=spec("karcher", max_iter=max_iter, tol=tol),
+        numbers={"weights": weights},
     )
 
 

@@ -59,7 +59,7 @@ def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = Tr
     vectors_of = weights_of if space == "weights" else task_vectors_of
 
     def weighted(x):
-        return shares(x, weights) if normalize else weights_per_task(x, weights)
+        return shares(x) if normalize else weights_per_task(x)
 
     def direction(x, carry):
         return combined(x, vectors_of(x), safe_ratio(weighted(x), root(carry["square"])))
@@ -86,5 +86,6 @@ def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = Tr
         apply=apply,
         output="parameters" if space == "weights" else "vector",
         lengths=lengths(weights=weights),
-        spec=spec("multislerp", weights=weights, space=space, normalize=normalize),
+        spec=spec("multislerp", space=space, normalize=normalize),
+        numbers={"weights": weights},
     )

@@ -31,6 +31,12 @@ def nearswap(t=1e-4) -> Step:
 
     def apply(x, carry):
         change = x.stack[0]
-        return x.base + jnp.clip(t / jnp.maximum(jnp.abs(change), 1e-6), 0, 1) * change
+        return x.base + jnp.clip(x.numbers["t"] / jnp.maximum(jnp.abs(change), 1e-6), 0, 1) * change
 
-    return Step(apply=apply, output="parameters", models=("nearswap", 1, 1), spec=spec("nearswap", t=t))
+    return Step(
+        apply=apply,
+        output="parameters",
+        models=("nearswap", 1, 1),
+        spec=spec("nearswap"),
+        numbers={"t": t},
+    )

@@ -55,7 +55,7 @@ def nuslerp(weights=1.0, *, space: str = "task vectors", granularity: str = "ten
     vectors_of = weights_of if space == "weights" else task_vectors_of
 
     def coefficients(x, cosine):
-        first, second = weights_per_task(x, weights)
+        first, second = weights_per_task(x)
         total = first + second
         small = jnp.abs(total) < 1e-6
         t = jnp.where(small, 0.5, second / jnp.where(small, 1, total))
@@ -77,7 +77,8 @@ def nuslerp(weights=1.0, *, space: str = "task vectors", granularity: str = "ten
         output="parameters" if space == "weights" else "vector",
         lengths=lengths(weights=weights),
         models=("nuslerp", 2, 2),
-        spec=spec("nuslerp", weights=weights, space=space, granularity=granularity),
+        spec=spec("nuslerp", space=space, granularity=granularity),
+        numbers={"weights": weights},
     )
 
 

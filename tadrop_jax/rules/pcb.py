@@ -46,7 +46,7 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
       A merge rule, granularity "global".
 
     Raises:
-      ParameterError: for values out of range; a ratio of 0 leaves nothing.
+      ParameterError: for values out of range; a ratio of 0 leaves nothing, nor, when run, one of no more than an entry.
 
     Example:
       >>> import jax.numpy as jnp, tadrop_jax as tj
@@ -82,6 +82,8 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
 
     def competing(n, carry):
         rank = floor_times(1 - ratio, n)
+        if isinstance(rank, int) and n > 1 and rank >= n - 1:  # the floor is the largest entry
+            raise ParameterError(f"pcb: with ratio {ratio:g} none of {n} entries takes part: it has to be above 1/{n}")
         last = min(rank, n - 1) if isinstance(rank, int) else wide.minimum(rank, wide.wide(n - 1))
         return {"floor": last, "top": n - 1}
 

@@ -46,7 +46,7 @@ def slerp(t=0.5, *, threshold=0.9995) -> Step:
     def apply(x, carry):
         cosine = cosines(gram(carry))[0, 1]
         linear = (jnp.abs(cosine) > threshold) | collinear(cosine)
-        first, second = arc(cosine, t, linear)
+        first, second = arc(cosine, x.numbers["t"], linear)
         # As base plus task vector: a model that equals the base gives the base to the last bit.
         return jnp.where(linear, 1, first + second) * x.base + second * x.stack[0]
 
@@ -55,5 +55,6 @@ def slerp(t=0.5, *, threshold=0.9995) -> Step:
         apply=apply,
         output="parameters",
         models=("slerp", 1, 1),
-        spec=spec("slerp", t=t, threshold=threshold),
+        spec=spec("slerp", threshold=threshold),
+        numbers={"t": t},
     )

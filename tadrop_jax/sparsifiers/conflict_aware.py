@@ -101,6 +101,7 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
             lambda x, carry: stage.of(view(x), carry),
             lambda n, carry: own_ranks(stage, n, carry),
             stage.scope,
+            attached=stage.attached,
             again=stage.again,
         )
 
@@ -109,7 +110,8 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
         return {name: r[task] if type(r) is tuple else r for name, r in stage.at(n, carry).items()}
 
     def apply(x, carry):
-        return x.stack.at[task].set(step.apply(view(x), carry)[0])
+        # Once: later tasks look at it, and XLA would take minutes to fuse a dozen of them into one another.
+        return x.stack.at[task].set(x.once(step.apply(view(x), carry)[0]))
 
     return dataclasses.replace(
         step,

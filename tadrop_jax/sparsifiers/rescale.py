@@ -120,6 +120,7 @@ def _joined(steps: tuple[Step, ...], last: int | None = None) -> Step:
             lambda x, c: stage.of(before(i, x, c), own(i, c)),
             lambda n, c: marked(i, stage.at(n, own(i, c))),
             stage.scope,
+            attached=stage.attached,
             again=stage.again,
         )
 

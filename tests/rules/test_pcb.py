@@ -83,12 +83,20 @@ def test_many_tasks_do_not_overflow():
     assert np.any(merged)
 
 
-def test_the_gradient_of_a_step_before_it(make_stacks):
-    """The floor has it too, where a step closes over what is differentiated and the task vectors are constants."""
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_the_gradient_of_a_step_before_it(looked_up, make_stacks):
+    """The floor has it too, where the task vectors are constants, and a step has what is differentiated.
+
+    It closes over it, or looks it up among its numbers.
+    """
     given = {"w": make_stacks("normal", TASKS)["block/kernel"]}
 
     def size(factor, stack):
         scaled = tj.Step(apply=lambda x, carry: x.stack * factor)
+        if looked_up:
+            scaled = tj.Step(
+                lambda x, carry: x.stack * x.numbers["factor"], spec=("scaled",), numbers={"factor": factor}
+            )
         merged = tj.merge_task_vectors(stack, tj.pcb(0.5), sparsifier=scaled)["w"]
         return jnp.sum(merged * jnp.arange(merged.size).reshape(merged.shape))
 
@@ -115,3 +123,12 @@ def test_a_vmap_over_ratios_equals_a_loop(make_stacks):
 def test_values_out_of_range_are_refused(given, said):
     with pytest.raises(tj.ParameterError, match=said):
         tj.pcb(**given)
+
+
+def test_a_ratio_of_no_more_than_an_entry_is_refused():
+    """The floor would be the largest entry, no weight above 0, and the result the base."""
+    stack = {"w": jnp.arange(1.0, 21.0).reshape(2, 10) / 64}
+    for ratio in (0.01, 0.1):
+        with pytest.raises(tj.ParameterError, match=r"pcb: with ratio 0\.[01]+ none of 10 entries takes part"):
+            tj.merge_task_vectors(stack, tj.pcb(ratio))
+    assert np.any(tj.merge_task_vectors(stack, tj.pcb(0.15))["w"])
