@@ -234,8 +234,12 @@ class Sink:
             self._journal = -1
         self.partial.mkdir(parents=True)
         self._journal = journal.lock(file)
-        self._log(identity)
-        self._log({"boot": journal.boot()})
+        try:
+            self._log(identity)
+            self._log({"boot": journal.boot()})
+        except CheckpointError:  # a full disk; nothing was done that could be resumed
+            self.discard()
+            raise
         return False
 
     def _log(self, record: dict[str, Any]) -> None:
