@@ -101,6 +101,9 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     with configuring(described, entry.name):
         if config is None and "config" in note:
             config = package.Config.from_dict({**note["config"], **given})
+        # Each layer has a tensor; a module of a billion layers would never be done.
+        if (depth := getattr(config, "depth", 0)) > len(tensors):
+            raise ConversionError(f"{described}: tells of {depth} layers, and {source} holds {len(tensors)} tensors")
         elif config is None:
             shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
             make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))
