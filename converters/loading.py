@@ -89,11 +89,7 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
         with configuring(described, "model"):
             name = families.detect(raw, (), beside).name
     stored = open_tensors(source)
-    if stored.is_adapter:
-        raise ConversionError(
-            f"{source}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload)"
-        )
-    if told := stored.why_not_whole:
+    if told := stored.why_no_model:
         raise ConversionError(f"{source}: {told}")
     entry = families.architecture(name) if name else families.detect(raw, stored.tensors, beside)
     package = families.package_of(entry)
@@ -101,13 +97,13 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     with configuring(described, entry.name):
         if config is None and "config" in note:
             config = package.Config.from_dict({**note["config"], **given})
-        # Each layer has a tensor; a module of a billion layers would never be done.
-        if (depth := getattr(config, "depth", 0)) > len(tensors):
-            raise ConversionError(f"{described}: tells of {depth} layers, and {source} holds {len(tensors)} tensors")
         elif config is None:
             shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
             make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))
             config = make(raw, shapes, entry.name)
+        # Each layer has a tensor; a module of a billion layers would never be done.
+        if (depth := getattr(config, "depth", 0)) > len(tensors):
+            raise ConversionError(f"{described}: tells of {depth} layers, and {source} holds {len(tensors)} tensors")
         expect = abstract(package, config, entry)
     if stored.is_tree:
         leaves, problems, rows = _of_tree(stored.tensors, tensors, package, entry, config, expect)
