@@ -138,7 +138,7 @@ def print_summary(report: dict, out: Path, seconds: float) -> None:
     if "size" in report:
         bundle, full = report["size"]["bundle_bytes"], report["size"]["full_models_bytes"]
         parts = ", ".join(f"{k} {size(v)}" for k, v in report["size"]["parts_bytes"].items() if v)
-        share = f"{full / bundle:.1f} times smaller" if full > bundle else f"{bundle / full:.1f} times as large"
+        share = f"{full / bundle:.1f} times smaller" if full > bundle > 0 else f"{bundle / full:.1f} times as large"
         print(f"bundle {size(bundle)} ({parts}) against {size(full)} for {len(report['tasks'])} full models: {share}")
         print(f"tasks: {', '.join(report['tasks'])}; 'tadrop task {out} --task NAME --out DIR' writes one's model")
     flax = any("/" in name for name in report["tensors"])
