@@ -9,6 +9,8 @@ from tadrop_jax.errors import MergeError
 
 _NUMBERS = 54  # columns of the terminal that an inspection needs beside the names of tensors
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_NARROW = 72  # with fewer, names stand above the numbers
+_COLUMNS = ("ratio", "sparsity", "norm", "after", "conflict")
 
 
 def _show(console, *what, **how) -> None:
@@ -63,9 +65,7 @@ def _meaning(parameter: registry.Parameter) -> str:
 
 def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> None:
     """Prints what `tadrop inspect` found, a line a tensor; into a file or a pipe whole names, however long."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     title = f"{sparsifier} on {len(tasks)} task vectors (means over tasks)"
@@ -74,16 +74,14 @@ def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> Non
         alike = os.path.commonprefix(list(rows))  # noqa: RUF071 (cut to whole parts in the next line)
         shared = alike[: max(alike.rfind("."), alike.rfind("/")) + 1]
         title += f"; tensors of {shared}" * bool(shared)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape")
-    for column in ("ratio", "sparsity", "norm", "after", "conflict"):
-        table.add_column(column, justify="right")
+    cells = []
     for name, row in rows.items():
         shape = "x".join(map(str, row["shape"])) or "scalar"
         means = (row[k].mean() for k in ("quantile_ratio", "sparsity", "norm", "norm_after", "sign_conflict"))
-        table.add_row(name.removeprefix(shared), shape, *(f"{mean:.3g}" for mean in means))
-    _show(console if console.is_terminal else Console(width=longest + 2 * _NUMBERS), table)
+        cells.append([name.removeprefix(shared), shape, *(f"{mean:.3g}" for mean in means)])
+    narrow = console.is_terminal and console.width < _NARROW
+    shown = _inspection_lines(title, cells) if narrow else _inspection_table(title, cells)
+    _show(console if console.is_terminal else Console(width=longest + 2 * _NUMBERS), shown)
     _show(
         console,
         "ratio: quantile ratio of the magnitudes; norm, after: before and after the sparsifier; conflict: share of "
@@ -93,6 +91,32 @@ def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> Non
 
 
 class Progress:
+def _inspection_table(title: str, cells: list[list[str]]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _inspection_lines(title: str, cells: list[list[str]]):
+    """The same where a table would cut numbers off: under each name what was found."""
+    from rich.text import Text
+
+    text = Text(f"{title}\n\n")
+    for name, shape, *numbers in cells:
+        said = ", ".join(f"{column} {number}" for column, number in zip(_COLUMNS, numbers, strict=True))
+        text.append(name, "bold").append(f"\n{shape}, {said}\n\n")
+    text.right_crop(1)
+    return text
+
+
     """A progress bar over bytes, on a terminal only."""
 
     def __init__(self, quiet: bool, what: str):

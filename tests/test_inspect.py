@@ -84,6 +84,21 @@ def test_what_names_begin_with_is_said_once_on_narrow_terminals(folders, capsys,
 
 
 def test_a_pipe_gets_whole_names_and_no_blanks_at_the_end_of_lines(folders, capsys, monkeypatch):
+@pytest.mark.parametrize("columns", ["59", "30"])
+def test_narrow_terminals_get_every_number(folders, capsys, monkeypatch, columns):
+    assert inspect(folders[0], "--include", "^a", "--quiet", "--json", str(folders[0] / "all.json")) == 0
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert inspect(folders[0], "--include", "^a") == 0
+    out = re.sub("\x1b\\[[0-9]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= int(columns)
+    assert "…" not in out
+    for name, row in json.loads((folders[0] / "all.json").read_text())["tensors"].items():
+        norm = f"norm {np.mean(row['norm']):.3g}, after {np.mean(row['norm_after']):.3g}"
+        assert name.removeprefix("a.") in out
+        assert norm in " ".join(out.split())
+
+
     monkeypatch.setenv("COLUMNS", "30")
     assert inspect(folders[0], "--include", "^a") == 0
     out = capsys.readouterr().out
