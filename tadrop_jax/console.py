@@ -1,6 +1,7 @@
 """What the command line shows: tables, a progress bar, a summary. rich is imported where it is used."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,9 +9,9 @@ from tadrop_jax import registry
 from tadrop_jax.errors import MergeError
 
 _NUMBERS = 54  # columns of the terminal that an inspection needs beside the names of tensors
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NARROW = 72  # with fewer, names stand above the numbers
 _COLUMNS = ("ratio", "sparsity", "norm", "after", "conflict")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def _show(console, *what, **how) -> None:
@@ -90,7 +91,6 @@ def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> Non
     )
 
 
-class Progress:
 def _inspection_table(title: str, cells: list[list[str]]):
     from rich import box
     from rich.table import Table
@@ -117,6 +117,7 @@ def _inspection_lines(title: str, cells: list[list[str]]):
     return text
 
 
+class Progress:
     """A progress bar over bytes, on a terminal only."""
 
     def __init__(self, quiet: bool, what: str):
@@ -164,7 +165,8 @@ def print_summary(report: dict, out: Path, seconds: float) -> None:
         parts = ", ".join(f"{k} {size(v)}" for k, v in report["size"]["parts_bytes"].items() if v)
         share = f"{full / bundle:.1f} times smaller" if full > bundle > 0 else f"{bundle / full:.1f} times as large"
         print(f"bundle {size(bundle)} ({parts}) against {size(full)} for {len(report['tasks'])} full models: {share}")
-        print(f"tasks: {', '.join(report['tasks'])}; 'tadrop task {out} --task NAME --out DIR' writes one's model")
+        command = f"tadrop task {shlex.quote(str(out))} --task NAME --out DIR"
+        print(f"tasks: {', '.join(report['tasks'])}; '{command}' writes one's model")
     flax = any("/" in name for name in report["tensors"])
     config = out.with_suffix(".config.json") if out.suffix == ".safetensors" else out / "config.json"
     if out.exists() and "size" not in report and not flax and not config.exists():
