@@ -91,7 +91,7 @@ def _merge(options) -> int:
     # Of several processes others may have begun, or be done.
     out = _checked_out(options.out, options.resume, alone=processes in (None, 1))
     left = out.with_name(out.name + ".partial")
-    if left.exists() and not options.resume and processes in (None, 1):
+    if (left / "journal.jsonl").exists() and not options.resume and processes in (None, 1):
         told.append(f"{left}: the work of an interrupted merge is begun anew; --resume would have gone on with it")
     size = console.shard_size(options.max_shard_size, out)
     if options.workers is not None and options.workers < 1:
@@ -197,6 +197,9 @@ def _recipe(options, tell) -> dict:
         if given:
             at = f"{str(options.recipe)!r} is taken for a recipe, which says what to merge"
             raise MergeError(f"{at}: leave it out, or {', '.join(given)}")
+        if options.recipe.is_dir():
+            told = f"{str(options.recipe)!r} is taken for a recipe, a file, and is a directory"
+            raise MergeError(f"{told}: --base DIR and --models DIR ... name checkpoints")
         described = recipes.load(options.recipe, tell)
         for field in ("include", "exclude", "differing", "seed", "dtype"):
             value = getattr(options, field)
