@@ -7,8 +7,8 @@ else's, "layout/Name" ("timm/VisionTransformer"): then `marks` tells it by the n
 A family is a package `converters/NAME` with `model.py` (Flax NNX modules), `table.py` (rows, see
 `converters.mapping`) and an `__init__.py` that offers
 
-    Config      the configuration: `Config.from_dict(raw)` reads a config.json, `config.to_dict()` writes one. What the
-                computation does not depend on travels in it unchanged.
+    Config      the configuration: `Config.from_dict(raw)` reads a config.json, `config.to_dict()` writes one,
+                `config.depth` is the number of layers. What the computation does not depend on travels in it unchanged.
     MODELS      {architecture name: module class}. `MODELS[name](config, rngs=)` builds the module, which keeps the
                 configuration as `.config`. Architectures of different layouts may share a class: what one reads
                 another writes.

@@ -11,6 +11,7 @@ import numpy as np
 from converters import families
 from converters.errors import ConversionError, configuring, reading
 from converters.files import Stored, open_tensors
+from converters.files.sidecars import companion
 from converters.mapping import Row, flatten, nest, translate
 from converters.names import Origin, learned, spelled
 
@@ -76,9 +77,9 @@ def load(source: str | os.PathLike, *, config: Any = None, architecture: str | N
 def open_model(source: str | os.PathLike, *, config: Any = None, architecture: str | None = None) -> Opened:
     """Opens a checkpoint and finds out what it is, before a tensor is read. Arguments and errors as `load`."""
     source = Path(source)
-    folder = source if source.is_dir() else source.parent
-    raw, note = read_json(folder / "config.json"), read_json(folder / NOTE)
-    described = folder / "config.json" if config is None else "config"
+    beside, noted_in = companion(source, "config.json"), companion(source, NOTE)
+    raw, note = read_json(beside), read_json(noted_in)
+    described = beside if config is None else "config"
     given = dict(config) if isinstance(config, Mapping) else {}
     if isinstance(config, Mapping):
         raw, config = given, None
@@ -86,15 +87,11 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
     if name is None and raw.get("architectures"):
         # An unsupported architecture is told before files are looked at.
         with configuring(described, "model"):
-            name = families.detect(raw, (), folder / "config.json").name
+            name = families.detect(raw, (), beside).name
     stored = open_tensors(source)
-    if stored.is_adapter:
-        raise ConversionError(
-            f"{source}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload)"
-        )
-    if told := stored.why_not_whole:
+    if told := stored.why_no_model:
         raise ConversionError(f"{source}: {told}")
-    entry = families.architecture(name) if name else families.detect(raw, stored.tensors, folder / "config.json")
+    entry = families.architecture(name) if name else families.detect(raw, stored.tensors, beside)
     package = families.package_of(entry)
     tensors, spelling = spelled(stored.tensors, package, entry)
     with configuring(described, entry.name):
@@ -104,10 +101,13 @@ def open_model(source: str | os.PathLike, *, config: Any = None, architecture: s
             shapes = {name: tuple(leaf.shape) for name, leaf in tensors.items()}
             make = getattr(package, "configure", lambda raw, shapes, name: package.Config.from_dict(raw))
             config = make(raw, shapes, entry.name)
+        # Each layer has a tensor; a module of a billion layers would never be done.
+        if (depth := getattr(config, "depth", 0)) > len(tensors):
+            raise ConversionError(f"{described}: tells of {depth} layers, and {source} holds {len(tensors)} tensors")
         expect = abstract(package, config, entry)
     if stored.is_tree:
         leaves, problems, rows = _of_tree(stored.tensors, tensors, package, entry, config, expect)
-        noted = Origin.noted(entry.name, note if note.get("architecture") == entry.name else {}, folder / NOTE)
+        noted = Origin.noted(entry.name, note if note.get("architecture") == entry.name else {}, noted_in)
         by_table = rows == package.table(config, entry.name)
         origin = Origin(entry.name).spelled_as(spelling) if by_table else noted
     else:
@@ -130,8 +130,7 @@ def open_all(sources: Sequence[str | os.PathLike]) -> list[Opened]:
     """
 
     def told(source: Path) -> bool:
-        folder = source if source.is_dir() else source.parent
-        return any((folder / name).exists() for name in ("config.json", NOTE))
+        return any(companion(source, name).exists() for name in ("config.json", NOTE))
 
     paths = [Path(source) for source in sources]
     known = next((path for path in paths if told(path)), paths[0])

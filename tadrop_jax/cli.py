@@ -5,7 +5,6 @@ jax, rich and yaml are imported inside the commands, so that ``tadrop --help`` a
 
 import contextlib
 import gc
-import importlib.util
 import json
 import os
 import sys
@@ -15,7 +14,15 @@ from pathlib import Path
 
 from tadrop_jax import console, processors, registry, writing
 from tadrop_jax.arguments import parser_of
-from tadrop_jax.errors import ContentError, DtypeError, MergeError, MismatchError, RowsError, checkpoint_errors
+from tadrop_jax.errors import (
+    ContentError,
+    DtypeError,
+    MergeError,
+    MismatchError,
+    RowsError,
+    check_installed,
+    checkpoint_errors,
+)
 
 _PICTURES = (".png", ".svg", ".pdf")
 _FILES = (".bin", ".ckpt", ".msgpack", ".npz", ".pkl", ".pt", ".pth")  # names that a directory would not have
@@ -84,7 +91,7 @@ def _merge(options) -> int:
     # Of several processes others may have begun, or be done.
     out = _checked_out(options.out, options.resume, alone=processes in (None, 1))
     left = out.with_name(out.name + ".partial")
-    if left.exists() and not options.resume and processes in (None, 1):
+    if (left / "journal.jsonl").exists() and not options.resume and processes in (None, 1):
         told.append(f"{left}: the work of an interrupted merge is begun anew; --resume would have gone on with it")
     size = console.shard_size(options.max_shard_size, out)
     if options.workers is not None and options.workers < 1:
@@ -145,8 +152,8 @@ def _inspect(options) -> int:
             raise MergeError(f"{file}: is a directory, not a file to write")
     if options.plot is not None and options.plot.suffix not in _PICTURES:
         raise MergeError(f"--plot writes a picture, {' or '.join(_PICTURES)}, got {str(options.plot)!r}")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MergeError("--plot needs matplotlib: pip install '.[plots]' in a clone")
+    if options.plot is not None:
+        check_installed("matplotlib", "plots")
     _start_jax()
     from tadrop_jax.directories import Request, inspect_directories
     from tadrop_jax.planning import task_names
@@ -190,6 +197,9 @@ def _recipe(options, tell) -> dict:
         if given:
             at = f"{str(options.recipe)!r} is taken for a recipe, which says what to merge"
             raise MergeError(f"{at}: leave it out, or {', '.join(given)}")
+        if options.recipe.is_dir():
+            told = f"{str(options.recipe)!r} is taken for a recipe, a file, and is a directory"
+            raise MergeError(f"{told}: --base DIR and --models DIR ... name checkpoints")
         described = recipes.load(options.recipe, tell)
         for field in ("include", "exclude", "differing", "seed", "dtype"):
             value = getattr(options, field)

@@ -1,6 +1,7 @@
 """What the command line shows: tables, a progress bar, a summary. rich is imported where it is used."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from tadrop_jax import registry
 from tadrop_jax.errors import MergeError
 
 _NUMBERS = 54  # columns of the terminal that an inspection needs beside the names of tensors
+_NARROW = 72  # with fewer, names stand above the numbers
+_COLUMNS = ("ratio", "sparsity", "norm", "after", "conflict")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -63,9 +66,7 @@ def _meaning(parameter: registry.Parameter) -> str:
 
 def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> None:
     """Prints what `tadrop inspect` found, a line a tensor; into a file or a pipe whole names, however long."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     title = f"{sparsifier} on {len(tasks)} task vectors (means over tasks)"
@@ -74,22 +75,46 @@ def print_inspection(rows: dict, tasks: tuple[str, ...], sparsifier: str) -> Non
         alike = os.path.commonprefix(list(rows))  # noqa: RUF071 (cut to whole parts in the next line)
         shared = alike[: max(alike.rfind("."), alike.rfind("/")) + 1]
         title += f"; tensors of {shared}" * bool(shared)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape")
-    for column in ("ratio", "sparsity", "norm", "after", "conflict"):
-        table.add_column(column, justify="right")
+    cells = []
     for name, row in rows.items():
         shape = "x".join(map(str, row["shape"])) or "scalar"
         means = (row[k].mean() for k in ("quantile_ratio", "sparsity", "norm", "norm_after", "sign_conflict"))
-        table.add_row(name.removeprefix(shared), shape, *(f"{mean:.3g}" for mean in means))
-    _show(console if console.is_terminal else Console(width=longest + 2 * _NUMBERS), table)
+        cells.append([name.removeprefix(shared), shape, *(f"{mean:.3g}" for mean in means)])
+    narrow = console.is_terminal and console.width < _NARROW
+    shown = _inspection_lines(title, cells) if narrow else _inspection_table(title, cells)
+    _show(console if console.is_terminal else Console(width=longest + 2 * _NUMBERS), shown)
     _show(
         console,
         "ratio: quantile ratio of the magnitudes; norm, after: before and after the sparsifier; conflict: share of "
         "entries whose tasks differ in sign",
         highlight=False,
     )
+
+
+def _inspection_table(title: str, cells: list[list[str]]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def _inspection_lines(title: str, cells: list[list[str]]):
+    """The same where a table would cut numbers off: under each name what was found."""
+    from rich.text import Text
+
+    text = Text(f"{title}\n\n")
+    for name, shape, *numbers in cells:
+        said = ", ".join(f"{column} {number}" for column, number in zip(_COLUMNS, numbers, strict=True))
+        text.append(name, "bold").append(f"\n{shape}, {said}\n\n")
+    text.right_crop(1)
+    return text
 
 
 class Progress:
@@ -138,9 +163,10 @@ def print_summary(report: dict, out: Path, seconds: float) -> None:
     if "size" in report:
         bundle, full = report["size"]["bundle_bytes"], report["size"]["full_models_bytes"]
         parts = ", ".join(f"{k} {size(v)}" for k, v in report["size"]["parts_bytes"].items() if v)
-        share = f"{full / bundle:.1f} times smaller" if full > bundle else f"{bundle / full:.1f} times as large"
+        share = f"{full / bundle:.1f} times smaller" if full > bundle > 0 else f"{bundle / full:.1f} times as large"
         print(f"bundle {size(bundle)} ({parts}) against {size(full)} for {len(report['tasks'])} full models: {share}")
-        print(f"tasks: {', '.join(report['tasks'])}; 'tadrop task {out} --task NAME --out DIR' writes one's model")
+        command = f"tadrop task {shlex.quote(str(out))} --task NAME --out DIR"
+        print(f"tasks: {', '.join(report['tasks'])}; '{command}' writes one's model")
     flax = any("/" in name for name in report["tensors"])
     config = out.with_suffix(".config.json") if out.suffix == ".safetensors" else out / "config.json"
     if out.exists() and "size" not in report and not flax and not config.exists():

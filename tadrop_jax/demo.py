@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tadrop_jax.errors import MergeError
+from tadrop_jax.errors import MergeError, check_installed
 from tadrop_jax.plots import draw_sparsity
 
 _LOOPS = np.array([1, 0, 0, 0, 0, 0, 1, 0, 2, 1])
@@ -90,8 +90,7 @@ def run(out: Path | None = None, settings: Settings | None = None) -> dict[str, 
     Raises:
         MergeError: scikit-learn is absent, a merge fails, or `out` holds anything but an earlier demo.
     """
-    if importlib.util.find_spec("sklearn") is None:
-        raise MergeError("the demo needs scikit-learn: pip install '.[demo]' in a clone")
+    check_installed("scikit-learn", "demo", module="sklearn")
     from rich.console import Console
 
     console = Console()

@@ -24,7 +24,7 @@ from tadrop_jax.explaining import explaining_steps, explanation
 from tadrop_jax.overflow import Overflow, warnings_of
 from tadrop_jax.planning import Plan, Request, implausible, make_plan, refuse_same_file, task_names
 from tadrop_jax.report import LINES, REPORT, TensorLog, describe_input, versions
-from tadrop_jax.steps import expand, output_of
+from tadrop_jax.steps import expand, output_of, scalars_of
 from tadrop_jax.streaming import Carries, NonFinite, Settings, Stream, measure, run
 from tadrop_jax.trees import copies_of
 
@@ -219,8 +219,7 @@ def _merge(
     settings = _settings(request, _counter(progress, total))
     with _naming_files(turned):
         outcome = run(steps, streams, len(tasks), write, done, settings, skip)
-    found = steps[-1].scalars(outcome.carry, len(tasks)) if steps[-1].scalars else {}
-    scalars = {k: np.asarray(v, np.float32) for k, v in found.items()}
+    scalars = {k: np.asarray(v, np.float32) for k, v in scalars_of(steps[-1], outcome.carry, len(tasks)).items()}
     report = {
         "recipe": request.recipe,
         "inputs": [describe_input(s, request.digests) for s in sources],

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +46,21 @@ def meant(name: Any, names: Iterable[str]) -> str:
     """``" (did you mean 'ties'?)"`` for what is nearly one of the names, or nothing."""
     near = difflib.get_close_matches(str(name).lower(), names, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_installed(package: str, extra: str, module: str = "") -> None:
+    """Refuses what needs a package that is not there.
+
+    Args:
+      package: its name.
+      extra: of ours, that brings it.
+      module: what it is imported by, if not by its name.
+
+    Raises:
+      MergeError: telling how to install it.
+    """
+    if importlib.util.find_spec(module or package) is None:
+        raise MergeError(f"this needs {package}: pip install '.[{extra}]' in a clone")
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from tadrop_jax.steps import (
     output_of,
     patterns,
     per_task_patterns,
+    scalars_of,
 )
 from tadrop_jax.task_vector import match
 from tadrop_jax.trees import (
@@ -377,10 +378,7 @@ def _bundle(base, treedef, values, shapes, rule: Step, results, own, tasks: int,
         return {n: pack(v, lies) if described[n].dtype == "bits" else v for n, v in value.items()}
 
     carry = next((r.carries[-1] for r in results if r.carries[-1]), {})
-    if all(value is None for value in values):  # nothing was merged: no statistic of the tree was found
-        scalars = {name: jnp.zeros(tasks, jnp.float32) for name in kind.scalars}
-    else:
-        scalars = {} if rule.scalars is None else dict(rule.scalars(carry, tasks))
+    scalars = scalars_of(rule, carry, tasks)
     if apart(values):
         scalars = {name: jnp.asarray(jax.device_get(value)) for name, value in scalars.items()}
     return Bundle(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.errors import few
+from converters.files.sidecars import companion
 from tadrop_jax.checkpoints.safetensors import Source, tied_aliases
 from tadrop_jax.errors import CheckpointError, MergeError, ParameterError
 from tadrop_jax.steps import AnyStep, expand, output_of, patterns, per_task_patterns
@@ -237,7 +238,7 @@ def refuse_same_file(models: Sequence[Source]) -> None:
 
 
 def _config(path: Path) -> dict[str, Any] | None:
-    file = path / "config.json" if path.is_dir() else path.parent / "config.json"
+    file = companion(path, "config.json")
     if not file.is_file():
         return None
     try:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tadrop_jax.errors import check_installed
+
 
 def draw_inspection(rows: dict[str, dict], tasks: tuple[str, ...], file: Path) -> None:
     """Draws quantile ratio and sparsity of every tensor as two heat maps: tensors downwards, tasks across.
@@ -13,6 +15,7 @@ def draw_inspection(rows: dict[str, dict], tasks: tuple[str, ...], file: Path) -
         tasks: names of the tasks.
         file: picture to write; its suffix says in which format.
     """
+    check_installed("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,6 +47,7 @@ def draw_coefficients(
         file: picture to write; its suffix says in which format.
         losses: `(steps, T)`, drawn beside them.
     """
+    check_installed("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,6 +87,7 @@ def draw_sparsity(sparsity: dict[str, np.ndarray], tasks: tuple[str, ...], file:
         tasks: names of the tasks.
         file: PNG to write.
     """
+    check_installed("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

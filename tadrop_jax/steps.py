@@ -352,6 +352,21 @@ def reported(steps: Sequence[Step], carries: Sequence[Carry | None]) -> dict[str
     return {k: jnp.concatenate([v[t] for t in sorted(v)]) if isinstance(v, dict) else v for k, v in found.items()}
 
 
+def scalars_of(rule: Step, carry: Carry, tasks: int) -> dict[str, Any]:
+    """The numbers that a per-task rule keeps for the whole tree.
+
+    Args:
+      rule: the rule.
+      carry: the statistics of the tree; empty if no entry was merged, so that none was found: then they are 0.
+      tasks: T.
+    """
+    if rule.kind is None or rule.scalars is None:
+        return {}
+    if rule.stages and not carry:
+        return {name: jnp.zeros(tasks, jnp.float32) for name in rule.kind.scalars}
+    return dict(rule.scalars(carry, tasks))
+
+
 def spec(name: str, /, **parameters) -> tuple | None:
     """Hashable identity of a method with its parameters, or None if one of them is an array."""
     items = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(parameters.items()))

@@ -211,7 +211,9 @@ def test_a_partial_directory_of_the_users(root, capsys):
     (root / "out.partial").mkdir()
     (root / "out.partial" / "mine.txt").write_text("keep me")
     assert merge(root) == 2
-    assert "out.partial: exists and is not an unfinished merge" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "out.partial: exists and is not an unfinished merge" in said
+    assert "--resume" not in said
     assert files_of(root / "out.partial") == {"mine.txt": b"keep me"}
 
 
@@ -269,6 +271,11 @@ def test_a_seed_of_65_bits(root, capsys):
 def test_a_recipe_that_is_not_there(root, capsys):
     code = main(["merge", str(root / "none.yaml"), "--out", str(root / "out")])
     refused(root, capsys, code, "none.yaml", "No such file")
+
+
+def test_a_directory_in_the_place_of_a_recipe(root, capsys):
+    code = main(["merge", str(root / "base"), "--out", str(root / "out")])
+    refused(root, capsys, code, f"'{root / 'base'}' is taken for a recipe", "is a directory", "--base DIR")
 
 
 def test_a_recipe_and_options_that_contradict(root, capsys):

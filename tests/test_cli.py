@@ -281,6 +281,22 @@ def test_the_configuration_beside_a_single_base_comes_along(root, capsys):
     assert "config.json" not in capsys.readouterr().out
 
 
+def test_the_files_beside_a_result_in_one_file_are_read_back(root, tmp_path):
+    """Of `one.safetensors` they are `one.config.json` and so on; `one.two.safetensors` has its own."""
+    (root / "base" / "tokenizer.json").write_text('{"of": "base"}')
+    assert merge(root, out="one.safetensors") == 0
+    for name, text in (("config.json", '{"model_type": "other"}'), ("one.two.vocab.txt", "another's")):
+        (root / name).write_text(text)
+    save_file({"w": np.ones(1, np.float32)}, root / "one.two.safetensors")
+    again = ["--base", str(root / "one.safetensors"), "--models", str(root / "m0"), "--method", "average"]
+    assert main(["merge", *again, "--out", str(root / "again")]) == 0
+    assert main(["merge", *again, "--out", str(root / "again.safetensors")]) == 0
+    assert sorted(files_of(root / "again")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    for name in ("config.json", "tokenizer.json"):
+        wanted = (root / "base" / name).read_bytes()
+        assert wanted == (root / "again" / name).read_bytes() == (root / f"again.{name}").read_bytes()
+
+
 def test_what_lies_beside_a_single_file_is_not_overwritten(root, capsys):
     (root / "one.config.json").write_text("of something else")
     assert merge(root, out="one.safetensors") == 2

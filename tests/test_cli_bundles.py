@@ -166,6 +166,37 @@ def test_a_bundle_without_a_base_gives_no_model(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bundle_in_orbax_is_left_to_python(root, capsys):
+    base, *models = (read_model(root / n) for n in ("base", "m0", "m1"))
+    bundle = root / "bundle"
+    tj.merge(base, models, tj.emr()).save(bundle, format="orbax")
+    words = f"{bundle}: is a bundle in Orbax's format, which Python opens: tj.Bundle.load('{bundle}')"
+    refused(root, capsys, merge(root, models=("m0", "bundle")), words)
+    for argv in (["task", str(bundle), "--task", "m0", "--out"], ["convert", str(bundle), "--to", "flax"]):
+        assert main([*argv, str(root / "out")]) == 2
+        assert words in capsys.readouterr().err
+    tj.Bundle.load(bundle).save(root / "again")  # as the message says
+    assert main(["task", str(root / "again"), "--task", "1", "--out", str(root / "out")]) == 0
+
+
+def test_a_command_to_copy_is_quoted(root, capsys):
+    assert merge(root, method="emr", out="two words") == 0
+    command = f"'tadrop task '{root / 'two words'}' --task NAME --out DIR'"
+    assert command in capsys.readouterr().out
+    refused(root, capsys, merge(root, models=("m0", "two words")), command)
+
+
+def test_nothing_but_empty_tensors(tmp_path):
+    """No statistic of the tree is found then: the rescalers are 0, on disk as in memory."""
+    base, models = family(2, {"w": (0, 3)})
+    save_family(tmp_path, 2, {"w": (0, 3)})
+    assert merge(tmp_path, method="emr") == 0
+    bundle = tj.merge(base, models, tj.emr())
+    for found in (bundle, tj.Bundle.load(tmp_path / "out", like=base)):
+        assert np.asarray(found.rescalers).tolist() == [0, 0]
+        assert found.task_params(1)["w"].shape == (0, 3)
+
+
 def test_a_sparsifier_in_place_of_the_drop(root, capsys):
     """T-Switch with TADrop's densities in place of its own."""
     assert merge(root, "--sparsify", "tadrop", method="t_switch") == 0

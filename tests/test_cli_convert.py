@@ -133,6 +133,18 @@ def test_what_is_wrong(root, capsys):
     refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), "LlamaForCausalLM is not supported")
 
 
+@pytest.mark.parametrize("where", ["config.json", "x.config.json"])
+def test_a_configuration_of_more_layers_than_tensors(root, capsys, where):
+    """To build a module of them would take for ever."""
+    source = root / "vit"
+    if where != "config.json":  # of a file that merge wrote
+        source = (root / "vit" / "model.safetensors").rename(root / "x.safetensors")
+    config = json.loads((root / "vit" / "config.json").read_text()) | {"num_hidden_layers": 10**12}
+    (source.parent / where if source.is_file() else source / where).write_text(json.dumps(config))
+    said = f"{where}: tells of {10**12} layers, and {source} holds 24 tensors"
+    refused(root, capsys, main(["convert", str(source), str(root / "out"), "--to", "flax"]), said)
+
+
 def test_an_output_that_cannot_be_begun(root, capsys):
     refused(root, capsys, convert(root, "vit", "/proc/x", "--to", "torch"), "/proc/x: cannot be written: No such file")
 

@@ -1,5 +1,6 @@
 """`tadrop inspect`: the numbers of tj.explain, from files."""
 
+import importlib.util
 import json
 import re
 
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import tadrop_jax as tj
-from tadrop_jax import cli, cutting
+from tadrop_jax import cli, cutting, plots
 
 pytestmark = pytest.mark.optimised
 
@@ -83,6 +84,21 @@ def test_what_names_begin_with_is_said_once_on_narrow_terminals(folders, capsys,
     assert all(words in out for words in said)
 
 
+@pytest.mark.parametrize("columns", ["59", "30"])
+def test_narrow_terminals_get_every_number(folders, capsys, monkeypatch, columns):
+    assert inspect(folders[0], "--include", "^a", "--quiet", "--json", str(folders[0] / "all.json")) == 0
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert inspect(folders[0], "--include", "^a") == 0
+    out = re.sub("\x1b\\[[0-9]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= int(columns)
+    assert "…" not in out
+    for name, row in json.loads((folders[0] / "all.json").read_text())["tensors"].items():
+        norm = f"norm {np.mean(row['norm']):.3g}, after {np.mean(row['norm_after']):.3g}"
+        assert name.removeprefix("a.") in out
+        assert norm in " ".join(out.split())
+
+
 def test_a_pipe_gets_whole_names_and_no_blanks_at_the_end_of_lines(folders, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     assert inspect(folders[0], "--include", "^a") == 0
@@ -105,3 +121,18 @@ def test_a_pipe_gets_whole_names_and_no_blanks_at_the_end_of_lines(folders, caps
 def test_refusals(folders, capsys, options, said):
     assert inspect(folders[0], *options) == 2
     assert said in capsys.readouterr().err
+
+
+def test_pictures_without_matplotlib(folders, capsys, monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    said = "this needs matplotlib: pip install '.[plots]'"
+    assert inspect(folders[0], "--plot", str(tmp_path / "p.png")) == 2
+    assert said in capsys.readouterr().err
+    for draw in (
+        lambda file: plots.draw_inspection({}, (), file),
+        lambda file: plots.draw_coefficients({"all": np.ones(1)}, ("a",), file),
+        lambda file: plots.draw_sparsity({}, (), file),
+    ):
+        with pytest.raises(tj.MergeError, match=re.escape(said)):
+            draw(tmp_path / "p.png")

@@ -71,6 +71,11 @@ class BEiT3Config:
         """Patches of an image."""
         return (self.img_size // self.patch_size) ** 2
 
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.encoder_layers
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "BEiT3Config":
         """Reads the contents of a `config.json`, as :meth:`to_dict` writes it."""

@@ -95,6 +95,11 @@ class CLIPConfig:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     other: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
+    @property
+    def depth(self) -> int:
+        """Number of layers, of both towers together."""
+        return sum(tower.num_hidden_layers for tower in (self.text, self.vision) if tower is not None)
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "CLIPConfig":
         """Reads the contents of a `config.json`: of both towers, or of one."""

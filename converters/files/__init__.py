@@ -44,8 +44,10 @@ class Stored(NamedTuple):
         return named or (bool(self.tensors) and all("lora_" in name for name in self.tensors))
 
     @property
-    def why_not_whole(self) -> str:
-        """What is said of a file that is one shard of several, by an index beside it; empty for anything else."""
+    def why_no_model(self) -> str:
+        """What is said of an adapter, and of a file that is one shard of several by an index beside it; else empty."""
+        if self.is_adapter:
+            return "is an adapter, no model: merge it into its base first (PEFT's merge_and_unload)"
         for index in [] if self.path.is_dir() else sorted(self.path.parent.glob("*.index.json")):
             with contextlib.suppress(ConversionError):  # it may be of other files, which are gone
                 shards = set(shards_of(self.path.parent, index).values())

@@ -133,11 +133,14 @@ def _groups(tensors: Mapping[str, Any], most: int) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _quiet():
-    """Orbax warns of things that are as they should be here (no sharding, one process)."""
+    """Orbax warns of things that are as they should be here (no sharding, one process).
+
+    What it fails at, as on a full disk, it raises; its log would tell the same before, with a traceback.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "orbax")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -67,6 +67,11 @@ class GPT2Config:
         """The width of the hidden layer of each block's MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.n_layer
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "GPT2Config":
         """Reads the contents of a `config.json`."""

@@ -70,6 +70,11 @@ class EncoderConfig:
         """Patches of an image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.num_hidden_layers
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]):
         """Reads the contents of a `config.json`."""

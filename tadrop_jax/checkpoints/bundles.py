@@ -9,12 +9,14 @@ tensors' shapes and the numbers that hold for the whole tree; configurations and
 import contextlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from converters.files import orbax
 from tadrop_jax.checkpoints.safetensors import Source, TensorInfo, check_directory, open_sink, open_source
 from tadrop_jax.errors import CheckpointError, MergeError
 from tadrop_jax.kinds import Kind, Part, kind_of
@@ -142,11 +144,12 @@ def refuse(path: Path) -> None:
     Raises:
       CheckpointError: telling how a model is taken out of it.
     """
+    _refuse_orbax(path)
     described = None
     with contextlib.suppress(OSError, ValueError):  # a file of that name may be anything
-        described = json.loads((Path(path) / DESCRIPTION).read_text())
-    if isinstance(described, dict) and described.get("format") == _FORMAT:
-        command = f"'tadrop task {path} --task NAME --out DIR'"
+        described = _described(path)
+    if _is_bundle(described):
+        command = f"'tadrop task {shlex.quote(str(path))} --task NAME --out DIR'"
         raise CheckpointError(f"{path}: is a bundle, no model: {command} takes one task's model out of it")
 
 
@@ -159,15 +162,41 @@ def describe(path: Path) -> dict[str, Any]:
     file = Path(path) / DESCRIPTION
     if not Path(path).exists():
         raise CheckpointError(f"{path}: no such directory")
+    _refuse_orbax(path)
     if not file.is_file():
         raise CheckpointError(f"{path}: is no bundle (there is no {DESCRIPTION} in it)")
     try:
-        described = json.loads(file.read_text())
+        described = _described(path)
     except ValueError as error:
         raise CheckpointError(f"{file}: is not valid JSON: {error}") from None
-    if not isinstance(described, dict) or described.get("format") != _FORMAT or described.get("version") != 1:
+    if not _is_bundle(described) or described.get("version") != 1:
         raise CheckpointError(f"{file}: is no bundle of version 1")
     return described
+
+
+def _described(path: Path) -> Any:
+    return json.loads((Path(path) / DESCRIPTION).read_text())
+
+
+def _is_bundle(described: Any) -> bool:
+    return isinstance(described, dict) and described.get("format") == _FORMAT
+
+
+def _refuse_orbax(path: Path) -> None:
+    """Refuses a bundle that was saved by Orbax: the command line does not read it.
+
+    Raises:
+      CheckpointError: telling what does.
+    """
+    arrays: Any = ()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        arrays = json.loads((Path(path) / orbax.METADATA).read_text())["tree_metadata"].keys()
+    if "('description',)" in arrays and any(name.startswith("('tensors', ") for name in arrays):
+        opened = f"tj.Bundle.load({str(path)!r})"
+        raise CheckpointError(
+            f"{path}: is a bundle in Orbax's format, which Python opens: {opened} gives a model by task_params(NAME), "
+            "and by save(DIR) a bundle that 'tadrop task' takes"
+        )
 
 
 def save(bundle, path, format: str = "safetensors") -> None:

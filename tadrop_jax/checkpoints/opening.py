@@ -85,17 +85,13 @@ def open_model(path: Path) -> Source:
     from tadrop_jax.checkpoints.leaves import LeafSource
 
     try:
+        bundles.refuse(path)
         with checkpoint_errors():
             stored = open_tensors(path)
-            told = stored.why_not_whole
+            told = stored.why_no_model
         if told:
-            raise CheckpointError(f"{path}: {told}")
-        if stored.is_adapter:
-            raise CheckpointError(
-                f"{path}: is an adapter, no model: merge it into its base first (PEFT's merge_and_unload), or merge "
-                "LoRA adapters from Python (tj.knots, tj.core_space)"
-            )
-        bundles.refuse(path)
+            python = ", or merge LoRA adapters from Python (tj.knots, tj.core_space)" * stored.is_adapter
+            raise CheckpointError(f"{path}: {told}{python}")
         return open_source(path) if stored.format == "safetensors" else LeafSource(stored)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

@@ -334,6 +334,16 @@ def test_a_disk_that_is_too_small_shows_at_the_start(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_too_small_for_the_journal(tmp_path, monkeypatch):
+    def full(self, record):
+        raise CheckpointError("the disk is full.")
+
+    monkeypatch.setattr(Sink, "_log", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        open_sink(tmp_path / "out", plan_of(WEIGHTS))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_system_without_fallocate(tmp_path, monkeypatch):
     def unsupported(fd, offset, length):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")

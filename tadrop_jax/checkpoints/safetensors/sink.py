@@ -21,6 +21,7 @@ import numpy as np
 from converters.errors import reading
 from converters.files import header
 from converters.files.safetensors import INDEX, SINGLE, index, shard_name, split
+from converters.files.sidecars import beside
 from tadrop_jax import __version__
 from tadrop_jax.checkpoints.safetensors import journal
 from tadrop_jax.errors import CheckpointError, checkpoint_errors
@@ -181,11 +182,11 @@ class Sink:
             raise _cannot_write(error, self.out) from error
         self.close()
 
-    def _move_file(self, beside: Collection[Path]) -> None:
+    def _move_file(self, others: Collection[Path]) -> None:
         """Moves the one file to its name, and first what stands beside it."""
-        files = {file.relative_to(self.partial).as_posix(): file for file in beside}
+        files = {file.relative_to(self.partial).as_posix(): file for file in others}
         check_beside(self.out, files)
-        for file, to in ((file, _beside(self.out, name)) for name, file in files.items()):
+        for file, to in ((file, beside(self.out, name)) for name, file in files.items()):
             file.rename(to)
         (self.partial / self._shards[0].name).rename(self.out)
 
@@ -233,8 +234,12 @@ class Sink:
             self._journal = -1
         self.partial.mkdir(parents=True)
         self._journal = journal.lock(file)
-        self._log(identity)
-        self._log({"boot": journal.boot()})
+        try:
+            self._log(identity)
+            self._log({"boot": journal.boot()})
+        except CheckpointError:  # a full disk; nothing was done that could be resumed
+            self.discard()
+            raise
         return False
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -320,13 +325,9 @@ def check_beside(out: Path, files: Mapping[str, bytes | Path]) -> None:
         CheckpointError: naming the one that is in the way.
     """
     for name, data in files.items():
-        to = _beside(out, name)
+        to = beside(out, name)
         if to.exists() and to.read_bytes() != (data.read_bytes() if isinstance(data, Path) else data):
             raise CheckpointError(f"{to}: exists already, and would be overwritten; move it away.")
-
-
-def _beside(out: Path, name: str) -> Path:
-    return out.with_name(f"{out.stem}.{name.replace('/', '.')}")
 
 
 def check_directory(out: Path, why: str) -> None:
