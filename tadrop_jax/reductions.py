@@ -26,11 +26,11 @@ def from_the_top(named, n: int, tasks: int) -> tuple[list[str], Wide]:
     for rank in _ranks(named, n, tasks).values():
         if isinstance(rank, int):
             limbs = wide.wide(n - rank)
-        elif type(rank) is tuple:
+        elif isinstance(rank, Wide):
+            limbs = wide.subtract(wide.wide(n), rank)
+        else:
             each = [wide.subtract(wide.wide(n), wide.wide(r)) for r in rank]
             limbs = Wide(*(jnp.stack([jnp.reshape(limb, ()) for limb in limbs]) for limbs in zip(*each, strict=True)))
-        else:
-            limbs = wide.subtract(wide.wide(n), rank)
         ks.append(Wide(*(jnp.broadcast_to(limb, (tasks,)) for limb in limbs)))
     return list(named), Wide(*(jnp.stack(limbs) for limbs in zip(*ks, strict=True)))
 
