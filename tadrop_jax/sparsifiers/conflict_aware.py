@@ -110,8 +110,7 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
         return {name: r[task] if type(r) is tuple else r for name, r in stage.at(n, carry).items()}
 
     def apply(x, carry):
-        # Once: later tasks look at it, and XLA would take minutes to fuse a dozen of them into one another.
-        return x.stack.at[task].set(x.once(step.apply(view(x), carry)[0]))
+        return x.stack.at[task].set(step.apply(view(x), carry)[0])
 
     return dataclasses.replace(
         step,

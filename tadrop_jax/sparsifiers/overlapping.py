@@ -72,7 +72,7 @@ def _turn(task: int, earlier: tuple[int, ...], n: int, m: int, overlap: str, tai
         if overlap == "exact":
             more = count - jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32)
         kept |= largest_in_groups(groups, more, taken)
-        return x.stack.at[task].set(x.once(own.ungroup(jnp.where(kept, groups, 0))[0]))  # later tasks look at it
+        return x.stack.at[task].set(own.ungroup(jnp.where(kept, groups, 0))[0])
 
     return Step(
         apply=apply,
