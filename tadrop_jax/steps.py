@@ -75,7 +75,7 @@ class Step:
         :func:`expand` sets it.
       across_tasks: whether what becomes of one task hangs on the others.
       on_weights: whether the step looks at the base's values: it merges weights, and not task vectors alone.
-      lengths: names and lengths of parameters that were given one per task.
+      lengths: names and lengths of parameters that were given one per task; of ``numbers`` they are known.
       models: name of the method, and the least and the largest number of models that it merges (None: no limit).
       spec: hashable identity, e.g. ``("magnitude", 0.2, "global")``.
       numbers: what ``apply`` and the stages look up in ``x.numbers``, each a number or, as a tuple there, one per

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tadrop_jax.parameters import lengths, single, whole
+from tadrop_jax.parameters import single, whole
 from tadrop_jax.rules.geometry import (
     angle,
     combined,
@@ -74,7 +74,6 @@ def karcher(weights=1.0, *, max_iter: int = 10, tol=1e-5) -> Step:
         stages=(inner_products(weights_of),),
         apply=apply,
         output="parameters",
-        lengths=lengths(weights=weights),
         spec=spec("karcher", max_iter=max_iter, tol=tol),
         numbers={"weights": weights},
     )

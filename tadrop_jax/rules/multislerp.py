@@ -2,7 +2,7 @@ r"""Multi-SLERP: the mean direction of several models, at their mean length (mer
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import choice, flag, lengths, number
+from tadrop_jax.parameters import choice, flag, number
 from tadrop_jax.rules.geometry import (
     combined,
     root,
@@ -85,7 +85,6 @@ def multislerp(weights=1.0, *, space: str = "task vectors", normalize: bool = Tr
         stages=(Sums(squares), Sums(length)),
         apply=apply,
         output="parameters" if space == "weights" else "vector",
-        lengths=lengths(weights=weights),
         spec=spec("multislerp", space=space, normalize=normalize),
         numbers={"weights": weights},
     )

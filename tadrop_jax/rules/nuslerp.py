@@ -3,7 +3,7 @@ r"""NuSLERP: the arc between two fine-tunes, seen from the base (mergekit)."""
 import jax
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import choice, lengths, number
+from tadrop_jax.parameters import choice, number
 from tadrop_jax.rules.geometry import (
     arc,
     collinear,
@@ -75,7 +75,6 @@ def nuslerp(weights=1.0, *, space: str = "task vectors", granularity: str = "ten
         apply=whole if granularity == "tensor" else rows,
         piece="any" if granularity == "tensor" else "row" if granularity == "row" else "tensor",
         output="parameters" if space == "weights" else "vector",
-        lengths=lengths(weights=weights),
         models=("nuslerp", 2, 2),
         spec=spec("nuslerp", space=space, granularity=granularity),
         numbers={"weights": weights},

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
-from tadrop_jax.parameters import choice, lengths, number
+from tadrop_jax.parameters import choice, number
 from tadrop_jax.selection import magnitude
 from tadrop_jax.stages import Ranks
 from tadrop_jax.steps import Step, floor_times, over_tasks, safe_ratio, spec
@@ -104,7 +104,6 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
         ),
         apply=apply,
         output="vector",
-        lengths=lengths(coefficient=coefficient),
         spec=spec("pcb", ratio=ratio, version=version),
         numbers={"coefficient": coefficient},
     )

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import flag, lengths, number
+from tadrop_jax.parameters import flag, number
 from tadrop_jax.steps import Step, over_tasks, spec
 
 
@@ -43,7 +43,6 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
     return Step(
         apply=apply,
         output="vector",
-        lengths=lengths(coefficient=coefficient, weights=weights),
         spec=spec("task_arithmetic", normalize=normalize),
         numbers={"coefficient": coefficient, "weights": weights},
     )

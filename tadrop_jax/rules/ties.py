@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tadrop_jax.parameters import choice, flag, lengths, number, single
+from tadrop_jax.parameters import choice, flag, number, single
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
 from tadrop_jax.stages import Guess, Sums
@@ -199,7 +199,6 @@ def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -
         stages=(Sums(majority, scope="global", guess=guess),) if zero_sign == "majority" else (),
         apply=apply,
         output="vector",
-        lengths=lengths(weights=weights),
         spec=spec(
             "ties",
             combine=combine,
