@@ -101,6 +101,7 @@ def _merge(options) -> int:
     from tadrop_jax.processes import of_another_merge
 
     chain = recipes.chain_of(described)
+    _share_cores(chain, len(described["models"]))
     for line in told if not options.quiet else []:
         print(line, file=sys.stderr)
     request = Request(
@@ -159,11 +160,13 @@ def _inspect(options) -> int:
     from tadrop_jax.planning import task_names
 
     models = tuple(Path(m) for m in options.models)
+    chain = registry.build(name, values, "sparsifier")
+    _share_cores(chain, len(models))
     request = Request(
         base=Path(options.base),
         models=models,
         out=Path(),
-        chain=registry.build(name, values, "sparsifier"),
+        chain=chain,
         recipe={},
         include=tuple(options.include or ()),
         exclude=tuple(options.exclude or ()),
@@ -331,6 +334,18 @@ def _start_jax() -> None:
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         # A merge takes dozens of functions, most of them small: compiled anew, they are half of the start-up.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _share_cores(chain, tasks: int) -> None:
+    """Leaves the cores to the threads that each compute on blocks, unless whole tensors want several at a time.
+
+    Raises:
+      MergeError: if the chain is not for so many tasks.
+    """
+    from tadrop_jax.steps import expand
+
+    if all(step.piece != "tensor" for step in expand(chain, tasks)):
+        processors.compute_in_calling_threads()
 
 
 def _checked_out(out: Path, resume: bool, alone: bool = True, single: bool = True) -> Path:

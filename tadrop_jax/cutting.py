@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tadrop_jax.steps import Step
 
 # Of up to 8 tasks; more have blocks of a half, a quarter, ..., so that memory does not go with their number.
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 SMALL = 1 << 13
 
 

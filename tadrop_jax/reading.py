@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -103,15 +103,8 @@ class Reader:
         Raises:
           NonFinite: for NaN or infinity, unless they may pass.
         """
-        stream, rows, uint = self.streams[block.at], self.tasks + 1, self.streams[block.at].bits
-        held = self.buffers.__dict__.setdefault("held", {})
-        count = rows * width * np.dtype(uint).itemsize
-        raw = held.get(place)
-        if raw is None or raw.size < count:
-            raw = aligned_empty(count, np.dtype(np.uint8))
-            if place is not None:
-                held[place] = raw
-        raw = raw[:count].view(uint).reshape(rows, width)
+        stream, rows = self.streams[block.at], self.tasks + 1
+        raw = self.buffer(place, (rows, width), np.dtype(stream.bits))
         for row in range(rows):
             values = raw[row, : block.size].view(stream.dtype)
             stream.read(row, block.start, block.stop, values)
@@ -120,6 +113,25 @@ class Reader:
         raw[:, block.size :] = 0
         self.progress(rows * block.size * stream.dtype.itemsize)
         return raw
+
+    def buffer(self, place: Hashable, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An uninitialised array in a buffer of this thread's, which the next one at that place overwrites.
+
+        The system takes longer to hand out new memory than it takes to fill it.
+
+        Args:
+          place: which of the buffers; None for memory of its own.
+          shape: its shape.
+          dtype: its dtype.
+        """
+        held = self.buffers.__dict__.setdefault("held", {})
+        size = math.prod(shape) * dtype.itemsize
+        raw = held.get(place)
+        if raw is None or raw.size < size:
+            raw = aligned_empty(size, np.dtype(np.uint8))
+            if place is not None:
+                held[place] = raw
+        return raw[:size].view(dtype).reshape(shape)
 
     def _check(self, block: Block, row: int, values: np.ndarray, base: np.ndarray) -> None:
         if row and not self.differs[row - 1] and not np.array_equal(base, values.view(base.dtype)):

@@ -11,7 +11,7 @@ interpreter's lock to other threads.
 
 import bisect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,30 +127,30 @@ class Selection:
                     continue  # the bracket of its neighbour will do
                 self.brackets[i, r, t] = _ends(rows[t], float(share[r, t]), slack)
             guesses.append(guess)
-        # Row by row, for the cache.
-        self.brackets = dict(sorted(self.brackets.items(), key=lambda item: item[0][2]))
         if m == self.n:
             self.found = guesses
 
-    def count(self, keys: np.ndarray) -> list:
+    def count(self, keys: np.ndarray) -> dict:
         """Counts one block of keys ``(T, B)``; called from any thread."""
         for at, (prefix, _) in self.missed.items():
             self._add_bins(keys[at[2]], at, prefix)
         if self.missed:
-            return []
-        found = []
-        for (_, _, t), (low, high) in self.brackets.items():
-            row = keys[t]
+            return {}
+        found: dict[tuple[int, int, int], tuple[int, Any]] = {}
+        wide: dict[tuple[int, int], dict[int, tuple[Any, Any]]] = {}
+        for (i, r, t), (low, high) in self.brackets.items():
             if low == high:  # one value that many entries have, zero most likely: counting them is enough
-                found.append((int(np.count_nonzero(row < low)), int(np.count_nonzero(row == low))))
+                found[i, r, t] = int(np.count_nonzero(keys[t] < low)), int(np.count_nonzero(keys[t] == low))
             elif self.collected > _MOST:
                 # The brackets are given up: no need to collect more. Not a view, which would keep the block.
-                found.append((0, np.empty(0, row.dtype)))
+                found[i, r, t] = 0, np.empty(0, keys.dtype)
             else:
-                below, inside = _collect(row, low, high)
+                wide.setdefault((i, r), {})[t] = low, high
+        for (i, r), brackets in wide.items():
+            for t, (below, inside) in _collect(keys, brackets).items():
+                found[i, r, t] = below, inside
                 with self.lock:
                     self.collected += inside.size
-                found.append((below, inside))
         return found
 
     def _add_bins(self, row, at, prefix):
@@ -159,13 +159,13 @@ class Selection:
         with self.lock:
             self.bins[at] = self.bins[at] + counts if at in self.bins else counts
 
-    def update(self, parts: Sequence[list]) -> None:
+    def update(self, parts: Sequence[dict]) -> None:
         """Draws the conclusions of a pass: what :meth:`count` gave for each block."""
         if self.missed:
             self._narrow()
         else:
-            for i, (at, (low, _)) in enumerate(self.brackets.items()):
-                below, inside = sum(part[i][0] for part in parts), [part[i][1] for part in parts]
+            for at, (low, _) in self.brackets.items():
+                below, inside = sum(part[at][0] for part in parts), [part[at][1] for part in parts]
                 if isinstance(inside[0], int):
                     self.inside[at] = below, (low, sum(inside))
                 elif self.collected <= _MOST:
@@ -302,15 +302,18 @@ def _pieces(row: np.ndarray) -> Iterator[np.ndarray]:
     return (row[start : start + _PIECE] for start in range(0, row.size, _PIECE))
 
 
-def _collect(row: np.ndarray, low, high) -> tuple[int, np.ndarray]:
-    """How many keys lie below a bracket, and those inside."""
-    below, inside = 0, [row[:0]]
-    for piece in _pieces(row):
-        # Masks are a quarter of the keys: two comparisons cost less than one after a subtraction.
-        under = piece < low
-        below += int(np.count_nonzero(under))
-        inside.append(piece[(under ^ (piece <= high)).nonzero()])
-    return below, np.concatenate(inside)
+def _collect(keys: np.ndarray, brackets: Mapping[int, tuple[Any, Any]]) -> dict[int, tuple[int, np.ndarray]]:
+    """How many keys of some rows of ``(T, B)`` lie below the row's bracket, and those inside.
+
+    All rows at once: threads hand over the interpreter's lock with each call, which takes as long as a row does.
+    """
+    nothing = 1, 0  # the bracket of the other rows
+    ends = np.array([brackets.get(t, nothing) for t in range(len(keys))], keys.dtype)
+    # Masks are a quarter of the keys: two comparisons cost less than one after a subtraction.
+    under, inside = keys < ends[:, :1], keys <= ends[:, 1:]
+    places = np.flatnonzero(np.logical_xor(under, inside, out=inside))
+    values = np.split(keys.reshape(-1)[places], np.searchsorted(places, keys.shape[1] * np.arange(1, len(keys))))
+    return {t: (int(np.count_nonzero(under[t])), values[t]) for t in brackets}
 
 
 def _ends(row: np.ndarray, share: float, slack: float) -> tuple[Any, Any]:

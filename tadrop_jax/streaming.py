@@ -340,7 +340,7 @@ class _Run:
         search = sampling.Selection(n, [functools.partial(ranks_of, m) for m in range(len(stages))])
         settled: dict[int, dict] = {}
         if kept is not None:
-            held = np.empty((lead, n), np.uint32)
+            held = self.reader.buffer("keys", (lead, n), np.dtype(np.uint32))
 
             def fill(b: Block) -> None:
                 held[:, b.start : b.stop] = self.call("keys", b, stop, kept)[0][:, : b.size]

@@ -48,6 +48,23 @@ def test_avx2_is_asked_for_before_numpy_comes_and_what_a_user_set_stays(given, f
     assert not found.stderr
 
 
+@pytest.mark.parametrize("given", [None, "2"])
+def test_jax_computes_in_calling_threads_and_what_a_user_set_stays(given):
+    """XLA says in a compiled function in how many parts it is split; on one core it never is."""
+    code = (
+        "from tadrop_jax import processors; processors.compute_in_calling_threads(); import os, jax; "
+        "print(os.environ.get('NPROC')); "
+        "print(jax.jit(lambda x: x * 2 + 1).lower(jax.ShapeDtypeStruct((8, 1 << 20), 'f')).compile().as_text())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "NPROC"} | {"JAX_PLATFORMS": "cpu"}
+    if given is not None:
+        environment["NPROC"] = given
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    said, text = found.stdout.split("\n", 1)
+    assert said == str(given)
+    assert ("outer_dimension_partitions" in text) is (given is not None)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_selection_is_exact_whether_partitions_are_fast_or_not(monkeypatch, fast, dtype):
