@@ -105,11 +105,11 @@ class Reader:
         """
         stream, rows = self.streams[block.at], self.tasks + 1
         raw = self.buffer(place, (rows, width), np.dtype(stream.bits))
+        values = raw[:, : block.size].view(stream.dtype)
         for row in range(rows):
-            values = raw[row, : block.size].view(stream.dtype)
-            stream.read(row, block.start, block.stop, values)
-            if not sample and not self.checked[block.at]:  # while the row is in the cache
-                self._check(block, row, values, raw[0, : block.size])
+            stream.read(row, block.start, block.stop, values[row])
+        if not sample and not self.checked[block.at]:
+            self._check(block, values, raw[:, : block.size])
         raw[:, block.size :] = 0
         self.progress(rows * block.size * stream.dtype.itemsize)
         return raw
@@ -133,19 +133,20 @@ class Reader:
                 held[place] = raw
         return raw[:size].view(dtype).reshape(shape)
 
-    def _check(self, block: Block, row: int, values: np.ndarray, base: np.ndarray) -> None:
-        if row and not self.differs[row - 1] and not np.array_equal(base, values.view(base.dtype)):
-            self.differs[row - 1] = True
+    def _check(self, block: Block, values: np.ndarray, bits: np.ndarray) -> None:
+        for task, differs in enumerate(self.differs):
+            if not differs and not np.array_equal(bits[0], bits[task + 1]):
+                self.differs[task] = True
         if not self.check_finite or all_finite(values):
             return
         stream, values = self.streams[block.at], values.astype(np.float32)
-        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        row, bad = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
         entry = np.unravel_index(block.start + bad, stream.shape) if stream.shape else ()
-        raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[bad]))
+        raise NonFinite(row, stream.name, [int(i) for i in entry], float(values[row, bad]))
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether a row has neither NaN nor infinity."""
+    """Whether there is neither NaN nor infinity."""
     if values.dtype.itemsize != 2:  # there are 8-bit floats without infinity
         return bool(np.isfinite(values if values.dtype == np.float32 else values.astype(np.float32)).all())
     # NumPy has no fast test of these. Of either sign, infinity and NaN have the largest patterns.
