@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import ml_dtypes
@@ -293,10 +294,21 @@ def test_a_torn_journal_keeps_what_is_whole(tmp_path):
 def test_after_a_reboot_only_synced_tensors_are_trusted(tmp_path, monkeypatch):
     sink = open_sink(tmp_path / "m", plan_of(WEIGHTS))
     monkeypatch.setattr("tadrop_jax.checkpoints.safetensors.sink._SYNC_SECONDS", 0.0)
-    sink.mark_done("odd")
+    began, go, fsync = threading.Event(), threading.Event(), os.fsync
+
+    def slow(fd):
+        began.set()
+        assert go.wait(10)
+        fsync(fd)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", slow)
+        sink.mark_done("odd")
+        assert began.wait(10)
+        sink.mark_done("wide")  # while what was written before goes to the disk
+        go.set()
+        sink.close()
     monkeypatch.setattr("tadrop_jax.checkpoints.safetensors.sink._SYNC_SECONDS", 1e9)
-    sink.mark_done("wide")
-    sink.close()
     monkeypatch.setattr(journal, "boot", lambda: "the next boot")
     with open_sink(tmp_path / "m", plan_of(WEIGHTS), resume=True) as sink:
         assert sink.done == {"odd"}
@@ -306,6 +318,19 @@ def test_after_a_reboot_only_synced_tensors_are_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "boot", lambda: "the one after")
     with open_sink(tmp_path / "m", plan_of(WEIGHTS), resume=True) as sink:
         assert sink.done == {"odd"}
+
+
+def test_what_does_not_reach_the_disk_is_an_error(tmp_path, monkeypatch):
+    def broken(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    monkeypatch.setattr("tadrop_jax.checkpoints.safetensors.sink._SYNC_BYTES", 0)
+    with open_sink(tmp_path / "m", plan_of(WEIGHTS)) as sink:
+        sink.mark_done("odd")
+        wait([sink._syncing])
+        with pytest.raises(CheckpointError, match=r"m\.partial: .*Input/output error"):
+            sink.mark_done("wide")
 
 
 @pytest.mark.parametrize("damage", ["absent", "short", "header"])

@@ -2,7 +2,7 @@
 
 What it guarantees. When the process is killed, every tensor marked done is complete for a resumed run, since
 its bytes are the kernel's. When the machine stops, only those are that an fsync has covered; the journal
-records these, and the boot that it was written in, so that a resumed run trusts no more than that.
+records when one begins and ends, and the boot that it was written in, so that a resumed run trusts no more than that.
 """
 
 import fcntl
@@ -65,14 +65,16 @@ def complete_lines(file: Path) -> list[dict[str, Any]]:
 
 def trusted(lines: list[dict[str, Any]]) -> set[str]:
     """Names of the tensors that are certainly complete, from the records after the first."""
-    safe, fresh, written_in = set[str](), set[str](), None
+    safe, fresh, before, written_in = set[str](), set[str](), set[str](), None
     for line in lines[1:]:
         if "done" in line:
             fresh.add(line["done"])
+        elif "syncing" in line:
+            before = fresh.copy()
         elif "synced" in line:
-            safe |= fresh
+            safe |= before
         elif line["boot"] != written_in:
-            fresh, written_in = set(), line["boot"]
+            fresh, before, written_in = set(), set(), line["boot"]
     return safe | fresh if written_in == boot() else safe
 
 

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from tadrop_jax.errors import CheckpointError, checkpoint_errors
 
 Plan = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
-_SYNC_SECONDS = 30.0
+# What is written goes on to the disk after so many bytes, and so many seconds, while the rest is computed.
+_SYNC_BYTES, _SYNC_SECONDS = 64 << 20, 30.0
 # Which transformers asks for.
 _METADATA = {"format": "pt"}
 
@@ -60,7 +62,10 @@ class Sink:
         self.partial = out.with_name(out.name + ".partial")
         self._shards, self._fds, self._lock = shards, dict[str, int](), threading.Lock()
         self._home = {name: shard for shard in shards for name in shard.entries}
-        self._journal, self._synced_at = -1, time.monotonic()
+        self._journal = -1
+        self._syncer, self._syncing = ThreadPoolExecutor(1, "sync"), Future[None]()
+        self._syncing.set_result(None)
+        self._unsynced, self._synced_at = 0, time.monotonic()
         layout = hashlib.sha256(b"".join(shard.name.encode() + shard.head for shard in shards)).hexdigest()
         identity = {"fingerprint": fingerprint, "layout": layout, "version": __version__}
         resumed = True  # Until it is known: what an earlier run left is not for an error to delete.
@@ -112,17 +117,19 @@ class Sink:
             name: the tensor.
 
         Raises:
-            CheckpointError: when the journal cannot be written.
+            CheckpointError: when the journal cannot be written, or what was written before not reach the disk.
         """
-        if name not in self.plan:
-            raise KeyError(name)
+        dtype, shape = self.plan[name]
         with self._lock:
             self.done.add(name)
             self._log({"done": name})
-            if time.monotonic() - self._synced_at > _SYNC_SECONDS:
-                self._sync_data()
-                self._log({"synced": len(self.done)})
-                self._synced_at = time.monotonic()
+            self._unsynced += math.prod(shape) * dtype.itemsize
+            due = self._unsynced > _SYNC_BYTES or time.monotonic() - self._synced_at > _SYNC_SECONDS
+            if due and self._syncing.done():
+                self._syncing.result()
+                self._log({"syncing": len(self.done)})
+                self._unsynced, self._synced_at = 0, time.monotonic()
+                self._syncing = self._syncer.submit(self._sync)
 
     def add_file(self, name: str, data: bytes | Path) -> None:
         """Puts a file beside the tensors; beside a single file `x.safetensors` it is called `x.<name>`.
@@ -165,6 +172,7 @@ class Sink:
         try:
             if self._shards[0].name != SINGLE:
                 (self.partial / INDEX).write_text(self._index())
+            self._syncing.result()
             self._sync_data()
             for path in [*self.partial.rglob("*"), self.partial]:
                 _fsync_path(path)
@@ -197,6 +205,7 @@ class Sink:
 
     def close(self) -> None:
         """Closes the files; without effect after `finish` or `discard`."""
+        self._syncer.shutdown()
         while self._fds:
             os.close(self._fds.popitem()[1])
         if self._journal >= 0:
@@ -247,6 +256,10 @@ class Sink:
             os.write(self._journal, json.dumps(record).encode() + b"\n")
         except OSError as error:
             raise _cannot_write(error, self.partial / journal.NAME) from error
+
+    def _sync(self) -> None:
+        self._sync_data()
+        self._log({"synced": len(self.done)})
 
     def _sync_data(self) -> None:
         try:
