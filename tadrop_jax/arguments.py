@@ -130,7 +130,7 @@ def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpars
     inspect.add_argument("--exclude", action="append", metavar="REGEX", help="not these tensors; may be repeated")
     inspect.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random methods (default 0)")
     inspect.add_argument("--plot", type=Path, metavar="FILE", help="draw ratios and sparsities (png, pdf or svg)")
-    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, task by task")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, task by task; - is the output")
     inspect.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     inspect.set_defaults(run=run["inspect"])
 
@@ -176,11 +176,24 @@ def parser_of(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpars
     convert.add_argument("--quiet", action="store_true", help="no summary")
     convert.set_defaults(run=run["convert"])
 
-    methods = commands.add_parser("methods", help="list sparsifiers and merge rules, with parameters and sources")
+    methods = commands.add_parser(
+        "methods",
+        help="list sparsifiers and merge rules, with parameters and sources",
+        description="List the merge rules (--method of 'tadrop merge') and the sparsifiers that may go before them "
+        "(--sparsify); or tell of one what it does, its parameters with their defaults, and where it is from.",
+        formatter_class=_Help,
+        epilog="Examples:\n  tadrop methods\n  tadrop methods tadrop",
+    )
     methods.add_argument("name", nargs="?", metavar="NAME", help="tell all of one method")
     methods.set_defaults(run=run["methods"])
 
-    demo = commands.add_parser("demo", help="the whole story on real data, in minutes")
+    demo = commands.add_parser(
+        "demo",
+        help="the whole story on real data, in minutes",
+        description="Pretrain a small Vision Transformer on pairs of scikit-learn's digits, fine-tune it on questions "
+        "about them, merge the fine-tunes by several methods, with TADrop and without, and show what the merged models "
+        "get right. Nothing is downloaded.",
+    )
     demo.add_argument(
         "--out", type=Path, metavar="DIR", help="where to put models, merges and picture (default: tadrop-demo)"
     )

@@ -146,6 +146,7 @@ def _merge(options) -> int:
 
 def _inspect(options) -> int:
     name, values = registry.parse_step(options.sparsify)
+    piped = options.json == Path("-")
     for file in (options.plot, options.json):
         if file is not None and not file.resolve().parent.is_dir():
             raise MergeError(f"{file}: its parent directory does not exist")
@@ -177,14 +178,18 @@ def _inspect(options) -> int:
     tasks = task_names(models)
     if options.json is not None:
         told = {n: {k: list(v) if k == "shape" else v.tolist() for k, v in row.items()} for n, row in rows.items()}
-        with writing.asked_for(options.json):
-            options.json.write_text(json.dumps({"tasks": tasks, "tensors": told}, indent=1))
+        text = json.dumps({"tasks": tasks, "tensors": told}, indent=1)
+        if piped:
+            print(text)
+        else:
+            with writing.asked_for(options.json):
+                options.json.write_text(text)
     if options.plot is not None:
         from tadrop_jax.plots import draw_inspection
 
         with writing.asked_for(options.plot):
             draw_inspection(rows, tasks, options.plot)
-    if not options.quiet:
+    if not options.quiet and not piped:
         console.print_inspection(rows, tasks, options.sparsify)
     return 0
 

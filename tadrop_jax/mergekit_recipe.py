@@ -262,6 +262,7 @@ def _check_all_layers(path: str, layers: Any) -> None:
         described = json.loads(config.read_text()) if config.is_file() else {}
     except ValueError as error:
         raise MergeError(f"{config}: is not valid JSON: {error}") from None
+    described = described if isinstance(described, Mapping) else {}
     depth = described.get("num_hidden_layers", described.get("n_layer"))
     if depth is None or layers != [0, depth]:
         raise MergeError(

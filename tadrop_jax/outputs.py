@@ -11,7 +11,7 @@ from converters.errors import reading
 from converters.files.sidecars import sidecars
 from tadrop_jax.checkpoints import bundles
 from tadrop_jax.checkpoints.safetensors import Source
-from tadrop_jax.errors import checkpoint_errors
+from tadrop_jax.errors import CheckpointError, checkpoint_errors
 from tadrop_jax.kinds import Kind
 from tadrop_jax.planning import Plan
 from tadrop_jax.report import REPORT
@@ -82,6 +82,8 @@ def _kept(dtype: np.dtype, wanted: np.dtype | None) -> np.dtype:
 
 def _config_with_dtype(file: Path, dtype: np.dtype) -> bytes:
     config = json.loads(file.read_text())
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: holds no configuration: its outermost value is no object")
     for field in ("torch_dtype", "dtype"):
         if field in config:
             config[field] = dtype.name

@@ -308,10 +308,11 @@ def test_what_lies_beside_a_single_file_is_not_overwritten(root, capsys):
     assert sorted(f.name for f in root.glob("one*")) == ["one.config.json", "one.merge_report.json", "one.safetensors"]
 
 
-def test_a_damaged_configuration_is_told_before_it_is_given_a_dtype(root, capsys):
-    (root / "base" / "config.json").write_text("{")
+@pytest.mark.parametrize(("text", "said"), [("{", "is not valid JSON"), ("[]", "holds no configuration")])
+def test_a_damaged_configuration_is_told_before_it_is_given_a_dtype(root, capsys, text, said):
+    (root / "base" / "config.json").write_text(text)
     assert merge(root, "--dtype", "bfloat16", out="one.safetensors") == 2
-    assert "config.json: is not valid JSON" in capsys.readouterr().err
+    assert f"config.json: {said}" in capsys.readouterr().err
 
 
 def test_a_result_that_transformers_cannot_open_is_said_to_be_one(tmp_path, capsys):

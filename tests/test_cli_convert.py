@@ -145,6 +145,21 @@ def test_a_configuration_of_more_layers_than_tensors(root, capsys, where):
     refused(root, capsys, main(["convert", str(source), str(root / "out"), "--to", "flax"]), said)
 
 
+def test_a_configuration_of_more_classes_than_any_model_has(root, capsys):
+    """To name them would take for ever."""
+    config = json.loads((root / "vit" / "config.json").read_text())
+    config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")} | {"num_labels": 10**12}
+    (root / "vit" / "config.json").write_text(json.dumps(config))
+    refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), f"num_labels is {10**12}")
+
+
+def test_the_report_of_a_merge_does_not_travel_along(root):
+    (root / "vit" / "merge_report.json").write_text("{}")
+    assert convert(root, "vit", "out", "--to", "flax") == 0
+    assert (root / "out" / "config.json").exists()
+    assert not (root / "out" / "merge_report.json").exists()
+
+
 def test_an_output_that_cannot_be_begun(root, capsys):
     refused(root, capsys, convert(root, "vit", "/proc/x", "--to", "torch"), "/proc/x: cannot be written: No such file")
 

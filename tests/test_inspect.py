@@ -62,6 +62,13 @@ def test_the_numbers_of_explain(folders, tmp_path, monkeypatch, sparsifier):
             np.testing.assert_allclose(said["tensors"][name][field], value, rtol=1e-5, err_msg=f"{name} {field}")
 
 
+def test_numbers_for_a_pipe(folders, tmp_path, capsys):
+    file = tmp_path / "said.json"
+    assert inspect(folders[0], "--quiet", "--json", str(file)) == 0
+    assert inspect(folders[0], "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(file.read_text())
+
+
 @pytest.mark.parametrize("sparsifier", ["tadrop", "breadcrumbs:density=.5"])
 def test_table_and_plot(folders, tmp_path, capsys, sparsifier):
     root, _ = folders

@@ -196,11 +196,13 @@ def test_the_command_line_tells_and_merges(folder, capsys):
         ("karcher", "slices: [{sources: [{model: m0, layer_range: [0, 2]}]}, {}]", "slices that put a model together"),
         ("karcher", "slices: [{sources: [{model: m0, layer_range: [0, 1]}]}]", "a slice must be the whole model"),
         ("karcher", "slices: [{sources: [{model: broken, layer_range: [0, 1]}]}]", "is not valid JSON"),
+        ("karcher", "slices: [{sources: [{model: list, layer_range: [0, 1]}]}]", "the whole model, here .*0, \\?"),
     ],
 )
 def test_refusals(method, rest, said, tmp_path, capsys):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
+    for name, text in (("broken", "{"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     file = written(tmp_path, method, rest)
     with pytest.raises(MergeError, match=f"recipe.yaml: .*{said}"):
         recipe.load(file)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from converters import class_names
 from converters.errors import ConversionError, advice
 
 
@@ -120,13 +121,9 @@ class CLIPConfig:
             if name not in ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
         }
         fields = {name: rest.pop(name) for name in ("projection_dim", "logit_scale_init_value") if name in rest}
-        names = rest.pop("id2label", None) or {str(i): f"LABEL_{i}" for i in range(rest.get("num_labels", 2))}
-        for name in ("label2id", "num_labels"):
-            rest.pop(name, None)
-        labels = tuple(names[key] for key in sorted(names, key=int))
-        return cls(
-            text=TextConfig.from_dict(text), vision=VisionConfig.from_dict(vision), **fields, labels=labels, other=rest
-        )
+        rest["id2label"] = rest.get("id2label") or None  # a CLIP without classes has none, and takes no head
+        towers = {"text": TextConfig.from_dict(text), "vision": VisionConfig.from_dict(vision)}
+        return cls(**towers, **fields, labels=class_names.taken(rest), other=rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers reads."""
@@ -141,8 +138,7 @@ class CLIPConfig:
             "vision_config": self.vision.to_dict(),
             "projection_dim": self.projection_dim,
             "logit_scale_init_value": self.logit_scale_init_value,
-            "id2label": {str(i): label for i, label in enumerate(self.labels)},
-            "label2id": {label: i for i, label in enumerate(self.labels)},
+            **class_names.told(self.labels),
         }
 
 

@@ -13,6 +13,7 @@ _LEFT_BEHIND = {
     "requirements.txt",
     "adapter_config.json",  # with it transformers looks for an adapter's weights, which are left behind too
     "commit_success.txt",  # of Orbax
+    "merge_report.json",  # of tadrop merge: of another file than what is made of it
 }
 
 

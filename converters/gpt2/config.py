@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from converters import class_names
 from converters.errors import ConversionError
 
 # transformers takes these names too, for what GPT-2's own configuration calls otherwise.
@@ -80,23 +81,16 @@ class GPT2Config:
         fields = {name: rest.pop(name) for name in known & rest.keys()}
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
-        names = rest.pop("id2label", None)
-        rest.pop("label2id", None)
-        count = rest.pop("num_labels", 2)
-        if names is None:
-            names = {str(i): f"LABEL_{i}" for i in range(count)}
-        labels = tuple(names[key] for key in sorted(names, key=int))
-        return cls(**fields, labels=labels, other=rest)
+        return cls(**fields, labels=class_names.taken(rest), other=rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers reads."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        labels, other = fields.pop("labels"), fields.pop("other")
+        names, other = fields.pop("labels"), fields.pop("other")
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
-        if labels != GPT2Config.labels:
-            fields["id2label"] = {str(i): label for i, label in enumerate(labels)}
-            fields["label2id"] = {label: i for i, label in enumerate(labels)}
+        if names != GPT2Config.labels:
+            fields |= class_names.told(names)
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **other, **fields}
 
 

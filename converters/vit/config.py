@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from converters import class_names
 from converters.errors import ConversionError
 
 Size = int | tuple[int, int]
@@ -84,24 +85,13 @@ class EncoderConfig:
         for name in ("image_size", "patch_size"):
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
-        names = rest.pop("id2label", None)
-        rest.pop("label2id", None)
-        count = rest.pop("num_labels", 2)
-        if names is None:
-            names = {str(i): f"LABEL_{i}" for i in range(count)}
-        labels = tuple(names[key] for key in sorted(names, key=int))
-        return cls(**fields, labels=labels, other=rest)
+        return cls(**fields, labels=class_names.taken(rest), other=rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the contents of a `config.json` that transformers reads."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        labels, other = fields.pop("labels"), fields.pop("other")
-        return {
-            **other,
-            **fields,
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
+        names, other = fields.pop("labels"), fields.pop("other")
+        return {**other, **fields, **class_names.told(names)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,9 @@ OWN: dict[str, Callable[[], Any]] = {
 }
 
 
-def adamerging(suite: Suite, stack: Stack, start: float = 0.3, steps: int = 100, size: int = 16) -> Result:
+def adamerging(
+    suite: Suite, stack: Stack, start: float = 0.3, rate: float = 1e-2, steps: int = 100, size: int = 16
+) -> Result:
     """Learns a coefficient for each tensor and task on the validation inputs, without their labels; tests.
 
     The authors take 500 steps of Adam at .001 on test inputs; these are 100 at .01. All coefficients begin at `start`,
@@ -87,23 +89,25 @@ def adamerging(suite: Suite, stack: Stack, start: float = 0.3, steps: int = 100,
 
     models = [added(suite.base, vector) for vector in unstacked(stack)]
     functions, inputs = [logits(tuned) for tuned in suite.tuned], [batches(tuned) for tuned in suite.tuned]
-    found = tj.adamerging(functions, inputs, suite.base, models, init=start, steps=steps, learning_rate=1e-2)
+    found = tj.adamerging(functions, inputs, suite.base, models, init=start, steps=steps, learning_rate=rate)
     return _judged(suite, [found.params] * len(suite.tuned))
 
 
-def adamerging_from_the_best(suite: Suite, stack: Stack) -> Result:
-    """AdaMerging from the coefficient that is best for Task Arithmetic on validation data, so that it is tuned, too."""
+def adamerging_from_the_best(suite: Suite, stack: Stack, rates: Sequence[float] = (1e-2,)) -> Result:
+    """AdaMerging from Task Arithmetic's best coefficient, at the best of some rates; both by validation labels."""
     unit = _mean_length(tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned]))
     merged = tj.merge_task_vectors(stack, tj.task_arithmetic(1.0), layout=suite.layout)
-    length = judge(suite, stack, tj.task_arithmetic(1.0), unit).length
-    start = min(length * unit / _length(merged), 1.0)
-    return adamerging(suite, stack, start)._replace(length=length)
+    factor = unit / _length(merged)
+    length = _tuned_length(suite, merged, factor)
+    found = (adamerging(suite, stack, min(length * factor, 1.0), rate) for rate in rates)
+    return max(found, key=lambda result: result.validation)._replace(length=length)
 
 
 # Rules that learn: of the suite and the task vectors, the result. They take as long as some hundred evaluations.
 LEARNED: dict[str, Callable[[Suite, Stack], Result]] = {
     "AdaMerging": adamerging,
     "AdaMerging, tuned start": adamerging_from_the_best,
+    "AdaMerging, tuned": functools.partial(adamerging_from_the_best, rates=(1e-2, 1e-3, 1e-4)),
 }
 
 
@@ -210,12 +214,18 @@ def judge(suite: Suite, stack: Stack, rule: Any, unit: float) -> Result:
         models = [added(suite.base, merged.task_vector(t)) for t in range(len(suite.tuned))]
         return _judged(suite, models)
     factor = unit / _length(merged)
+    length = _tuned_length(suite, merged, factor)
+    return _judged(suite, [added(suite.base, merged, length * factor)] * len(suite.tuned), length)
 
-    def model(length):
-        return [added(suite.base, merged, length * factor)] * len(suite.tuned)
 
-    length = best_length(lambda length: float(np.mean(accuracies(suite, model(length), "validation"))))
-    return _judged(suite, model(length), length)
+def _tuned_length(suite: Suite, merged, factor: float) -> float:
+    """The best of `LENGTHS` on validation data, of which `factor` times a merged vector is one."""
+
+    def value(length):
+        model = added(suite.base, merged, length * factor)
+        return float(np.mean(accuracies(suite, [model] * len(suite.tuned), "validation")))
+
+    return best_length(value)
 
 
 def best_length(value: Callable[[float], float]) -> float:
