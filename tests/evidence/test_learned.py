@@ -86,7 +86,8 @@ def test_adamerging_begins_at_the_model_that_is_best_for_task_arithmetic(monkeyp
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
     total = jax.tree.map(lambda leaf: leaf.sum(0), stack)
 
-    def begun(suite, _, start):
+    def begun(suite, _, start, rate):
+        assert rate == 1e-2
         return experiments._judged(suite, [experiments.added(suite.base, total, start)] * len(suite.tuned))
 
     monkeypatch.setattr(experiments, "adamerging", begun)
@@ -95,3 +96,16 @@ def test_adamerging_begins_at_the_model_that_is_best_for_task_arithmetic(monkeyp
     assert found.length == wanted.length
     assert found.validation == pytest.approx(wanted.validation)
     assert found.by_task == pytest.approx(wanted.by_task)
+
+
+def test_the_rate_of_adamerging_is_what_validation_says(monkeypatch):
+    suite = _suite()
+    stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
+    right = {1e-2: 0.2, 1e-3: 0.6, 1e-4: 0.4}
+
+    def learnt(suite, stack, start, rate):
+        return experiments.Result(None, right[rate], 1 - right[rate], ())
+
+    monkeypatch.setattr(experiments, "adamerging", learnt)
+    found = experiments.LEARNED["AdaMerging, tuned"](suite, stack)
+    assert (found.validation, found.test) == (0.6, 0.4)
