@@ -70,7 +70,7 @@ def advance(steps: Sequence[Step], active: Sequence[bool], x: Piece, carries, re
     for i, step in enumerate(steps):
         if not active[i]:
             continue
-        found, x = list(carries[i]), x._replace(draw=step.draw, numbers=step.numbers)
+        found, x = list(carries[i]), x._replace(draw=step.draw, numbers=step.numbers, known={})
         for j, stage in enumerate(step.stages):
             carry = merge_stages(found[:j])
             if stop == (i, j):

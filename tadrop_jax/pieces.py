@@ -32,6 +32,7 @@ class Piece(NamedTuple):
       true: a boolean that is true, though XLA cannot know it; None where there is none.
       draw: which random numbers a step draws, see :class:`tadrop_jax.steps.Step`.
       numbers: of the step that looks, by name, see there.
+      known: of the step that looks: what :meth:`shared` has made, and of which stack.
     """
 
     stack: jax.Array
@@ -45,6 +46,7 @@ class Piece(NamedTuple):
     true: jax.Array | None = None
     draw: int = 0
     numbers: Mapping[str, Any] = types.MappingProxyType({})
+    known: dict[str, tuple[jax.Array, Any]] | None = None
 
     def per_task(self, values) -> jax.Array:
         """Brings a number, or one number per task, into a shape that broadcasts against the stack."""
@@ -72,6 +74,19 @@ class Piece(NamedTuple):
         (an optimization barrier is gone before it fuses).
         """
         return array if self.true is None else lax.cond(self.true, lambda a: a, jnp.zeros_like, array)
+
+    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+        """What several stages of a step and its ``apply`` look at, made by the first that asks.
+
+        XLA does not see that two conditionals (:meth:`once`) are the same.
+        """
+        if self.known is None:
+            return make()
+        stack, value = self.known.get(name, (None, None))
+        if stack is not self.stack:
+            value = make()
+            self.known[name] = self.stack, value
+        return value
 
     def uniform(self) -> jax.Array:
         """One uniform number in [0, 1) for each entry and task, a function of key, draw, task and position alone."""

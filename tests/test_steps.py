@@ -95,3 +95,19 @@ def test_order_statistics_inside_others_keep_their_gradient(wrapped):
 
     alone = clip if wrapped is tj.conflict_aware else tj.rescale(clip)
     np.testing.assert_allclose(gradient(wrapped(clip)), gradient(alone), rtol=1e-5)
+
+
+def test_what_stages_and_apply_share_is_made_once_for_a_stack():
+    made = []
+
+    def total(x):
+        return x.shared("total", lambda: made.append(x.stack) or jnp.sum(x.stack, axis=0))
+
+    def twice(x, carry):
+        other = x._replace(stack=2 * x.stack)
+        return total(other) + total(x) + carry["norm"][0]
+
+    step = tj.Step(twice, (tj.Sums(lambda x, carry, n: {"norm": total(x)[None]}),), output="vector")
+    merged = tj.merge_task_vectors({"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, step)
+    assert merged["w"].tolist() == [3 * 4.0 + 10, 3 * 6.0 + 10]
+    assert len(made) == 3  # the sum for the stage, that of the other stack, and again of the first

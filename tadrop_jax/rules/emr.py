@@ -46,6 +46,9 @@ def emr(rescaler: str = "tensor_mean", per_task=()) -> Step:
     choice("emr", "rescaler", rescaler, ("tensor_mean", "global"))
 
     def parts(x):
+        return x.shared("parts", lambda: unify(x))
+
+    def unify(x):
         sign = x.once(jnp.where(over_tasks(jnp.add, x.stack) > 0, 1.0, -1.0))
         agreeing = x.stack * sign
         masks = agreeing > 0
