@@ -74,7 +74,7 @@ evidence: setup
 	run vision $$turned; run vision $$turned --rules AdaMerging "AdaMerging, tuned start" --sparsifiers none \
 		"TADrop 0.95/0.99" "uniform of 0.95/0.99" "shuffled of 0.95/0.99" "reversed of 0.95/0.99" \
 		"scaling alone of 0.95/0.99" "magnitude 0.5" "magnitude 0.2" "n:m 16:32" "DARE 0.5" "dominance 0.5"; \
-	run vision $$small --recipe sgd
+	run vision $$small --recipe sgd; run vision $$small --recipe lora
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
