@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from converters.errors import ConversionError
-
 _MOST = 1 << 24  # classes: names of more would take minutes to make
 
 
@@ -15,13 +13,15 @@ def taken(fields: dict[str, Any]) -> tuple[str, ...]:
         fields: the contents of a `config.json`; what tells of classes leaves it.
 
     Raises:
-        ConversionError: no model has so many.
+        ValueError: no model has so many.
     """
     names, count = fields.pop("id2label", None), fields.pop("num_labels", 2)
     fields.pop("label2id", None)
-    if names is None and count > _MOST:
-        raise ConversionError(f"num_labels is {count}: no model has so many classes")
-    names = {str(i): f"LABEL_{i}" for i in range(count)} if names is None else names
+    if names is None:
+        numbers = range(count)
+        if numbers.stop > _MOST:
+            raise ValueError(f"num_labels is {count}")
+        names = {str(i): f"LABEL_{i}" for i in numbers}
     return tuple(names[key] for key in sorted(names, key=int))
 
 

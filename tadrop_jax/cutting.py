@@ -38,4 +38,4 @@ def widths(size: int, part: tuple[int, ...] | None, group: int, tasks: int) -> t
     # Packed masks want starts at multiples of 8.
     unit = min(math.lcm(8, group, row), max(size, 8))
     block = BLOCK >> max(math.ceil(math.log2((tasks + 1) / 9)), 0)
-    return max(SMALL // row, 1) * row, max(block // unit, 1) * unit
+    return max(min(SMALL, block) // row, 1) * row, max(block // unit, 1) * unit

@@ -145,12 +145,17 @@ def test_a_configuration_of_more_layers_than_tensors(root, capsys, where):
     refused(root, capsys, main(["convert", str(source), str(root / "out"), "--to", "flax"]), said)
 
 
-def test_a_configuration_of_more_classes_than_any_model_has(root, capsys):
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(10**12, f"num_labels is {10**12}"), (None, "'NoneType' object cannot be interpreted as an integer")],
+)
+def test_a_configuration_of_more_classes_than_any_model_has(root, capsys, count, said):
     """To name them would take for ever."""
-    config = json.loads((root / "vit" / "config.json").read_text())
-    config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")} | {"num_labels": 10**12}
-    (root / "vit" / "config.json").write_text(json.dumps(config))
-    refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), f"num_labels is {10**12}")
+    file = root / "vit" / "config.json"
+    config = json.loads(file.read_text())
+    config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")} | {"num_labels": count}
+    file.write_text(json.dumps(config))
+    refused(root, capsys, convert(root, "vit", "out", "--to", "flax"), f"{file}: a field has a value that no", said)
 
 
 def test_the_report_of_a_merge_does_not_travel_along(root):

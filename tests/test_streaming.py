@@ -162,6 +162,15 @@ def test_the_block_size_does_not_matter(name, block, monkeypatch):
                 np.testing.assert_array_equal(value, wanted)
 
 
+@pytest.mark.parametrize("tasks", [1, 8, 9, 144, 1000])
+def test_blocks_of_many_tasks_are_computed_no_wider_than_they_are(tasks, monkeypatch):
+    monkeypatch.setattr(cutting, "BLOCK", 1 << 17)
+    monkeypatch.setattr(cutting, "SMALL", 1 << 13)
+    small, full = cutting.widths(100 << 14, None, 1, tasks)
+    assert small <= full
+    assert (tasks + 1) * full <= 9 << 17
+
+
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("workers", [1, 7])
 def test_workers_do_not_change_a_byte(name, workers):

@@ -333,6 +333,38 @@ def test_what_does_not_reach_the_disk_is_an_error(tmp_path, monkeypatch):
             sink.mark_done("wide")
 
 
+@pytest.mark.parametrize("when", ["while it computes", "at the end"])
+def test_what_an_fsync_lost_is_not_trusted(tmp_path, monkeypatch, when):
+    """The kernel drops what it could not write, and the next fsync succeeds."""
+
+    def broken(fd):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    sync_bytes = "tadrop_jax.checkpoints.safetensors.sink._SYNC_BYTES"
+    monkeypatch.setattr(sync_bytes, 0)
+    with open_sink(tmp_path / "m", plan_of(WEIGHTS)) as sink:
+        sink.mark_done("odd")
+        wait([sink._syncing])
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", broken)
+            if when == "at the end":
+                patched.setattr(sync_bytes, 1 << 40)
+                fill(sink, {name: WEIGHTS[name] for name in WEIGHTS if name != "odd"})
+                with pytest.raises(CheckpointError, match="the disk is full"):
+                    sink.finish()
+            else:
+                sink.mark_done("wide")
+                wait([sink._syncing])
+                with pytest.raises(CheckpointError, match="the disk is full"):
+                    sink.mark_done("half")
+    with open_sink(tmp_path / "m", plan_of(WEIGHTS), resume=True) as sink:
+        assert sink.done == {"odd"}
+        monkeypatch.setattr(sync_bytes, 1 << 40)
+        sink.mark_done("wide")
+    with open_sink(tmp_path / "m", plan_of(WEIGHTS), resume=True) as sink:
+        assert sink.done == {"odd", "wide"}
+
+
 @pytest.mark.parametrize("damage", ["absent", "short", "header"])
 def test_a_damaged_shard_is_not_resumed(tmp_path, damage):
     with open_sink(tmp_path / "m", plan_of(WEIGHTS)) as sink:

@@ -1,8 +1,9 @@
 """The record of which tensors of an unfinished output are complete: one JSON object a line.
 
 What it guarantees. When the process is killed, every tensor marked done is complete for a resumed run, since
-its bytes are the kernel's. When the machine stops, only those are that an fsync has covered; the journal
-records when one begins and ends, and the boot that it was written in, so that a resumed run trusts no more than that.
+its bytes are the kernel's. When the machine stops, or an fsync fails, only those are that an fsync has covered; the
+journal records when one begins, ends or fails, and the boot that it was written in, so that a resumed run trusts no
+more than that.
 """
 
 import fcntl
@@ -73,6 +74,8 @@ def trusted(lines: list[dict[str, Any]]) -> set[str]:
             before = fresh.copy()
         elif "synced" in line:
             safe |= before
+        elif "failed" in line:  # what an fsync could not write is the kernel's no more, and it tells that once
+            fresh, before, written_in = set(), set(), None
         elif line["boot"] != written_in:
             fresh, before, written_in = set(), set(), line["boot"]
     return safe | fresh if written_in == boot() else safe

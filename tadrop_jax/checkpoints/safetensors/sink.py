@@ -3,6 +3,7 @@
 `journal` says what an interruption leaves behind.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -266,6 +267,8 @@ class Sink:
             for fd in self._fds.values():
                 os.fsync(fd)
         except OSError as error:
+            with contextlib.suppress(CheckpointError):
+                self._log({"failed": len(self.done)})
             raise _cannot_write(error, self.partial) from error
 
 
@@ -383,13 +386,13 @@ def _open_shard(file: Path, shard: _Shard, resumed: bool) -> int:
         if not intact:
             raise CheckpointError(f"{file}: is damaged or missing, so it cannot be resumed; start without resume.")
     fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    if not resumed:
-        try:
+    try:
+        if not resumed:
             _allocate(fd, shard.size)
-            os.pwrite(fd, shard.head, 0)
-        except BaseException:
-            os.close(fd)
-            raise
+        os.pwrite(fd, shard.head, 0)  # also of a resumed one: it may be in memory alone, after an fsync that failed
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
