@@ -14,12 +14,10 @@ from tadrop_jax.checkpoints.safetensors import Source
 from tadrop_jax.errors import CheckpointError, checkpoint_errors
 from tadrop_jax.kinds import Kind
 from tadrop_jax.planning import Plan
-from tadrop_jax.report import REPORT
 
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 # What an earlier merge left beside its result says nothing of this one.
-_NOT_COPIED = {REPORT, bundles.DESCRIPTION}
 
 
 def of_model(base: Source, plan: Plan, dtype: np.dtype | None) -> Layout:
@@ -66,7 +64,7 @@ def beside(path: Path, dtype: np.dtype | None) -> dict[str, bytes | Path]:
     Raises:
       CheckpointError: if one of them cannot be read.
     """
-    found: dict[str, bytes | Path] = {n: file for n, file in sidecars(path).items() if n not in _NOT_COPIED}
+    found: dict[str, bytes | Path] = {n: file for n, file in sidecars(path).items() if n != bundles.DESCRIPTION}
     with checkpoint_errors():
         for file in found.values():
             with reading(file), open(file, "rb") as stream:  # type: ignore[arg-type]
