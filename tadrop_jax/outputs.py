@@ -17,8 +17,6 @@ from tadrop_jax.planning import Plan
 
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
-# What an earlier merge left beside its result says nothing of this one.
-
 
 def of_model(base: Source, plan: Plan, dtype: np.dtype | None) -> Layout:
     """The tensors of one merged model; a dtype of None keeps the base's."""
@@ -64,6 +62,7 @@ def beside(path: Path, dtype: np.dtype | None) -> dict[str, bytes | Path]:
     Raises:
       CheckpointError: if one of them cannot be read.
     """
+    # The description of a bundle that was merged before says nothing of this one.
     found: dict[str, bytes | Path] = {n: file for n, file in sidecars(path).items() if n != bundles.DESCRIPTION}
     with checkpoint_errors():
         for file in found.values():
