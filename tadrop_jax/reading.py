@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tadrop_jax import squares
 from tadrop_jax.checkpoints.safetensors.source import aligned_empty
 from tadrop_jax.errors import ContentError, MergeError
 
@@ -147,6 +148,8 @@ class Reader:
 
 def all_finite(values: np.ndarray) -> bool:
     """Whether there is neither NaN nor infinity."""
+    if values.dtype == np.float32 and values.size and np.isfinite(squares.of_runs(values)).all():
+        return True  # several times faster than a look at each
     if values.dtype.itemsize != 2:  # there are 8-bit floats without infinity
         return bool(np.isfinite(values if values.dtype == np.float32 else values.astype(np.float32)).all())
     # NumPy has no fast test of these. Of either sign, infinity and NaN have the largest patterns.

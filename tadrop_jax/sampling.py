@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tadrop_jax import squares
+
 # Up to this many entries a pass over files simply collects everything.
 _COLLECT = 1 << 20
 # What all brackets together may collect (in entries, of 4 bytes) before they are given up for histograms.
@@ -256,7 +258,7 @@ def tails(rows: np.ndarray, places: Sequence[list[int]], cuts: np.ndarray, power
         zeros = int(np.count_nonzero(row == _ZERO)) if cut == _ZERO else 0
         found["count"].append((row.size - start + ties - zeros) / row.size)
         if power is not None:
-            before, after = (sum(_power(piece, power) for piece in _pieces(half)) for half in np.split(row, [start]))
+            before, after = (_power(half, power) for half in np.split(row, [start]))
             equal = ties * float((cut ^ _ZERO).view(np.float32)) ** power if ties else 0.0
             found["all"].append(before + after)
             found["kept"].append(equal + after)
@@ -292,9 +294,9 @@ def tie_at(counts: np.ndarray, rank: int) -> tuple[int, int] | np.uint32:
 
 
 def _power(keys: np.ndarray, power: int) -> float:
-    """The sum of powers of the numbers that keys stand for, of a piece in float32."""
+    """The sum of powers of the numbers that keys stand for."""
     negated = keys.view(np.float32)  # the key of a number that is not negative has the bits of its opposite
-    return float(np.dot(negated, negated) if power == 2 else -np.sum(negated))
+    return float(np.sum(squares.of_runs(negated), dtype=np.float64) if power == 2 else -np.sum(negated))
 
 
 def _pieces(row: np.ndarray) -> Iterator[np.ndarray]:

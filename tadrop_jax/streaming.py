@@ -139,6 +139,7 @@ class _Run:
         self.reader = Reader(streams, tasks, settings.check_finite, settings.progress)
         self.workers = settings.workers or cores()
         self.decomposing = threading.Lock()
+        self.functions: dict[tuple, Callable] = {}
         group = math.lcm(*(s.group for s in steps))
         self.widths = [cutting.widths(t.size, part, group, tasks) for t, part in zip(streams, self.parts, strict=True)]
         # What was found in passing, by step and stage and by stream: a share for each block, and if it went by a guess.
@@ -199,7 +200,8 @@ class _Run:
         large = [k for k in ordered if self.bytes_held(k) > KEEP_BYTES and not self.whole[k]]
         rest = [k for k in ordered if k not in set(large)]
         found = {k: fn(k, self.parallel) for k in large}
-        return found | dict(zip(rest, self.parallel(lambda k: fn(k, _serial), rest), strict=True))
+        beside = side_by_side(lambda k: fn(k, _serial), rest, self.workers, from_both_ends=True)
+        return found | dict(zip(rest, beside, strict=True))
 
     def parallel(self, fn, items) -> list:
         return side_by_side(fn, items, self.workers)
@@ -234,7 +236,7 @@ class _Run:
         start = np.array([block.start >> 32, block.start & 0xFFFFFFFF], np.uint32)
         # One tensor is decomposed at a time: LAPACK has the cores already, and each takes several times its size.
         with self.decomposing if self.whole[k] else contextlib.nullcontext():
-            value, passing, carries = compiled(self.site(k, kind, stop))(
+            value, passing, carries = self.function(k, kind, stop)(
                 raw,
                 self.given[k],
                 self.carries[k],
@@ -244,8 +246,17 @@ class _Run:
             )
             if carries is not None:
                 self.carries[k] = jax.tree.map(np.asarray, carries)
+            if kind == "keys":
+                return np.asarray(value), []
             # What is kept of every block is copied: a view would keep the device's buffer, kilobytes for a number.
             return jax.tree.map(np.array if kind == "sums" else np.asarray, value), jax.tree.map(np.array, passing)
+
+    def function(self, k: int, kind: str, stop=None) -> Callable:
+        """The compiled function of a tensor's blocks; found by its steps once, which takes as long as to call it."""
+        at = k, kind, stop
+        if at not in self.functions:
+            self.functions[at] = compiled(self.site(k, kind, stop))
+        return self.functions[at]
 
     def site(self, k: int, kind: str, stop=None) -> Site:
         stream = self.streams[k]
