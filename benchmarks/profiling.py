@@ -45,8 +45,8 @@ _PLACES = {
     ("reading.py", ""): "reading",
     ("sampling.py", ""): "selecting",
     ("sink.py", ""): "writing",
-    ("streaming.py", "parts_of"): "writing",
-    ("streaming.py", "call"): "computing",
+    ("tensors.py", "parts_of"): "writing",
+    ("tensors.py", "call"): "computing",
     ("workers.py", "side_by_side"): "",  # waits for its threads
 }
 
