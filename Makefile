@@ -71,7 +71,8 @@ evidence: setup
 	run language --base-seed 2 --pretraining 0.4 --recipe frozen-head --count 4 --out $(OUT)/language-third; \
 	small="--base-seed 3 --width 96 --layers 4 --out $(OUT)/vision-small"; \
 	turned="$$small --recipe low-rate --tasks $(TURNED) --table turned"; \
-	run vision $$turned; run vision $$turned --rules "AdaMerging, tuned" --seeds 0 1 --sparsifiers none "TADrop 0.95/0.99"; \
+	run vision $$turned; run vision $$turned --rules "AdaMerging, tuned" --sparsifiers none "TADrop 0.95/0.99" \
+		"uniform of 0.95/0.99"; \
 	run vision $$turned --rules AdaMerging "AdaMerging, tuned start" --sparsifiers none \
 		"TADrop 0.95/0.99" "uniform of 0.95/0.99" "shuffled of 0.95/0.99" "reversed of 0.95/0.99" \
 		"scaling alone of 0.95/0.99" "magnitude 0.5" "magnitude 0.2" "n:m 16:32" "DARE 0.5" "dominance 0.5"; \
