@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--rules", nargs="+", metavar="NAME", help="of merging (default: all that do not learn)")
     parser.add_argument("--sparsifiers", nargs="*", metavar="NAME", help="before the rules (default: all)")
     parser.add_argument("--lines", action="store_true", help="also test what lies between the base and the fine-tunes")
+    parser.add_argument("--restored", action="store_true", help="also say how near EMR comes to each task vector")
     parser.add_argument(
         "--bfloat16", action="store_true", help="train and judge in mixed precision: fast on processors with AMX"
     )
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> Path:
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(chosen.out / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    from examples.evidence import experiments, lines
+    from examples.evidence import experiments, lines, restored
     from examples.evidence.suites import Suite, origin
 
     suite = importlib.import_module(f"examples.evidence.{chosen.suite}")
@@ -109,6 +110,9 @@ def main(arguments: list[str] | None = None) -> Path:
             experiments.describe(models, table.with_name(f"{table.stem}-ratios.csv"))
             if chosen.lines:
                 lines.walk(models, table.with_name(f"{table.stem}-lines.csv"), seed, told(bar, f"between, seed {seed}"))
+            if chosen.restored:
+                shown, path = told(bar, f"restored, seed {seed}"), table.with_name(f"{table.stem}-restored.csv")
+                restored.compare(models, path, seed, chosen.sparsifiers, shown)
     return table
 
 

@@ -229,6 +229,19 @@ def ratios(file: str, *_: str) -> str:
     return markdown(["tensors", "entries", "ratio", "s.d. over layers", "s.d. over tasks"], rows)
 
 
+def restored(file: str, tasks: str, merges: str) -> str:
+    """How near EMR comes to the task vectors after each sparsifier, beside its accuracy; means over tasks and seeds."""
+    lines = [line for line in read(file) if line["tasks"] == tasks]
+    judged = [line for line in read(merges) if line["tasks"] == tasks and line["rule"] == "EMR"]
+    rows = []
+    for name in _ordered(line["sparsifier"] for line in lines):
+        here = [line for line in lines if line["sparsifier"] == name]
+        error, cosine = (np.mean([_numbers(line[key]) for line in here]) for key in ("error", "cosine"))
+        tests = [100 * float(line["test"]) for line in judged if line["sparsifier"] == name]
+        rows.append([name, f"{cosine:.2f}", f"{error:.2f}", f"{np.mean(tests):.1f}" if tests else ""])
+    return markdown(["before EMR", "cosine", "error", "accuracy"], rows) + "\n\n" + _seeds(lines)
+
+
 def by_rule(table: Callable[..., str]) -> Callable[..., str]:
     """A table whose columns are rules, with a row for each of them instead: where there are many."""
 
@@ -253,6 +266,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "validation": validation,
     "models": models,
     "ratios": ratios,
+    "restored": restored,
 }
 
 
@@ -292,7 +306,11 @@ def filled(text: str) -> str:
 
 
 def _by_task(line: dict[str, str]) -> np.ndarray:
-    return np.array([float(value) for value in line["by_task"].split()])
+    return _numbers(line["by_task"])
+
+
+def _numbers(joined: str) -> np.ndarray:
+    return np.array([float(value) for value in joined.split()])
 
 
 def _ordered(values: Iterable[str]) -> list[str]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from examples.evidence import __main__ as command
-from examples.evidence import experiments
-from examples.evidence.suites import Suite
+from examples.evidence import experiments, restored, tables
+from examples.evidence.suites import Head, Part, Suite, Task, Tuned
 
 
 @pytest.mark.parametrize("at", range(len(experiments.LENGTHS)))
@@ -71,3 +71,33 @@ def test_dominance_has_a_control_that_prunes_as_much_of_each_task():
         assert counts[0] == pytest.approx(counts[1], abs=2)
         kept = [np.count_nonzero(np.asarray(control.stack[n][task])) / np.count_nonzero(stack[n][task]) for n in "ab"]
         assert kept[0] == pytest.approx(kept[1], abs=1e-3)
+
+
+def test_emr_restores_what_does_not_overlap_and_loses_what_does(tmp_path, monkeypatch):
+    base = {"a": np.full((2, 4), 3.0, np.float32)}
+    part = Part(np.zeros((1, 1)), np.zeros(1))
+    task = Task("x", part, part, part, 2)
+
+    def suite(*vectors):
+        tuned = [{"a": base["a"] + np.float32(vector).reshape(2, 4)} for vector in vectors]
+        return Suite(base, [Tuned(task, params, Head(*2 * (np.zeros(1),)), None) for params in tuned], None)
+
+    apart = suite([1, 2, 0, 0, 0, 0, 0, 0], [0, 0, 3, -4, 0, 0, 0, 0])
+    restored.compare(apart, tmp_path / "x-restored.csv", 0, ["none"], lambda done, all_: None)
+    # Where both are the other sign wins: of the first task one entry is left, which is scaled to the sum of both, or,
+    # when the entry that is dominated was dropped before, to the norm of both.
+    against = suite([1, 2, 0, 0, 0, 0, 0, 0], [-4, 0, 3, 0, 0, 0, 0, 0])
+    restored.compare(against, tmp_path / "x-restored.csv", 1, ["none", "dominance 0.5"], lambda done, all_: None)
+    found = list(experiments.read(tmp_path / "x-restored.csv"))
+    lengths = [float(length) for length in found[0]["length"].split()]
+    assert lengths == pytest.approx([5**0.5 / 72**0.5, 5 / 72**0.5], abs=1e-4)
+    assert [line["error"] for line in found] == ["0.0000 0.0000", "0.6325 0.0000", "0.4595 0.0000"]
+    assert [line["cosine"] for line in found] == ["1.0000 1.0000", "0.8944 1.0000", "0.8944 1.0000"]
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "x-restored.csv").rename(tmp_path / "results" / "x-restored.csv")
+    merges = [f"2,{seed},EMR,none,0,,0,{test},0 0" for seed, test in ((0, 0.5), (1, 0.7))]
+    (tmp_path / "results" / "x.csv").write_text("\n".join([",".join(experiments.FIELDS), *merges]) + "\n")
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
+    shown = tables.restored("x-restored.csv", "2", "x.csv").splitlines()
+    assert shown[2:4] == ["| none | 0.97 | 0.16 | 60.0 |", "| dominance 0.5 | 0.95 | 0.23 |  |"]
