@@ -76,7 +76,11 @@ evidence: setup
 	run vision $$turned --rules AdaMerging "AdaMerging, tuned start" --sparsifiers none \
 		"TADrop 0.95/0.99" "uniform of 0.95/0.99" "shuffled of 0.95/0.99" "reversed of 0.95/0.99" \
 		"scaling alone of 0.95/0.99" "magnitude 0.5" "magnitude 0.2" "n:m 16:32" "DARE 0.5" "dominance 0.5"; \
-	run vision $$small --recipe sgd; run vision $$small --recipe lora
+	run vision $$small --recipe sgd; run vision $$small --recipe lora; \
+	run vision $$small --recipe lora --rules EMR --restored --sparsifiers none "TADrop 0.75/0.95" uniform \
+		"TADrop 0.95/0.99" "uniform of 0.95/0.99" "uniform 0.7" dominance "dominance 0.5"; \
+	run vision $$turned --rules EMR --restored --sparsifiers none "TADrop 0.95/0.99" "uniform of 0.95/0.99" \
+		"reversed of 0.95/0.99" "magnitude 0.5" "magnitude 0.2" "n:m 16:32" "dominance 0.5"
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
