@@ -48,7 +48,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, limit
 
     Args:
         command: program and arguments.
-        environment: what is added to this process's environment.
+        environment: what is added to this process's environment. Python keeps what it compiled, as it does for users:
+            what was installed is compiled already, what is run from its sources would be compiled by every command.
         log: where its output goes.
         limit_s: after which it is stopped.
 
@@ -59,9 +60,10 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, limit
         RuntimeError: when the command fails or is stopped; with the end of its output.
     """
     peak, stop = 0, threading.Event()
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | dict(environment)
     with log.open("wb") as stream:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=given)
 
         def watch() -> None:
             nonlocal peak
