@@ -31,6 +31,17 @@ def tadrop_shares(stack: Stack, q_low: float, q_high: float, s_max: float = 0.9)
     return found
 
 
+def nonzero_shares(stack: Stack, q_low: float, q_high: float, s_max: float = 0.9) -> Shares:
+    """As TADrop's sparsities, from quantiles of what is not zero: rows of words that a task lacks are no tail."""
+
+    def ratio(row):
+        found = np.abs(row[row != 0])
+        low, high = np.quantile(found, (q_low, q_high), method="lower") if found.size else (0, 1)
+        return min(low / high, s_max)
+
+    return [np.array([ratio(row) for row in leaf]) for leaf in _leaves(stack)]
+
+
 def budget(stack: Stack, shares: Shares) -> np.ndarray:
     """The share of all nonzero entries that is pruned, one number a task."""
     there = _nonzero(stack)

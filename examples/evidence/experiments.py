@@ -145,6 +145,9 @@ def sparsifiers(
         found |= {name: library(kept), f"disjoint {name}": library(tj.conflict_aware(kept))}
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
+    for low, high in ((0.75, 0.95), (0.95, 0.99)):
+        there = functools.partial(arms.nonzero_shares, stack, low, high)
+        found |= {f"TADrop of nonzero {low}/{high}": lambda there=there: _counted(stack, arms.prune(stack, there()))}
     found |= {"learned for EMR": lambda: _counted(stack, arms.prune(stack, learned.shares(suite, stack)))}
     found |= {"scaling alone": scaled()}
     found |= {"dominance": lambda: library(tj.dominance(arms.dominance_shares(stack, shares())))()}

@@ -39,6 +39,15 @@ def sparse(stack):
     return tree
 
 
+def test_shares_of_nonzero_do_not_see_zeros(stack, sparse):
+    ratios = tj.quantile_ratios({"heavy": stack["heavy"][:, 30:]}, q_low=0.75, q_high=0.95)
+    found = dict(zip(sorted(sparse), arms.nonzero_shares(sparse, 0.75, 0.95), strict=True))
+    np.testing.assert_allclose(found["heavy"], ratios["heavy"], rtol=1e-6)
+    assert found["normal"][0] == found["bias"][1] == 0
+    with_zeros = dict(zip(sorted(sparse), arms.tadrop_shares(sparse, 0.75, 0.95), strict=True))
+    assert (with_zeros["heavy"] < 0.5 * found["heavy"]).all()
+
+
 def test_zeros_are_no_part_of_the_budget(sparse):
     theirs = tj.sparsify(sparse, tj.tadrop(0.75, 0.95))
     shares = arms.tadrop_shares(sparse, 0.75, 0.95)
