@@ -80,7 +80,14 @@ evidence: setup
 	run vision $$small --recipe lora --rules EMR --restored --sparsifiers none "TADrop 0.75/0.95" uniform \
 		"TADrop 0.95/0.99" "uniform of 0.95/0.99" "uniform 0.7" dominance "dominance 0.5"; \
 	run vision $$turned --rules EMR --restored --sparsifiers none "TADrop 0.95/0.99" "uniform of 0.95/0.99" \
-		"reversed of 0.95/0.99" "magnitude 0.5" "magnitude 0.2" "n:m 16:32" "dominance 0.5"
+		"reversed of 0.95/0.99" "magnitude 0.5" "magnitude 0.2" "n:m 16:32" "dominance 0.5"; \
+	texts="--base-seed 3 --width 96 --layers 4 --recipe frozen-head --out $(OUT)/language-small"; \
+	run language $$texts --sparsifiers none "TADrop 0.95/0.99" "uniform of 0.95/0.99" "shuffled of 0.95/0.99" \
+		"reversed of 0.95/0.99" "scaling alone of 0.95/0.99" "magnitude 0.5" "magnitude 0.2" "n:m 16:32" "DARE 0.5" \
+		"dominance 0.5" --restored; \
+	run language $$texts --rules EMR T-Switch TALL --sparsifiers "uniform 0.7" --restored; \
+	run language $$texts --rules EMR --sparsifiers "TADrop of nonzero 0.95/0.99" "TADrop of nonzero 0.75/0.95" \
+		"TADrop 0.75/0.95" uniform
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
