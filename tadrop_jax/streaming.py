@@ -97,11 +97,11 @@ def measure(steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settin
 
 
 class _Run:
-    """One run: what the passes share. The statistics found so far are its only state."""
+    """One run: the order of its passes. What is known is with the tensors, but for what is found in passing."""
 
     def __init__(self, steps: Sequence[Step], streams: Sequence[Stream], tasks: int, settings: Settings):
-        self.steps, self.streams, self.tasks = tuple(steps), tuple(streams), tasks
         self.tensors = Tensors(steps, streams, tasks, settings)
+        self.steps, self.streams = self.tensors.steps, self.tensors.streams
         self.workers = settings.workers or cores()
         # What was found in passing, by step and stage and by stream: a share for each block, and if it went by a guess.
         self.shares: dict[tuple[int, int], dict[int, list[tuple[dict, Any]]]] = {}

@@ -135,6 +135,9 @@ def sparsifiers(
     def scaled(quantiles=quantiles):
         return lambda: Arm(arms.scaled_only(stack, arms.prune(stack, shares_of(*quantiles))), 0.0)
 
+    def of_nonzero(low, high):
+        return lambda: _counted(stack, arms.prune(stack, arms.nonzero_shares(stack, low, high)))
+
     found = {"none": lambda: Arm(stack, 0.0)}
     found |= {f"magnitude {density}": library(tj.magnitude(density)) for density in (0.1, 0.2, 0.5)}
     found |= {f"uniform {sparsity}": library(tj.uniform(sparsity)) for sparsity in (0.3, 0.5, 0.7, 0.9)}
@@ -145,9 +148,7 @@ def sparsifiers(
         found |= {name: library(kept), f"disjoint {name}": library(tj.conflict_aware(kept))}
     found |= {f"TADrop {low}/{high}": library(tj.tadrop(low, high)) for low, high in QUANTILES}
     found |= {f"TADrop {name}": library(tj.tadrop(*quantiles, **setting)) for name, setting in SETTINGS.items()}
-    for low, high in ((0.75, 0.95), (0.95, 0.99)):
-        there = functools.partial(arms.nonzero_shares, stack, low, high)
-        found |= {f"TADrop of nonzero {low}/{high}": lambda there=there: _counted(stack, arms.prune(stack, there()))}
+    found |= {f"TADrop of nonzero {low}/{high}": of_nonzero(low, high) for low, high in ((0.75, 0.95), (0.95, 0.99))}
     found |= {"learned for EMR": lambda: _counted(stack, arms.prune(stack, learned.shares(suite, stack)))}
     found |= {"scaling alone": scaled()}
     found |= {"dominance": lambda: library(tj.dominance(arms.dominance_shares(stack, shares())))()}
