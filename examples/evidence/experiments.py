@@ -31,6 +31,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "steep": {"mapping": "affine:3,-1.2"},
 }
 FIELDS = ("tasks", "seed", "rule", "sparsifier", "sparsity", "length", "validation", "test", "by_task")
+# What is compared unless asked otherwise: TADrop with its controls, and the library's other sparsifiers.
+MAIN = (
+    *("none", "TADrop 0.95/0.99", "uniform of 0.95/0.99", "shuffled of 0.95/0.99", "reversed of 0.95/0.99"),
+    *("scaling alone of 0.95/0.99", "TADrop 0.75/0.95", "uniform", "magnitude 0.5", "magnitude 0.2", "n:m 16:32"),
+    *("DARE 0.5", "dominance 0.5", "uniform 0.7"),
+)
+DESCRIBED = ((0.75, 0.95), (0.95, 0.99))  # TADrop's quantiles on the page, and the library's default
+RATIOS = ("tasks", "seed", "quantiles", "tensor", "entries", "ratio", "sd_over_tasks", "sparsity", "conflict")
 
 
 class Arm(NamedTuple):
@@ -165,12 +173,18 @@ def sparsifiers(
     return found | {name: spread(how) for name, how in (controls | arms.CANDIDATES).items()}
 
 
+def wanted(rules: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """The merges to make, pairs of a sparsifier and a rule: each after each, and what rules trim of their own."""
+    found = [("own", rule) for rule in rules if rule in OWN]
+    return found + [(name, rule) for name in names for rule in rules if rule in RULES or rule in LEARNED]
+
+
 def run(
     suite: Suite,
     out: Path,
     seed: int,
     rules: Sequence[str],
-    names: Sequence[str] | None,
+    names: Sequence[str],
     progress: Callable[[int, int], None],
 ) -> None:
     """Merges and judges, and appends a line for each pair of rule and sparsifier to a CSV file.
@@ -180,28 +194,22 @@ def run(
         out: the file; lines that are there already are not computed again.
         seed: of the fine-tunes, for the table.
         rules: names out of `RULES`, `OWN` and `LEARNED`.
-        names: of `sparsifiers`; None for all.
+        names: of `sparsifiers`.
         progress: is told the number of merges done and of all.
     """
     there = {(line["tasks"], line["seed"], line["rule"], line["sparsifier"]) for line in read(out)}
     head = (str(len(suite.tuned)), str(seed))
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
     unit, ways = _mean_length(stack), sparsifiers(suite, stack, seed=seed)
-    wanted = [("own", rule) for rule in rules if rule in OWN]
-    wanted += [
-        (name, rule)
-        for name in (ways if names is None else names)
-        for rule in rules
-        if rule in RULES or rule in LEARNED
-    ]
+    merges = wanted(rules, names)
     arm_of = functools.lru_cache(1)(lambda name: ways[name]())
-    for done, (name, rule) in enumerate(wanted, start=1):
+    for done, (name, rule) in enumerate(merges, start=1):
         if (*head, rule, name) not in there:
             arm, how = (Arm(stack, 0.0), OWN) if name == "own" else (arm_of(name), RULES)
             result = LEARNED[rule](suite, arm.stack) if rule in LEARNED else judge(suite, arm.stack, how[rule](), unit)
             line = (*head, rule, name, f"{arm.sparsity:.4f}", *_written(result))
             append(out, FIELDS, line)
-        progress(done, len(wanted))
+        progress(done, len(merges))
 
 
 def judge(suite: Suite, stack: Stack, rule: Any, unit: float) -> Result:
@@ -254,15 +262,15 @@ def read(path: Path) -> Iterator[dict[str, str]]:
             yield from csv.DictReader(file)
 
 
-def append(path: Path, fields: Sequence[str], line: Sequence) -> None:
-    """Adds a line to a CSV file; the names of its fields come first if the file is new."""
+def append(path: Path, fields: Sequence[str], *lines: Sequence) -> None:
+    """Adds lines to a CSV file; the names of their fields come first if the file is new."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(fields)
-        writer.writerow(line)
+        writer.writerows(lines)
 
 
 def _written(result: Result) -> tuple:
@@ -318,18 +326,31 @@ def _mean_length(stack) -> float:
     return float(jax.numpy.mean(_lengths(stack)))
 
 
-def describe(suite: Suite, out: Path) -> None:
-    """Writes each tensor's quantile ratio (.75/.95), its mean and standard deviation over tasks, to a CSV file.
+def describe(suite: Suite, out: Path, seed: int) -> None:
+    """Appends each tensor's quantile ratio and what TADrop prunes of it to a CSV file, at each of `DESCRIBED`.
 
-    Over the tasks that change the tensor: a path that a task does not use has no distribution.
+    Means over the tasks that change the tensor, and the ratio's standard deviation: a path that a task does not use has
+    no distribution.
+
+    Args:
+        suite: a base and its fine-tunes.
+        out: the file; what it has of as many tasks, the seed and the quantiles is not computed again. One that an older
+            version wrote, of one pair of quantiles and an unknown seed, is replaced.
+        seed: of the fine-tunes, for the table.
     """
-    said = tj.explain(suite.base, [tuned.params for tuned in suite.tuned], tj.tadrop(0.75, 0.95))
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("tensor", "entries", "ratio", "sd_over_tasks", "sparsity", "conflict"))
+    head = (str(len(suite.tuned)), str(seed))
+    if any("quantiles" not in line for line in read(out)):
+        out.unlink()
+    there = {(line["tasks"], line["seed"], line["quantiles"]) for line in read(out)}
+    for low, high in DESCRIBED:
+        if (*head, f"{low}/{high}") in there:
+            continue
+        said = tj.explain(suite.base, [tuned.params for tuned in suite.tuned], tj.tadrop(low, high))
+        lines = []
         for (name, row), leaf in zip(said.items(), jax.tree.leaves(suite.base), strict=True):
             used = row["norm"] > 0
             if used.any():
                 ratio, sparsity = row["quantile_ratio"][used], row["sparsity"][used]
                 means = (np.mean(ratio), np.std(ratio), np.mean(sparsity), np.mean(row["sign_conflict"]))
-                writer.writerow((name, leaf.size, *(f"{value:.4f}" for value in means)))
+                lines.append((*head, f"{low}/{high}", name, leaf.size, *(f"{value:.4f}" for value in means)))
+        append(out, RATIOS, *lines)

@@ -21,7 +21,7 @@ from examples.evidence.mixed import mixed
 from examples.evidence.suites import Head, Suite, Tuned, class_names, place
 from examples.evidence.training import Progress, Recipe
 
-GROUPS = language_tasks.GROUPS
+GROUPS, files = language_tasks.GROUPS, language_tasks.files
 KNOWN = (*language_tasks.GENERATED, *language_tasks.TASKS)
 COUNT = 9  # tasks of the main table
 PART, STEP = 40, 16  # texts that are computed at once, and steps of their length

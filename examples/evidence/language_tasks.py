@@ -26,6 +26,7 @@ GROUPS = {2: GENERATED, 4: OPINIONS, 9: TASKS[:9], 13: TASKS}
 
 # SST-2 is made of MR's sentences, whole and in parts: two thirds of its test data are training data of MR.
 _SAME_SENTENCES = ("sst2", "mr")
+_CORPUS = "lm_corpus/lm_corpus.txt.gz"
 
 
 def task(data: Path | None, name: str, tokenizer: Tokenizer) -> Task:
@@ -46,12 +47,19 @@ def task(data: Path | None, name: str, tokenizer: Tokenizer) -> Task:
     return Task(name, *parts, classes=found.classes)
 
 
+def files(name: str | None) -> list[str]:
+    """The files of the data directory that a task is read from, or what the base is pretrained on if it is None."""
+    if name is None:
+        return [_CORPUS]
+    return [f"text/{read}.tsv.gz" for read in (_SAME_SENTENCES if name in _SAME_SENTENCES else (name,))]
+
+
 def corpus(data: Path | None) -> list[str]:
     """The texts to pretrain on: paragraphs, and lines that end a sentence; generated ones if data is None."""
     if data is None:
         rng = np.random.default_rng(0)
         return [_sentence(rng)[0] for _ in range(2000)]
-    with gzip.open(data / "lm_corpus" / "lm_corpus.txt.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(data / _CORPUS, "rt", encoding="utf-8") as file:
         parts = re.split(r"(?<=[.!?])[ \t]*\n|\n\s*\n", file.read())
     texts = [" ".join(part.split()) for part in parts]
     return [text for text in texts if text]

@@ -2,6 +2,9 @@
 
 On the straight line from the base to a fine-tune, its own task should not become worse first, or the fine-tune has left
 the base's basin; with the task vectors of all tasks added, a task should not lose more than its own brings.
+
+Measured on validation data, since recipes and tasks are chosen by it. Files without the column `part`, those of
+docs/results among them, are older and of test data.
 """
 
 from collections.abc import Callable
@@ -15,7 +18,8 @@ from examples.evidence.suites import Suite
 from examples.evidence.tables import WAYS
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-FIELDS = ("tasks", "seed", "share", "way", "by_task")
+FIELDS = ("tasks", "seed", "share", "way", "part", "by_task")
+PART = "validation"
 
 
 def walk(suite: Suite, out: Path, seed: int, progress: Callable[[int, int], None]) -> None:
@@ -37,6 +41,6 @@ def walk(suite: Suite, out: Path, seed: int, progress: Callable[[int, int], None
         if (*head, share, way) not in there:
             moves = vectors if way == "alone" else [total] * len(vectors)
             models = [experiments.added(suite.base, move, share) for move in moves]
-            accuracies = experiments.accuracies(suite, models, "test")
-            experiments.append(out, FIELDS, (*head, share, way, experiments.joined(accuracies)))
+            accuracies = experiments.accuracies(suite, models, PART)
+            experiments.append(out, FIELDS, (*head, share, way, PART, experiments.joined(accuracies)))
         progress(done, len(wanted))

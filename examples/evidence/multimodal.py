@@ -30,10 +30,23 @@ from examples.evidence.suites import Head, Suite, Task, Tuned, place
 from examples.evidence.training import Progress
 from examples.evidence.vision import Recipe
 
-__all__ = ["COUNT", "GROUPS", "KNOWN", "RECIPES", "Settings", "encode", "finetune", "load", "place", "pretrain"]
+__all__ = [
+    "COUNT",
+    "GROUPS",
+    "KNOWN",
+    "RECIPES",
+    "Settings",
+    "encode",
+    "files",
+    "finetune",
+    "load",
+    "place",
+    "pretrain",
+]
 
 GROUPS = {3: multimodal_tasks.GENERATED, 5: multimodal_tasks.LEARNED, 8: multimodal_tasks.TASKS}
 COUNT = 5
+files = multimodal_tasks.files
 KNOWN = tuple(dict.fromkeys((*multimodal_tasks.GENERATED, *multimodal_tasks.TASKS)))
 RECIPES = {
     "adamw": Recipe(training.adamw, 5e-4, 400, weight_decay=0.05, batch=96),

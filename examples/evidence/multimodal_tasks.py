@@ -34,6 +34,7 @@ LENGTH = 24  # of sentences about pictures, in tokens
 LONGEST = 32  # of other texts
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _CLOTHES = ("shirt", "trouser", "pullover", "dress", "coat", "sandal", "blouse", "sneaker", "bag", "boot")
+_COMPOSED = ("mnist", "fashion_mnist")  # what pictures are composed of
 _STYLES = {"pacs_photo": "photo", "pacs_art_painting": "painting", "pacs_cartoon": "cartoon"}
 _SIZES = {"train": 9000, "test": 1000}
 _FEW = {"train": 900, "test": 200}
@@ -70,6 +71,17 @@ def task(data: Path | None, name: str, tokenizer: Tokenizer) -> Task:
     return cut(name, *parts)
 
 
+def files(name: str | None) -> list[str]:
+    """The files of the data directory that a task is read from, or what the base is pretrained on if it is None."""
+    composed = [f"{part}/{part}.npz" for part in _COMPOSED]
+    if name is None:
+        return [*vision_tasks.files(None), *language_tasks.files(None), *composed]
+    if name == "pacs_questions":
+        return [f"{style}/{style}.npz" for style in _STYLES]
+    kind = form(name)
+    return {"text": language_tasks.files, "image": vision_tasks.files}.get(kind, lambda name: composed)(name)
+
+
 def tokens(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """Sentences about pictures as tokens (N, LENGTH), an `<|endoftext|>` before each and after it."""
     return begun(tokenizer, words.padded(tokenizer, np.array([(text, "") for text in texts], object), LENGTH - 1))
@@ -81,7 +93,7 @@ def things(data: Path | None, split: str) -> Kinds:
     if data is None:
         return pictures.shapes(400, np.random.default_rng(("pretraining", "train", "test").index(split)))
     found = []
-    for number, name in enumerate(("mnist", "fashion_mnist")):
+    for number, name in enumerate(_COMPOSED):
         train, test = read(data, name)
         half = len(train.labels) // 2
         part = test if split == "test" else train.take(slice(half) if split == "pretraining" else slice(half, None))

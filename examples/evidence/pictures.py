@@ -1,9 +1,11 @@
 """Pictures of what the CSV files in docs/results say: `python -m examples.evidence.pictures`."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 
 import matplotlib
 
@@ -11,24 +13,32 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from examples.evidence.tables import DOCS, by_count, half_width, paired, read
+from examples.evidence.tables import DOCS, by_count, described, half_width, paired, read
 
 STYLES = {"uniform": "o-", "TADrop": "s--", "dominance": "d-", "magnitude": "^:", "DARE": "v:"}
 GROWING = {"uniform": "o-", "TADrop 0.75/0.95": "s--", "reversed": "v:", "dominance 0.5": "d-"}
 _LAYER = re.compile(r"(?:layers?|h)/(\d+)/")
 
 
-def ratios(file: str, out: Path) -> None:
-    """Quantile ratios of the matrices of a model, by layer and kind; the two lines say what tails would give."""
+def ratios(file: str, out: Path, quantiles: str = "0.75/0.95") -> bool:
+    """Quantile ratios of the matrices of a model, by layer and kind; the two lines say what tails would give.
+
+    Returns:
+        Whether there was anything to draw: large matrices in numbered layers.
+    """
     found: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-    for line in read(file):
+    for line in described(file, quantiles):
         layer = _LAYER.search(line["tensor"])
         if layer and int(line["entries"]) > 2000:
             kind = line["tensor"][layer.end() :].removesuffix("/kernel")
             found[kind].append((int(layer[1]), float(line["ratio"]), float(line["sd_over_tasks"])))
+    if not found:
+        return False
+    low, high = map(float, quantiles.split("/"))
+    normal = NormalDist().inv_cdf((1 + low) / 2) / NormalDist().inv_cdf((1 + high) / 2)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.margins(x=0.12)  # room for the lines' names, left of all points
-    for name, value in (("normal", 0.587), ("Laplace", 0.463)):
+    for name, value in (("normal", normal), ("Laplace", math.log(1 - low) / math.log(1 - high))):
         axes.axhline(value, color="0.7", linewidth=1)
         where = axes.get_yaxis_transform()
         axes.annotate(
@@ -39,12 +49,12 @@ def ratios(file: str, out: Path) -> None:
     for kind, points in found.items():
         layers, means, spread = np.array(sorted(points)).T
         axes.errorbar(layers, means, spread, marker="o", capsize=2, linewidth=1, label=kind)
-    axes.set(
-        xlabel="layer", ylabel="quantile ratio (.75/.95)", xticks=sorted({p[0] for k in found.values() for p in k})
-    )
+    ticks = sorted({p[0] for k in found.values() for p in k})
+    axes.set(xlabel="layer", ylabel=f"quantile ratio ({quantiles.replace('0.', '.')})", xticks=ticks)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out, dpi=120)
     plt.close(figure)
+    return True
 
 
 def by_sparsity(file: str, tasks: str, rules: Sequence[str], out: Path) -> None:
@@ -88,19 +98,34 @@ def growth(file: str, rule: str, out: Path) -> None:
     plt.close(figure)
 
 
+def drawn(table: Path, quantiles: str = "0.75/0.95") -> list[Path]:
+    """Draws the ratios of a table that is there, and accuracies against sparsity where enough arms were tried.
+
+    Args:
+        table: TABLE-ratios.csv, which lies beside TABLE.csv.
+        quantiles: of the ratios.
+
+    Returns:
+        The pictures, which lie beside both.
+    """
+    out, runs = table.with_suffix(".svg"), table.with_name(table.name.replace("-ratios", ""))
+    found = [out] if ratios(str(table), out, quantiles) else []
+    counts = sorted({line["tasks"] for line in read(str(runs))}, key=int)
+    lines = [line for line in read(str(runs)) if line["tasks"] == counts[0]]
+    tried = {rule: {line["sparsifier"] for line in lines if line["rule"] == rule} for rule in ("EMR", "TIES")}
+    rules = [rule for rule, arms in tried.items() if len(arms) > 20]  # fewer make no curves
+    if rules:
+        found.append(runs.with_suffix(".svg"))
+        by_sparsity(str(runs), counts[0], rules, found[-1])
+    return found
+
+
 def main() -> None:
-    """Draws the ratios of each table that is there, and accuracies against sparsity where enough arms were tried."""
+    """Draws growth, ratios and accuracies against sparsity of the tables of docs/results."""
     for table in sorted((DOCS / "results").glob("*-growth.csv")):
         growth(table.name, "EMR", table.with_suffix(".svg"))
     for table in sorted((DOCS / "results").glob("*-ratios.csv")):
-        ratios(table.name, table.with_suffix(".svg"))
-        runs = table.name.replace("-ratios", "")
-        counts = sorted({line["tasks"] for line in read(runs)}, key=int)
-        lines = [line for line in read(runs) if line["tasks"] == counts[0]]
-        tried = {rule: {line["sparsifier"] for line in lines if line["rule"] == rule} for rule in ("EMR", "TIES")}
-        rules = [rule for rule, arms in tried.items() if len(arms) > 20]  # fewer make no curves
-        if rules:
-            by_sparsity(runs, counts[0], rules, table.with_name(runs).with_suffix(".svg"))
+        drawn(table)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from examples.evidence.suites import Suite
 FIELDS = ("tasks", "seed", "sparsifier", "length", "error", "cosine")
 
 
-def compare(
-    suite: Suite, out: Path, seed: int, names: Sequence[str] | None, progress: Callable[[int, int], None]
-) -> None:
+def compare(suite: Suite, out: Path, seed: int, names: Sequence[str], progress: Callable[[int, int], None]) -> None:
     """Restores each task's vector after each sparsifier, and appends a line to a CSV file.
 
     By task: the 2-norm of its own vector, as a share of the base's; that of what is restored less its own, as a share
@@ -25,7 +23,7 @@ def compare(
         suite: a base and its fine-tunes.
         out: the file; lines that are there already are not computed again.
         seed: of the fine-tunes, for the table, and of what is random.
-        names: of `experiments.sparsifiers`; None for all.
+        names: of `experiments.sparsifiers`.
         progress: is told the number of lines done and of all.
     """
     there = {(line["tasks"], line["seed"], line["sparsifier"]) for line in experiments.read(out)}
@@ -34,8 +32,7 @@ def compare(
     own = [_flat(vector) for vector in experiments.unstacked(stack)]
     norm = np.linalg.norm(_flat(suite.base))
     ways = experiments.sparsifiers(suite, stack, seed=seed)
-    wanted = list(ways if names is None else names)
-    for done, name in enumerate(wanted, start=1):
+    for done, name in enumerate(names, start=1):
         if (*head, name) not in there:
             bundle = tj.merge_task_vectors(ways[name]().stack, tj.emr(), layout=suite.layout)
             found = [_flat(bundle.task_vector(t)) for t in range(len(own))]
@@ -45,7 +42,7 @@ def compare(
                 [a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30) for a, b in zip(found, own, strict=True)],
             )
             experiments.append(out, FIELDS, (*head, name, *map(experiments.joined, columns)))
-        progress(done, len(wanted))
+        progress(done, len(names))
 
 
 def _flat(tree) -> np.ndarray:

@@ -20,7 +20,7 @@ Lines = list[dict[str, str]]
 
 
 def read(name: str) -> Lines:
-    """The lines of a file of docs/results."""
+    """The lines of a file of docs/results, or of any other whose whole path is given."""
     with (DOCS / "results" / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -215,10 +215,19 @@ def models(file: str, *_: str) -> str:
     return markdown(["task", "seeds", "probe", "fine-tuned", "gain"], rows)
 
 
-def ratios(file: str, *_: str) -> str:
+def described(file: str, quantiles: str = "0.75/0.95") -> Lines:
+    """The tensors of a file of `ratios` at these quantiles: of the first merge that it has.
+
+    An older file is of .75/.95 and does not say so.
+    """
+    lines = [line for line in read(file) if line.get("quantiles", "0.75/0.95") == quantiles]
+    return [line for line in lines if all(line.get(key) == lines[0].get(key) for key in ("tasks", "seed"))]
+
+
+def ratios(file: str, quantiles: str = "0.75/0.95") -> str:
     """Quantile ratios by kind of tensor: mean over layers and tasks, spread over tensors and over tasks."""
     kinds: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-    for line in read(file):
+    for line in described(file, quantiles):
         kind = re.sub(r"(^|/)\d+/", r"\1*/", line["tensor"])
         kinds[kind].append((int(line["entries"]), float(line["ratio"]), float(line["sd_over_tasks"])))
     rows = []

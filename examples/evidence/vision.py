@@ -25,7 +25,7 @@ class Recipe(training.Recipe):
     move: int = 4
 
 
-GROUPS, KNOWN = vision_tasks.GROUPS, vision_tasks.KNOWN
+GROUPS, KNOWN, files = vision_tasks.GROUPS, vision_tasks.KNOWN, vision_tasks.files
 COUNT = 8  # tasks of the main table
 RECIPES = {
     "fast": Recipe(training.adamw, 1e-3, 100, batch=50, move=0),

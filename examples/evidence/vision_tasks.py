@@ -57,6 +57,25 @@ def task(data: Path | None, name: str) -> Task:
     return cut(name, *_labelled(data, name), by_order=name.startswith("gtsrb"))
 
 
+def files(name: str | None) -> list[str]:
+    """The files of the data directory that a task is read from, or what the base is pretrained on if it is None."""
+    return [f"{found}/{found}.npz" for found in (("tiny_imagenet32",) if name is None else _sets(name))]
+
+
+def _sets(name: str) -> tuple[str, ...]:
+    how, _, whole = name.partition("_")
+    kind, _, part = name.rpartition("_")
+    if kind == "digits":
+        return ()
+    if name == "pacs_domain":
+        return _DOMAINS
+    if how in _CHANGES:
+        name = whole
+    elif part in (*_QUESTIONS, *_SIGNS) or part.isdigit():
+        name = kind
+    return ({"tiny": "tiny_imagenet32", "caltech": "caltech101"}.get(name, name),)
+
+
 def mirrored(name: str) -> bool:
     """Whether a mirror image has the same label: not of digits, letters and traffic signs."""
     return not name.startswith(_NO_MIRROR)
