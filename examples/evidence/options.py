@@ -87,6 +87,7 @@ def plan(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> Plan:
     check(parser, "--rules", chosen.rules, experiments.RULES | experiments.OWN | experiments.LEARNED)
     check(parser, "--sparsifiers", chosen.sparsifiers, (*every, EVERY))
     check(parser, "--seeds", chosen.seeds, chosen.seeds or ())
+    _there(parser, chosen, suite, names)
     rules, sparsifiers = tuple(dict.fromkeys((*experiments.RULES, *experiments.OWN))), experiments.MAIN
     if chosen.fast:
         rules, sparsifiers = FAST_RULES, FAST_SPARSIFIERS
@@ -134,7 +135,15 @@ def _tasks(parser: argparse.ArgumentParser, chosen: argparse.Namespace, suite: M
     check(parser, "--recipe", [recipe], suite.RECIPES)
     check(parser, "--count", [count], suite.GROUPS)
     check(parser, "--tasks", chosen.tasks, suite.KNOWN)
-    names = tuple(chosen.tasks or suite.GROUPS[count])
+    return recipe, tuple(chosen.tasks or suite.GROUPS[count])
+
+
+def _there(
+    parser: argparse.ArgumentParser, chosen: argparse.Namespace, suite: ModuleType, names: tuple[str, ...]
+) -> None:
+    """Ends the program if the data are not there."""
+    if chosen.fast:
+        return
     if chosen.data is None:
         parser.error("--data is needed, or --fast")
     if not chosen.data.is_dir():
@@ -143,7 +152,6 @@ def _tasks(parser: argparse.ArgumentParser, chosen: argparse.Namespace, suite: M
     files = dict.fromkeys(file for name in (*pretraining, *names) for file in suite.files(name))
     if missing := [file for file in files if not (chosen.data / file).exists()]:
         parser.error(f"--data: {chosen.data} lacks {', '.join(missing)}")
-    return recipe, names
 
 
 def _settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace, suite: ModuleType) -> Any:

@@ -30,9 +30,10 @@ def write(table: Path) -> Path:
     for count, lines in sorted(tables.by_count(tables.read(str(table))).items(), key=lambda found: int(found[0])):
         parts += _merges(table, count, lines, known["tasks"].get(count, []))
     ratios = belonging.beside(table, "ratios.csv")
-    for quantiles in (f"{low}/{high}" for low, high in DESCRIBED):
-        parts += [f"## Quantile ratios, {quantiles}", tables.ratios(str(ratios), quantiles)]
-    parts += [f"![{picture.stem}]({picture.name})" for picture in pictures.drawn(ratios, DEFAULT)]
+    if ratios.exists():
+        for quantiles in (f"{low}/{high}" for low, high in DESCRIBED):
+            parts += [f"## Quantile ratios, {quantiles}", tables.ratios(str(ratios), quantiles)]
+        parts += [f"![{picture.stem}]({picture.name})" for picture in pictures.drawn(ratios, DEFAULT)]
     out = table.with_suffix(".md")
     out.write_text("\n\n".join(parts) + "\n")
     return out

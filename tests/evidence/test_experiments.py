@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from examples.evidence import __main__ as command
 from examples.evidence import experiments, restored, tables
 from examples.evidence.suites import Head, Part, Suite, Task, Tuned
 
@@ -44,20 +43,6 @@ def test_controls_prune_as_much_as_tadrop_at_their_quantiles():
         for leaf, after in zip(grown.stack.values(), pruned.stack.values(), strict=True):
             kept = np.asarray(after) != 0  # pruned entries are back, the others have grown as much
             np.testing.assert_allclose(leaf[kept], np.asarray(after)[kept], rtol=0.01)
-
-
-@pytest.mark.parametrize("option", ["--recipe=x", "--count=9", "--tasks=x", "--rules=x", "--sparsifiers=x"])
-def test_what_there_is_not_is_refused_before_anything_is_trained(option, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["vision", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--table=other", option])
-    name, given = option.split("=")
-    assert f"{name}: there is no {given if name == '--count' else repr(given)}; there are " in capsys.readouterr().err
-
-
-def test_other_tasks_want_a_table_of_their_own(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["vision", "--fast", "--out", str(tmp_path), "--tasks", "digits_odd"])
-    assert "--tasks: give a --table" in capsys.readouterr().err
 
 
 def test_dominance_has_a_control_that_prunes_as_much_of_each_task():

@@ -29,7 +29,7 @@ def out(tmp_path_factory):
     options = ("--rules", "EMR", "--sparsifiers", "none")
     with pytest.MonkeyPatch.context() as patch:
         # The table of ratios is the other suites': here it would compile for every shape of two experts.
-        patch.setattr(experiments, "describe", lambda suite, out: None)
+        patch.setattr(experiments, "describe", lambda suite, out, seed: None)
         command.main(["multimodal", "--fast", "--seeds", "0", "--out", str(directory), *options])
     return directory
 

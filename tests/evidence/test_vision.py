@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples.evidence import __main__ as command
-from examples.evidence import experiments, tables
+from examples.evidence import experiments, tables, vision
 
 RULES, NAMES = ("task arithmetic", "EMR"), ("none", "TADrop 0.75/0.95", "uniform")
 
@@ -44,8 +44,10 @@ def test_the_table_and_what_is_not_made_twice(run, out, monkeypatch):
     assert np.mean([float(m["tuned"]) - float(m["probe"]) for m in models]) > 0
     assert json.loads((out / "base.json").read_text())["accuracy"] > 0.6
 
+    suite = vision.load(None, out, "fast", 0, tuple(model["task"] for model in models))
+    own = experiments.accuracies(suite, [tuned.params for tuned in suite.tuned], "validation")
     between = {(line["share"], line["way"]): line["by_task"] for line in experiments.read(out / "fast-lines.csv")}
-    assert between["1.0", "alone"].split() == [model["tuned"] for model in models]
+    assert between["1.0", "alone"] == experiments.joined(own)
     assert between["0.0", "alone"] == between["0.0", "together"]
     assert between["1.0", "alone"] != between["1.0", "together"]
 
@@ -62,6 +64,13 @@ def test_the_table_and_what_is_not_made_twice(run, out, monkeypatch):
     monkeypatch.setattr(experiments, "judge", lambda *given, judge=experiments.judge: judged.append(1) or judge(*given))
     assert run().read_text() == "".join(kept)
     assert len(judged) == 1
+
+    told = (out / "fast.md").read_text()
+    assert "In this order: digits_odd, digits_loops." in told
+    assert "### TADrop 0.75/0.95 against others" in told
+    described = list(experiments.read(out / "fast-ratios.csv"))
+    assert {line["quantiles"] for line in described} == {"0.75/0.95", "0.95/0.99"}
+    assert len({(line["quantiles"], line["tensor"]) for line in described}) == len(described)  # of two runs
 
     monkeypatch.setattr(tables, "DOCS", out)
     (out / "results").mkdir()
