@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> Path:
             models = suite.load(plan.data, plan.out, recipe, seed, names, bfloat16=bfloat16)
             with metered(plan.out / HOURS, f"merging {recipe}, seed {seed}"):
                 shown = told(bar, f"merging, seed {seed}")
-                experiments.run(models, plan.table, seed, plan.rules, plan.sparsifiers, shown)
+                experiments.run(models, plan.table, seed, plan.merges, shown)
             experiments.describe(models, beside("ratios.csv"), seed)
             if plan.lines:
                 lines.walk(models, beside("lines.csv"), seed, told(bar, f"between, seed {seed}"))

@@ -174,18 +174,18 @@ def sparsifiers(
 
 
 def wanted(rules: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
-    """The merges to make, pairs of a sparsifier and a rule: each after each, and what rules trim of their own."""
+    """The merges to make, pairs of a sparsifier and a rule: each after each, and what rules trim of their own.
+
+    Args:
+        rules: names out of `RULES`, `OWN` and `LEARNED`.
+        names: of `sparsifiers`.
+    """
     found = [("own", rule) for rule in rules if rule in OWN]
     return found + [(name, rule) for name in names for rule in rules if rule in RULES or rule in LEARNED]
 
 
 def run(
-    suite: Suite,
-    out: Path,
-    seed: int,
-    rules: Sequence[str],
-    names: Sequence[str],
-    progress: Callable[[int, int], None],
+    suite: Suite, out: Path, seed: int, merges: Sequence[tuple[str, str]], progress: Callable[[int, int], None]
 ) -> None:
     """Merges and judges, and appends a line for each pair of rule and sparsifier to a CSV file.
 
@@ -193,15 +193,13 @@ def run(
         suite: a base and its fine-tunes.
         out: the file; lines that are there already are not computed again.
         seed: of the fine-tunes, for the table.
-        rules: names out of `RULES`, `OWN` and `LEARNED`.
-        names: of `sparsifiers`.
+        merges: of `wanted`.
         progress: is told the number of merges done and of all.
     """
     there = {(line["tasks"], line["seed"], line["rule"], line["sparsifier"]) for line in read(out)}
     head = (str(len(suite.tuned)), str(seed))
     stack = tj.task_vectors(suite.base, [tuned.params for tuned in suite.tuned])
     unit, ways = _mean_length(stack), sparsifiers(suite, stack, seed=seed)
-    merges = wanted(rules, names)
     arm_of = functools.lru_cache(1)(lambda name: ways[name]())
     for done, (name, rule) in enumerate(merges, start=1):
         if (*head, rule, name) not in there:

@@ -66,9 +66,10 @@ def asked(tmp_path_factory):
             plan.table.write_text(",".join(experiments.FIELDS) + "\n")
             belonging.record(plan.table, plan.recipe, plan.names, bfloat16=plan.bfloat16)
             table = str(plan.table.with_suffix("").relative_to(there / "out"))
-            merges = experiments.wanted(plan.rules, plan.sparsifiers)
             found += [
-                (table, str(len(plan.names)), str(seed), rule, name) for seed in plan.seeds for name, rule in merges
+                (table, str(len(plan.names)), str(seed), rule, name)
+                for seed in plan.seeds
+                for name, rule in plan.merges
             ]
     return found
 

@@ -106,15 +106,16 @@ def test_a_run_merges_the_main_arms_and_all_if_asked_and_few_if_fast(tmp_path, m
     monkeypatch.setattr(vision, "files", lambda name: [])
     usual = planned("vision", "--data", tmp_path, "--out", tmp_path)
     assert (usual.sparsifiers, usual.seeds, usual.recipe) == (experiments.MAIN, (0, 1, 2), "adamw")
-    assert set(usual.rules) == {*experiments.RULES, *experiments.OWN}
+    assert {rule for _, rule in usual.merges} == {*experiments.RULES, *experiments.OWN}
+    assert {rule for name, rule in usual.merges if name == "own"} == set(experiments.OWN)
     every = planned("vision", "--data", tmp_path, "--out", tmp_path, "--sparsifiers", "all")
     assert len(every.sparsifiers) > 60
     assert set(experiments.MAIN) < set(every.sparsifiers)
     fast = planned(*FAST, "--out", tmp_path)
     assert fast.seeds == (0,)
-    assert len(experiments.wanted(fast.rules, fast.sparsifiers)) == 18
-    own = planned(*FAST, "--out", tmp_path, "--seeds", "1", "2", "--rules", "CABS", "--sparsifiers", "none")
-    assert (own.seeds, own.rules, own.sparsifiers) == ((1, 2), ("CABS",), ("none",))
+    assert len(fast.merges) == 16
+    own = planned(*FAST, "--out", tmp_path, "--seeds", "1", "2", "--rules", "TIES", "--sparsifiers", "none")
+    assert (own.seeds, own.merges) == ((1, 2), (("own", "TIES"), ("none", "TIES")))
 
 
 def test_lines_of_an_older_version_are_not_added_to(tmp_path, capsys):
