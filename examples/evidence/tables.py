@@ -129,6 +129,26 @@ def suites(rule: str, *arguments: str) -> str:
     return markdown([head, "seeds", *columns], rows)
 
 
+def rules(*arguments: str) -> str:
+    """Differences with both intervals of `two_ways`: a row for each rule, a column for each suite and comparison.
+
+    Args:
+        arguments: as of `suites`; nothing can be left out.
+    """
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for argument in arguments:
+        found = _SUITE.fullmatch(argument)
+        if not found or " minus " in argument:
+            continue
+        lines = [line for line in read(found[1]) if line["tasks"] == found[2]]
+        for rule in _ordered(line["rule"] for line in lines):
+            for arm, other in (argument.split(" minus ") for argument in arguments if " minus " in argument):
+                if said := two_ways(by_seed(paired(lines, rule, arm, other), int(found[2]))):
+                    cells[f"{found[5]}: {arm} minus {other}"][rule] = said
+    named = _ordered(rule for column in cells.values() for rule in column)
+    return markdown(["", *cells], [[rule, *(column.get(rule, "") for column in cells.values())] for rule in named])
+
+
 def standing(*compared: str) -> str:
     """What is `established` in any file of merges, before any rule; then how many comparisons there were.
 
@@ -143,7 +163,8 @@ def standing(*compared: str) -> str:
         for tasks, merges in by_count(lines).items():
             for rule in _ordered(line["rule"] for line in merges):
                 for what in compared:
-                    values = by_seed(paired(merges, rule, *what.split(" minus ")), int(tasks))
+                    arm, other = what.split(" minus ")
+                    values = by_seed(paired(merges, rule, arm, other), int(tasks))
                     counts[what] += len(values) > 1
                     if established(values):
                         rows.append([path.stem, tasks, str(len(values)), rule, what, two_ways(values)])
@@ -385,6 +406,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "lengths": lengths,
     "lines": lines,
     "over_tasks": over_tasks,
+    "rules": rules,
     "standing": standing,
     "suites": suites,
     "validation": validation,

@@ -142,6 +142,17 @@ def test_suites_have_both_intervals_and_say_where_seeds_are_fewer(results):
     assert not nothing[2:]
 
 
+def test_rules_have_a_row_each(results):
+    (results / "z.csv").write_text((results / "x-growth.csv").read_text().replace("EMR", "TIES"))
+    suites = "x-growth.csv 2 as one", "z.csv 2 as two", "z.csv 3 as three"
+    found = tables.rules(*suites, "TADrop 0.75/0.95 minus none", "other minus none").splitlines()
+    heads = (f"{name}: TADrop 0.75/0.95 minus none" for name in ("one", "two", "three"))
+    assert found[0] == f"|  | {' | '.join(heads)} |"
+    said = f"+12.50 ± {half_width([25, 0]):.2f}; ± {half_width([15, 10]):.2f}"
+    alone = f"+20.00 ± {half_width([30, 30, 0]):.2f}"
+    assert found[2:] == [f"| EMR | {said} |  |  |", f"| TIES |  | {said} | {alone} |"]
+
+
 def test_what_stands_is_what_is_established_out_of_all_with_two_seeds(results):
     arms = (("none", ".1 .1", ".1 .2"), ("more", ".3 .3", ".3 .4"), ("less", ".3 .1", ".1 .2"))
     lines = [f"2,{i},TIES,{name},0,,0,0,{of[i]}" for name, *of in arms for i in range(2)]
