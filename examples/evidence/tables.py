@@ -282,11 +282,12 @@ def by_seed(values: np.ndarray, tasks: int) -> np.ndarray:
 
 
 def established(values: np.ndarray) -> bool:
-    """Whether the mean of `(seeds, tasks)` differs from zero as if tasks were drawn anew, and as if seeds were.
+    """Whether the mean of `(seeds, tasks)` differs from zero as if tasks were drawn anew, as if seeds were, and by pairs.
 
     Tasks of one seed share a merge, so that pairs of the two are not independent. One seed establishes nothing.
     """
-    return min(values.shape) > 1 and all(100 * abs(values.mean()) > half for half in _halves(values))
+    halves = (*_halves(values), 100 * half_width(values.ravel())) if min(values.shape) > 1 else ()
+    return bool(halves) and all(100 * abs(values.mean()) > half for half in halves)
 
 
 def emphasised(text: str, values: np.ndarray) -> str:
