@@ -282,7 +282,7 @@ def by_seed(values: np.ndarray, tasks: int) -> np.ndarray:
 
 
 def established(values: np.ndarray) -> bool:
-    """Whether the mean of `(seeds, tasks)` differs from zero as if tasks were drawn anew, as if seeds were, and by pairs.
+    """Whether the mean of `(seeds, tasks)` differs from zero as if tasks were drawn anew, if seeds were, and by pairs.
 
     Tasks of one seed share a merge, so that pairs of the two are not independent. One seed establishes nothing.
     """
