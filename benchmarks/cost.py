@@ -13,7 +13,7 @@ from typing import NamedTuple
 from benchmarks import measure, merges
 from tadrop_jax import registry, selection
 from tadrop_jax.advancing import in_passing
-from tadrop_jax.stages import Ranks
+from tadrop_jax.stages import Ranks, magnitudes
 from tadrop_jax.steps import AnyStep, Step, chain, expand
 
 # Rounds of counting of a selection in memory, each one read of the keys and one all-reduce.
@@ -28,8 +28,8 @@ class Passes(NamedTuple):
         files: reads of all input files, of tensors that are too large to keep: at most; samples apart.
         kept: the same for tensors that are kept in memory while their own stages run.
         blocks: evaluations of the chain on every entry, streamed: what the processor works on.
-        ranks: stages of order statistics of one tensor.
-        tree_ranks: stages of order statistics of the whole tree.
+        kept_ranks: stages of order statistics, of a tensor or the tree, whose keys are kept from round to round.
+        made_ranks: those whose keys are made anew in each: magnitudes of task vectors as they came.
         sums: stages that add up.
         whole: whether a step wants whole tensors; then its arithmetic is not counted here, nor is a sort of rows.
         bundle: bytes an entry of what a rule with one model a task leaves; 0 for rules that leave one model.
@@ -38,8 +38,8 @@ class Passes(NamedTuple):
     files: int
     kept: int
     blocks: int
-    ranks: int
-    tree_ranks: int
+    kept_ranks: int
+    made_ranks: int
     sums: int
     whole: bool
     bundle: float
@@ -51,12 +51,13 @@ class Passes(NamedTuple):
     def device_bytes(self, tasks: int, itemsize: int) -> float:
         """Bytes an entry that move between a device's memory and its cores, merged in memory.
 
-        Every stage of sums and the last pass read base and models; the last writes one model. A selection in a tensor
-        writes the keys of all tasks in float32 once and reads them once a round; one over the tree makes the keys anew
-        from base and models in every round.
+        Every stage of sums and the last pass read base and models; the last writes one model. A selection writes
+        the keys of all tasks in float32 once and reads them once a round; one of magnitudes of task vectors makes them
+        anew from base and models in every round.
         """
         inputs = (tasks + 1) * itemsize
-        selections = self.ranks * (inputs + FLOAT32 * tasks * (1 + ROUNDS)) + self.tree_ranks * ROUNDS * inputs
+        kept = self.kept_ranks * (inputs + FLOAT32 * tasks * (1 + ROUNDS))
+        selections = kept + self.made_ranks * ROUNDS * inputs
         return selections + (self.sums + 1) * inputs + self.output_bytes(itemsize)
 
     def all_reduces(self, tensors: int) -> int:
@@ -64,7 +65,7 @@ class Passes(NamedTuple):
 
         A stage over the tree adds up over tensors on the host, so that every tensor has its own reduction there too.
         """
-        return tensors * ((self.ranks + self.tree_ranks) * ROUNDS + self.sums)
+        return tensors * ((self.kept_ranks + self.made_ranks) * ROUNDS + self.sums)
 
 
 class Machine(NamedTuple):
@@ -141,15 +142,14 @@ def passes(step: AnyStep, tasks: int, path: str = "weight", shape: tuple[int, ..
     stages = [stage for stage in alone if not getattr(stage, "again", False)]
     of_tree = [at for at, stage in enumerate(stages) if stage.scope == "global"]
     whole = any(s.piece == "tensor" for s in steps)
-    ranks, tree_ranks = (
-        sum(isinstance(stage, Ranks) and (stage.scope == "global") == tree for stage in every) for tree in (False, True)
-    )
+    ranks = sum(isinstance(stage, Ranks) for stage in every)
+    made = sum(stage.of is magnitudes for (i, _), stage in zip(places, every, strict=True) if i == 0)
     # What a sum over the tree needs of single tensors is found in the same read; what a selection needs is read before.
     before = sum(isinstance(stages[at], Ranks) and at - 1 not in (-1, *of_tree) for at in of_tree)
     files = len(of_tree) + 1 if whole else len(stages) + 1
     kept = len(of_tree) + 1 + (0 if whole else before)
-    sums = len(every) - ranks - tree_ranks
-    return Passes(files, kept, files, ranks, tree_ranks, sums, whole, _bundle_bytes(steps[-1], tasks, shape))
+    sums = len(every) - ranks
+    return Passes(files, kept, files, ranks - made, made, sums, whole, _bundle_bytes(steps[-1], tasks, shape))
 
 
 def _bundle_bytes(last: Step, tasks: int, shape: tuple[int, ...]) -> float:

@@ -18,11 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tadrop_jax import randomness, selection, wide
 from tadrop_jax.advancing import advance, global_stages, merge_stages
-from tadrop_jax.pieces import piece_of
+from tadrop_jax.pieces import base_and_stack, piece_of
 from tadrop_jax.placement import apart, devices_of, place, without_first_axis
 from tadrop_jax.reductions import combine, from_the_top, reduce_stage
 from tadrop_jax.sites import Given, OfRun, Site, Tensor, crossed, given, kept, site_of
-from tadrop_jax.stages import Sums
+from tadrop_jax.stages import Sums, magnitudes
 from tadrop_jax.steps import Piece, Step
 from tadrop_jax.trees import is_traced
 from tadrop_jax.wide import Wide
@@ -214,9 +214,16 @@ def _advance(site: Site, raw, own: Given, carries, stop=None):
     n, names, steps = math.prod(site.shape), crossed(site), own.of(site.steps)
 
     def reduce(stage, x, carry):
-        return reduce_stage(stage, x, carry, n, names, site.one_pass)
+        return reduce_stage(stage, x, carry, n, names, site.one_pass, _made(stage, x, raw))
 
     return advance(steps, site.active, _whole(site, raw, own.key), carries, reduce, stop)
+
+
+def _made(stage, x: Piece, raw):
+    """How magnitudes of task vectors as they came are made anew, for each round of counting; None for all else."""
+    if stage.of is not magnitudes or x.stack is not x.given:
+        return None
+    return lambda pivots: selection.magnitude(base_and_stack(selection.anew(raw, pivots))[1])
 
 
 def store(step: Step, reached, base, dtype):
@@ -287,7 +294,8 @@ def _counted(site: Site, stop):
     def fn(raw, own, carries, pivots):
         at = _advance(site, raw, own, carries, stop)
         stage = site.steps[stop[0]].stages[stop[1]]
-        values = stage.of(at.x, at.carry)
+        made = _made(stage, at.x, raw)
+        values = stage.of(at.x, at.carry) if made is None else made(pivots)
         flat = jnp.reshape(pivots, (-1, pivots.shape[-1], *(1,) * (values.ndim - 1)))
         axes = tuple(range(1, values.ndim))
         counts = selection.exact_count(selection.ordered_bits(values), flat, axes, site.one_pass)

@@ -133,12 +133,7 @@ def piece_of(raw, site_order, tasks: int, key, shape, offsets=None, look: bool =
       offsets: where the piece begins, along each axis.
       look: whether an entry may be looked at by itself; of an array that may be sharded out of sight it may not.
     """
-    base, models = raw
-    if base is None:
-        stack = models[0].astype(jnp.float32)
-    else:
-        base = base.astype(jnp.float32)
-        stack = jnp.stack([m.astype(jnp.float32) - base for m in models])
+    base, stack = base_and_stack(raw)
     local = stack.shape[1:]
 
     def position():
@@ -149,6 +144,15 @@ def piece_of(raw, site_order, tasks: int, key, shape, offsets=None, look: bool =
         bits = lax.bitcast_convert_type(lax.stop_gradient(stack[(0,) * stack.ndim]), jnp.uint32)
         true = (bits & 1) < 2
     return Piece(stack, base, tuple(range(tasks)), key, position, math.prod(local), site_order, true=true)
+
+
+def base_and_stack(raw) -> tuple[jax.Array | None, jax.Array]:
+    """Base S, or None where only task vectors were given, and task vectors ``(T, *S)``, in float32."""
+    base, models = raw
+    if base is None:
+        return None, models[0].astype(jnp.float32)
+    base = base.astype(jnp.float32)
+    return base, jnp.stack([m.astype(jnp.float32) - base for m in models])
 
 
 def positions(local, shape, order=None, offsets=None):

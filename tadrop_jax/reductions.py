@@ -82,7 +82,7 @@ def _rank(name: str, rank, n: int, tasks: int) -> "int | Wide | tuple":
     return rank
 
 
-def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True) -> dict[str, jax.Array]:
+def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True, made=None) -> dict[str, jax.Array]:
     """One stage over one tensor, or over what of it this device holds.
 
     Args:
@@ -92,6 +92,7 @@ def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True)
       n: entries of the tensor.
       axis_names: mesh axes that the tensor is sharded over.
       one_pass: see :func:`tadrop_jax.selection.count_at_least`.
+      made: what a stage of ranks selects from, see :func:`tadrop_jax.selection.order_statistic`.
 
     Returns:
       The stage's part of the carry.
@@ -113,7 +114,7 @@ def reduce_stage(stage: Stage, x: Piece, carry, n, axis_names=(), one_pass=True)
     names, k = from_the_top(stage.at(n, carry), n, values.shape[0])
     kept = tuple(1 if a in axes else s for a, s in enumerate(values.shape))
     k = Wide(*(jnp.broadcast_to(jnp.reshape(v, (*v.shape, *(1,) * (values.ndim - 1))), (v.shape[0], *kept)) for v in k))
-    found = selection.order_statistic(values, k, axes, axis_names=axis_names, one_pass=one_pass)
+    found = selection.order_statistic(values, k, axes, axis_names=axis_names, one_pass=one_pass, made=made)
     return {name: v if row else jnp.reshape(v, (-1,)) for name, v in zip(names, found, strict=True)}
 
 

@@ -187,7 +187,9 @@ def varying(*arrays) -> tuple[str, ...]:
     return tuple(sorted({axis for t in seen for axis in getattr(t, "varying", None) or getattr(t, "vma", ())}))
 
 
-def order_statistic(x, k: Wide, axes: Sequence[int], *, axis_names=(), one_pass: bool = True) -> jax.Array:
+def order_statistic(
+    x, k: Wide, axes: Sequence[int], *, axis_names=(), one_pass: bool = True, made: Callable | None = None
+) -> jax.Array:
     """The k-th largest of ``x`` over ``axes``, for several k at once.
 
     Args:
@@ -196,6 +198,7 @@ def order_statistic(x, k: Wide, axes: Sequence[int], *, axis_names=(), one_pass:
       axes: the axes of ``x`` to reduce.
       axis_names: mesh axes that ``x`` is sharded over, inside ``shard_map``.
       one_pass: see :func:`count_at_least`.
+      made: ``pivots -> x``, made anew for each round of counting (:func:`anew`), so that ``x`` is never held.
 
     Returns:
       Array ``(R, *S')`` of the dtype of ``x``; constant for gradients.
@@ -203,14 +206,28 @@ def order_statistic(x, k: Wide, axes: Sequence[int], *, axis_names=(), one_pass:
     keys = ordered_bits(x)
 
     def count(pivots):
-        flat = jnp.reshape(pivots, (-1, *pivots.shape[2:]))
-        counts = exact_count(keys, flat, axes, one_pass)
-        counts = Wide(*(jnp.reshape(c, pivots.shape) for c in counts))
+        if made is None:
+            flat = jnp.reshape(pivots, (-1, *pivots.shape[2:]))
+            counts = exact_count(keys, flat, axes, one_pass)
+            counts = Wide(*(jnp.reshape(c, pivots.shape) for c in counts))
+        else:  # rank by rank: with many pivots at once XLA on CPU makes the keys one entry at a time
+            again = ordered_bits(made(pivots))
+            each = [exact_count(again, pivots[:, r], axes, one_pass) for r in range(pivots.shape[1])]
+            counts = Wide(*(jnp.stack(limbs, axis=1) for limbs in zip(*each, strict=True)))
         return wide.psum(counts, axis_names) if axis_names else counts
 
     bits = 8 * keys.dtype.itemsize
     group, varies = bits_per_round(one_pass), varying(keys, *k)
     return from_ordered_bits(search(count, k, bits, keys.dtype.type, group=group, varies=varies), x.dtype)
+
+
+def anew(arrays, pivots):
+    """The arrays, so that what is made of them inside a round of counting is made in each round.
+
+    XLA would make it before the first, and keep it: as much memory as all task vectors, and slower to read than the
+    models that it is made of. What hangs on the pivots it has to make again.
+    """
+    return lax.optimization_barrier((lax.stop_gradient(arrays), pivots))[0]
 
 
 def bits_per_round(one_pass: bool) -> int:
@@ -363,14 +380,18 @@ def _select(x, ks) -> list:
 @functools.partial(jax.jit, static_argnums=2)
 def _select_all(x, k, one_pass: bool):
     k = Wide(*(jnp.reshape(limb, (-1,) + (1,) * x.ndim) for limb in k))
-    return jnp.ravel(order_statistic(magnitude(x), k, tuple(range(x.ndim)), one_pass=one_pass))
+    return jnp.ravel(_of_magnitudes(x, k, tuple(range(x.ndim)), one_pass))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _select_over(x, k, axes: tuple[int, ...], one_pass: bool):
     shape = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
     rank = Wide(*(jnp.broadcast_to(limb, (1, *shape)) for limb in k))
-    return jnp.squeeze(order_statistic(magnitude(x), rank, axes, one_pass=one_pass)[0], axes)
+    return jnp.squeeze(_of_magnitudes(x, rank, axes, one_pass)[0], axes)
+
+
+def _of_magnitudes(x, k, axes: tuple[int, ...], one_pass: bool):
+    return order_statistic(magnitude(x), k, axes, one_pass=one_pass, made=lambda pivots: magnitude(anew(x, pivots)))
 
 
 def _one_pass(x) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from tadrop_jax import selection
 from tadrop_jax.pieces import Piece
 from tadrop_jax.wide import Wide
 
@@ -101,3 +102,8 @@ class Ranks:
 
 
 Stage = Sums | Ranks
+
+
+def magnitudes(x: Piece, carry: Carry) -> jax.Array:
+    """What most sparsifiers select from: the ``of`` of a stage that executors know, so that they need not keep it."""
+    return selection.magnitude(x.stack)

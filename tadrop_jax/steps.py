@@ -35,6 +35,7 @@ __all__ = [
     "magnitude",
     "masked",
     "over_tasks",
+    "product",
     "safe_ratio",
     "safe_sqrt",
 ]
@@ -379,12 +380,39 @@ def spec(name: str, /, **parameters) -> tuple | None:
     return (name, *items)
 
 
-def over_tasks(op, stack) -> jax.Array:
-    """Folds a binary operation over the leading axis of an array, or over a list, one task after another.
+def over_tasks(op, stack, *others, of=lambda row, *others: row) -> jax.Array:
+    """Folds a binary operation over tasks, one after another.
 
-    Every executor then rounds alike; and XLA on CPU is many times slower at reducing a leading axis.
+    Every executor then rounds alike; and XLA on CPU is many times slower at reducing a leading axis. What is folded
+    should be made of each task here, by ``of``: made of the whole stack before, it is an array of its own, and so is
+    the stack; made of the task vectors one by one, neither is.
+
+    Args:
+      op: of two arrays of shape S.
+      stack: ``(T, *S)``, or a list of T arrays.
+      *others: the same, or what all tasks share: a number, or an array with a leading axis of 1.
+      of: makes what is folded of a task's entry of ``stack`` and of each of ``others``.
     """
-    return functools.reduce(op, [stack[t] for t in range(len(stack))])
+
+    def row(array, t):
+        return array if jnp.ndim(array) == 0 else array[t if len(array) > 1 else 0]
+
+    return functools.reduce(op, [of(stack[t], *(row(other, t) for other in others)) for t in range(len(stack))])
+
+
+@jax.custom_jvp
+def product(a, b) -> jax.Array:
+    """``a * b``, rounded before anything is added to it: +a and -a cancel, and every executor rounds alike.
+
+    XLA fuses a product into the sum that takes it, but for a select in between.
+    """
+    return jnp.where(a == 0, 0, a * b)
+
+
+@product.defjvp
+def _(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    return product(a, b), da * b + a * db
 
 
 def safe_ratio(a, b) -> jax.Array:

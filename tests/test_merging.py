@@ -429,3 +429,28 @@ def test_a_step_of_ones_own_of_another_kind():
         tj.Step(apply=lambda x, carry: x.stack, output="merged")
     with pytest.raises(tj.ParameterError, match="piece must be one of any, group, row, slice, tensor, got 'block'"):
         tj.Step(apply=lambda x, carry: x.stack, piece="block")
+
+
+def test_task_arithmetic_rounds_as_numpy_does_and_opposite_vectors_cancel():
+    base, *models = np.random.default_rng(5).standard_normal((4, 33, 21)).astype(np.float32)
+    weights = np.float32([0.3, 0.7, 1.1])
+    products = [(model - base) * weight for model, weight in zip(models, weights, strict=True)]
+    wanted = base + ((products[0] + products[1]) + products[2])
+    rule = tj.task_arithmetic(1.0, weights=tuple(float(w) for w in weights))
+    assert np.array_equal(jax.jit(lambda b, ms: tj.merge(b, ms, rule))(base, models), wanted)
+    stack = jnp.stack([models[0], -models[0]])
+    assert not jnp.any(tj.merge_task_vectors(stack, tj.task_arithmetic(0.3)))
+
+
+def test_a_product_has_its_gradient_at_zero_too():
+    def total(stack):
+        return jnp.sum(tj.merge_task_vectors(stack, tj.task_arithmetic(0.3)))
+
+    assert jnp.all(jax.grad(total)(jnp.zeros((2, 5))) == jnp.float32(0.3))
+
+
+def test_task_arithmetic_holds_no_task_vectors():
+    """By XLA's account."""
+    shape = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    merge = jax.jit(lambda b, ms: tj.merge(b, ms, tj.task_arithmetic(0.3)))
+    assert merge.lower(shape, [shape] * 4).compile().memory_analysis().temp_size_in_bytes < 4096

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tadrop_jax as tj
-from tadrop_jax import selection
+from tadrop_jax import selection, wide
 
 pytestmark = pytest.mark.optimised
 
@@ -286,3 +286,18 @@ def test_axes_that_are_not_there_are_refused(axis):
         tj.kth_largest_magnitude(jnp.ones((2, 3)), 1, axis=axis)
     with pytest.raises(tj.ParameterError, match=r"shape \(\)"):
         tj.kth_largest_magnitude(jnp.ones(()), 1, axis=0)
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1,)])
+def test_keys_are_made_in_each_round_and_not_held(axes):
+    """By XLA's account: of the whole array, and of rows, whose counts are small beside it."""
+    k = wide.wide(np.full((1, *(1 if a in axes else s for a, s in enumerate((64, 4096)))), 5))
+
+    def fifth(x):
+        def made(pivots):
+            return selection.magnitude(selection.anew(x, pivots))
+
+        return selection.order_statistic(selection.magnitude(x), k, axes, made=made)
+
+    compiled = jax.jit(fifth).lower(jax.ShapeDtypeStruct((64, 4096), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 4096

@@ -16,6 +16,7 @@ import numpy as np
 DOCS = Path(__file__).parents[2] / "docs"
 WAYS = ("alone", "together")
 _PLACE = re.compile(r"(<!-- (\w+) ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SUITE = re.compile(r"(\S+)\s+(\d+)(?:\s+without\s+(\S+)\s+of\s+(\S+))?(?:\s+as\s+(.+))?", re.DOTALL)
 Lines = list[dict[str, str]]
 
 
@@ -25,13 +26,13 @@ def read(name: str) -> Lines:
         return list(csv.DictReader(file))
 
 
-def accuracies(file: str, tasks: str) -> str:
-    """Test accuracies: a row for each sparsifier, a column for each rule, the mean over seeds.
+def accuracies(file: str, tasks: str, *names: str) -> str:
+    """Test accuracies: a row for each sparsifier, or for those of some names, a column for each rule that has any.
 
-    The number of seeds stands in brackets where it is smaller than the table's. Bold is the best of a column, of the
-    cells that have as many seeds as any.
+    They are means over seeds, whose number stands in brackets where it is smaller than the table's. Bold is the best of
+    a column, of the cells that have as many seeds as any.
     """
-    lines = [line for line in read(file) if line["tasks"] == tasks]
+    lines = [line for line in read(file) if line["tasks"] == tasks and (not names or line["sparsifier"] in names)]
     rules = _ordered(line["rule"] for line in lines)
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for line in lines:
@@ -62,9 +63,9 @@ def accuracies(file: str, tasks: str) -> str:
 def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     """One arm minus others, in points: the mean over seeds and tasks, and its 95 % confidence interval.
 
-    Differences are paired: the same fine-tunes, the same images. The interval is Student's over pairs of seed and task.
-    The number of seeds stands in brackets where it is smaller than the table's. A file of `models` among the others
-    stands for their probes; its tasks are in the order of the merge.
+    Differences are paired: the same fine-tunes, the same images. The interval is Student's over pairs of seed and task;
+    bold is what is `established`, which wants more. The number of seeds stands in brackets where it is smaller than the
+    table's. A file of `models` among the others stands for their probes; its tasks are in the order of the merge.
     """
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rules = _ordered(line["rule"] for line in lines)
@@ -73,9 +74,8 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
     seeds = len({line["seed"] for line in lines})
 
     def cell(rule: str, other: str) -> str:
-        values = paired(merges, rule, arm, other)
-        count = len(values) // int(tasks)
-        return interval(values) + f" ({count})" * (0 < count < seeds)
+        values = by_seed(paired(merges, rule, arm, other), int(tasks))
+        return emphasised(interval(values), values) + f" ({len(values)})" * (0 < len(values) < seeds)
 
     columns = {rule: [cell(rule, other) for other in others] for rule in rules}
     columns = {rule: cells for rule, cells in columns.items() if any(cells)}  # others were not compared
@@ -84,37 +84,107 @@ def differences(file: str, tasks: str, arm: str, *others: str) -> str:
 
 
 def over_tasks(file: str, tasks: str, rule: str, arm: str, *others: str) -> str:
-    """The same for one rule with the seeds' mean of each task: intervals over tasks, as if new tasks were drawn."""
+    """The same for one rule with both intervals of `two_ways`, and how many tasks are ahead in the mean over seeds."""
     lines = [line for line in read(file) if line["tasks"] == tasks]
     rows = []
     for other in others:
-        means = paired(lines, rule, arm, other).reshape(-1, int(tasks)).mean(0).round(6)
-        rows.append([other, interval(means), f"{np.sum(means > 0)}", f"{np.sum(means < 0)}"])
+        values = by_seed(paired(lines, rule, arm, other), int(tasks))
+        means = values.mean(0).round(6)
+        rows.append([other, two_ways(values), f"{np.sum(means > 0)}", f"{np.sum(means < 0)}"])
     return markdown([f"{arm} minus", rule, "tasks ahead", "behind"], rows) + "\n\n" + _seeds(lines)
 
 
 def suites(rule: str, *arguments: str) -> str:
-    """Differences for one rule in several suites, each judged as if new tasks were drawn and over pairs, see above.
+    """Differences for one rule, a row for each suite that has any and a column for each comparison; see `two_ways`.
 
     Args:
         rule: its name.
-        arguments: suites, `FILE TASKS`, and comparisons, `ARM minus OTHER`.
+        arguments: suites, `FILE TASKS [without TASK,TASK of MODELS] [as NAME]`, and comparisons, `ARM minus OTHER`.
     """
-    files = [argument.split() for argument in arguments if " minus " not in argument]
+    compared = [tuple(argument.split(" minus ")) for argument in arguments if " minus " in argument]
     rows = []
-    for arm, other in (argument.split(" minus ") for argument in arguments if " minus " in argument):
-        row = [f"{arm} minus {other}"]
-        for file, tasks in files:
-            lines = [line for line in read(file) if line["tasks"] == tasks]
-            values = paired(lines, rule, arm, other)
-            count, seeds = len(values) // int(tasks), len({line["seed"] for line in lines})
-            if not count:
-                row.append("")
-                continue
-            means = values.reshape(count, -1).mean(0)
-            row.append(f"{interval(means)}; ± {100 * half_width(values):.2f}" + f" ({count})" * (count < seeds))
-        rows.append(row)
-    return markdown([f"before {rule}", *(file.removesuffix(".csv") for file, _ in files)], rows)
+    for argument in arguments:
+        if " minus " in argument:
+            continue
+        found = _SUITE.fullmatch(argument)
+        if not found:
+            raise ValueError(f"not a suite: {argument!r}")
+        file, tasks, left_out, named, title = found.groups()
+        lines = [line for line in read(file) if line["tasks"] == tasks]
+        names = _ordered(line["task"] for line in read(named))[: int(tasks)] if named else [""] * int(tasks)
+        judged = [i for i, name in enumerate(names) if not left_out or name not in left_out.split(",")]
+        cells = [by_seed(paired(lines, rule, arm, other, judged), len(judged)) for arm, other in compared]
+        most = max(map(len, cells))
+        if most:
+            name = " ".join((title or file.removesuffix(".csv")).split())
+            marks = (f" ({len(values)})" * (0 < len(values) < most) for values in cells)
+            rows.append([name, str(most), *(two_ways(v) + mark for v, mark in zip(cells, marks, strict=True))])
+    arms, others = (_ordered(side) for side in zip(*compared, strict=True))
+    if len(arms) == 1:
+        head, columns = f"{rule}: {arms[0]} minus", others
+    elif len(others) == 1:
+        head, columns = f"{rule}: minus {others[0]}", arms
+    else:
+        head, columns = rule, [" minus ".join(pair) for pair in compared]
+    return markdown([head, "seeds", *columns], rows)
+
+
+def rules(*arguments: str) -> str:
+    """Differences with both intervals of `two_ways`: a row for each rule, a column for each suite and comparison.
+
+    Args:
+        arguments: as of `suites`; nothing can be left out.
+    """
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for argument in arguments:
+        found = _SUITE.fullmatch(argument)
+        if not found or " minus " in argument:
+            continue
+        lines = [line for line in read(found[1]) if line["tasks"] == found[2]]
+        for rule in _ordered(line["rule"] for line in lines):
+            for arm, other in (argument.split(" minus ") for argument in arguments if " minus " in argument):
+                if said := two_ways(by_seed(paired(lines, rule, arm, other), int(found[2]))):
+                    cells[f"{found[5]}: {arm} minus {other}"][rule] = said
+    named = _ordered(rule for column in cells.values() for rule in column)
+    return markdown(["", *cells], [[rule, *(column.get(rule, "") for column in cells.values())] for rule in named])
+
+
+def standing(*compared: str) -> str:
+    """What is `established` in any file of merges, before any rule; then how many comparisons there were.
+
+    Args:
+        compared: `ARM minus OTHER`.
+    """
+    rows, counts = [], dict.fromkeys(compared, 0)
+    for path in sorted((DOCS / "results").glob("*.csv")):
+        lines = read(path.name)
+        if "rule" not in lines[0]:
+            continue
+        for tasks, merges in by_count(lines).items():
+            for rule in _ordered(line["rule"] for line in merges):
+                for what in compared:
+                    arm, other = what.split(" minus ")
+                    values = by_seed(paired(merges, rule, arm, other), int(tasks))
+                    counts[what] += len(values) > 1
+                    if established(values):
+                        rows.append([path.stem, tasks, str(len(values)), rule, what, two_ways(values)])
+    said = ", ".join(f"{what}: {count}" for what, count in counts.items())
+    head = ["table", "tasks", "seeds", "rule", "compared", "difference"]
+    return markdown(head, rows) + f"\n\n*Pairs of table and rule with two seeds or more: {said}.*"
+
+
+def lengths(*files: str) -> str:
+    """Which lengths validation data chose, of the rules that have one: the shortest and the longest, and how often.
+
+    Args:
+        files: `FILE TASKS`.
+    """
+    rows = []
+    for file, tasks in (file.split() for file in files):
+        chosen = [float(line["length"]) for line in read(file) if line["length"] and line["tasks"] == tasks]
+        ends = [(end, str(chosen.count(end))) for end in (min(chosen), max(chosen))]
+        rows.append([file.removesuffix(".csv"), tasks, str(len(chosen)), *(f"{x:g}, {n}" for x, n in ends)])
+    return markdown(["table", "tasks", "merges", "shortest chosen, by how many", "longest chosen"], rows)
 
 
 def validation(rule: str, *files: str) -> str:
@@ -143,7 +213,9 @@ def validation(rule: str, *files: str) -> str:
 
 
 def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
-    """The same for one rule, by the number of tasks that are merged; with `arm`'s own accuracies in the first row.
+    """For one rule, by the number of tasks that are merged; with `arm`'s own accuracies in the first row.
+
+    The interval is over pairs of seed and task; of one seed it is over tasks.
 
     Judged on all tasks, if `which` is "all"; on the first ones, if it is a number; if it is a file of `models` with the
     tasks in the order of the merges, on those whose fine-tunes are two points better than the probe.
@@ -156,8 +228,8 @@ def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
 
     rows = [[f"{arm}, accuracy", *(mean(*merge) for merge in merges.values())]]
     for other in others:
-        cells = (interval(paired(lines, rule, arm, other, judged)) for lines, judged in merges.values())
-        rows.append([f"minus {other}", *cells])
+        found = [by_seed(paired(lines, rule, arm, other, part), len(part)) for lines, part in merges.values()]
+        rows.append([f"minus {other}", *(emphasised(interval(values), values) for values in found)])
     return markdown([f"before {rule}", *(f"{count} tasks" for count in merges)], rows)
 
 
@@ -204,6 +276,38 @@ def paired(lines: Lines, rule: str, arm: str, other: str, judged: Sequence[int] 
     return np.concatenate([np.zeros(0), *(found[arm, seed] - found[other, seed] for seed in seeds)])
 
 
+def by_seed(values: np.ndarray, tasks: int) -> np.ndarray:
+    """Differences `(N,)` with a row for each seed, `(seeds, tasks)`."""
+    return values.reshape(len(values) // max(tasks, 1), tasks)
+
+
+def established(values: np.ndarray) -> bool:
+    """Whether the mean of `(seeds, tasks)` differs from zero as if tasks were drawn anew, if seeds were, and by pairs.
+
+    Tasks of one seed share a merge, so that pairs of the two are not independent. One seed establishes nothing.
+    """
+    halves = (*_halves(values), 100 * half_width(values.ravel())) if min(values.shape) > 1 else ()
+    return bool(halves) and all(100 * abs(values.mean()) > half for half in halves)
+
+
+def emphasised(text: str, values: np.ndarray) -> str:
+    """In bold, if what it says is `established`."""
+    return f"**{text}**" if established(values) else text
+
+
+def two_ways(values: np.ndarray) -> str:
+    """The mean of `(seeds, tasks)`, and half its interval over tasks (seeds averaged) and, after it, over seeds."""
+    if not values.size:
+        return ""
+    halves = "; ".join(f"± {half:.2f}" for half in _halves(values))
+    return emphasised(f"{100 * values.mean():+.2f} {halves}".strip(), values)
+
+
+def _halves(values: np.ndarray) -> list[float]:
+    """Half the widths, in points, over tasks and over seeds, where there are two or more."""
+    return [100 * half_width(means) for means in (values.mean(0), values.mean(1)) if len(means) > 1]
+
+
 def models(file: str, *_: str) -> str:
     """The fine-tunes: a linear probe of the base against the fine-tuned model, by task, the mean over seeds."""
     lines = read(file)
@@ -238,6 +342,44 @@ def ratios(file: str, quantiles: str = "0.75/0.95") -> str:
     return markdown(["tensors", "entries", "ratio", "s.d. over layers", "s.d. over tasks"], rows)
 
 
+def kinds(*files: str) -> str:
+    """Quantile ratios by kind of tensor, the mean over layers and tasks: a column for each file."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        for line in read(file):
+            found[re.sub(r"(^|/)\d+/", r"\1*/", line["tensor"])][file].append(float(line["ratio"]))
+    rows = [
+        [f"`{kind}`", *(f"{np.mean(ratios[file]):.2f}" if file in ratios else "" for file in files)]
+        for kind, ratios in found.items()
+    ]
+    return markdown(["tensors", *(file.removesuffix("-ratios.csv") for file in files)], rows)
+
+
+def each_task(models: str, file: str, tasks: str, rule: str, *names: str) -> str:
+    """Accuracies by task, means over seeds: of probes, of fine-tunes, of a rule after each of some sparsifiers.
+
+    The tasks of the file of `models` have to be in the order of the merge.
+    """
+    lines = read(models)
+    titles = _ordered(line["task"] for line in lines)[: int(tasks)]
+
+    def row(head: str, values: Sequence[float]) -> list[str]:
+        return [head, *(f"{100 * value:.1f}" for value in (*values, np.mean(values)))]
+
+    rows = []
+    for head, key in (("probe", "probe"), ("fine-tuned", "tuned")):
+        measured = ([float(line[key]) for line in lines if line["task"] == title] for title in titles)
+        rows.append(row(head, [float(np.mean(values)) for values in measured]))
+    for name in names:
+        found = [
+            _by_task(line)
+            for line in read(file)
+            if (line["tasks"], line["rule"], line["sparsifier"]) == (tasks, rule, name)
+        ]
+        rows.append(row(f"{rule}, {name}", np.mean(found, 0).tolist()))
+    return markdown(["", *titles, "mean"], rows)
+
+
 def restored(file: str, tasks: str, merges: str) -> str:
     """How near EMR comes to the task vectors after each sparsifier, beside its accuracy; means over tasks and seeds."""
     lines = [line for line in read(file) if line["tasks"] == tasks]
@@ -268,9 +410,14 @@ TABLES: dict[str, Callable[..., str]] = {
     "accuracies_by_rule": by_rule(accuracies),
     "differences": differences,
     "differences_by_rule": by_rule(differences),
+    "each_task": each_task,
     "growth": growth,
+    "kinds": kinds,
+    "lengths": lengths,
     "lines": lines,
     "over_tasks": over_tasks,
+    "rules": rules,
+    "standing": standing,
     "suites": suites,
     "validation": validation,
     "models": models,
@@ -280,15 +427,11 @@ TABLES: dict[str, Callable[..., str]] = {
 
 
 def interval(values: np.ndarray) -> str:
-    """The mean of differences `(N,)`, in points, and half the width of its 95 % confidence interval; "" of none."""
+    """The mean of differences of any shape, in points, and half its 95 % interval over all of them; "" of none."""
+    values = 100 * values.ravel()
     if not len(values):
         return ""
-    values = 100 * values
-    if len(values) < 2:
-        return f"{values.mean():+.2f}"
-    half = half_width(values)
-    text = f"{values.mean():+.2f} ± {half:.2f}"
-    return f"**{text}**" if abs(values.mean()) > half else text
+    return f"{values.mean():+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
 
 
 def half_width(values: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, number
 from tadrop_jax.selection import magnitude
-from tadrop_jax.stages import Ranks
+from tadrop_jax.stages import Ranks, magnitudes
 from tadrop_jax.steps import Step, floor_times, over_tasks, safe_ratio, spec
 
 VERSIONS: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ def pcb(ratio=0.1, version: str = "repository", coefficient=None) -> Step:
 
     return Step(
         stages=(
-            Ranks(lambda x, carry: magnitude(x.stack), at=bounds, scope="global", attached=True),
+            Ranks(magnitudes, at=bounds, scope="global", attached=True),
             Ranks(balance, at=competing, scope="global", attached=True),
         ),
         apply=apply,

@@ -9,7 +9,7 @@ from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import number
 from tadrop_jax.sparsifiers.ranking import exact_largest, from_top, is_kept
 from tadrop_jax.stages import Ranks, Sums
-from tadrop_jax.steps import Step, over_tasks, spec
+from tadrop_jax.steps import Step, over_tasks, product, spec
 
 
 def sce(density: Any = 0.1, coefficient=1.0) -> Step:
@@ -94,12 +94,8 @@ def _spread(stack):
     """The variance over tasks times T^2, of the differences to the first task: exactly 0 for equal tasks.
 
     The differences lose nothing to what all tasks have in common; since one of them is 0, at most a factor T of their
-    precision cancels. The selects keep XLA from fusing a product into a sum: every executor has to round alike.
+    precision cancels.
     """
     apart = stack - stack[:1]
-    total, squares = over_tasks(jnp.add, apart), over_tasks(jnp.add, _squared(apart))
-    return jnp.where(squares == 0, 0, len(stack) * squares) - _squared(total)
-
-
-def _squared(a):
-    return jnp.where(a == 0, 0, a * a)
+    total, squares = over_tasks(jnp.add, apart), over_tasks(jnp.add, product(apart, apart))
+    return product(squares, jnp.float32(len(stack))) - product(total, total)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from tadrop_jax.parameters import flag, number
-from tadrop_jax.steps import Step, over_tasks, spec
+from tadrop_jax.steps import Step, over_tasks, product, spec
 
 
 def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) -> Step:
@@ -34,7 +34,7 @@ def task_arithmetic(coefficient=0.3, *, weights=1.0, normalize: bool = False) ->
 
     def apply(x, carry):
         coefficient, weights = (x.per_task(x.numbers[name]) for name in ("coefficient", "weights"))
-        total = over_tasks(jnp.add, x.stack * (coefficient * weights))
+        total = over_tasks(jnp.add, x.stack, coefficient * weights, of=product)
         if not normalize:
             return total
         divisor = jnp.sum(jnp.broadcast_to(weights.ravel(), (x.stack.shape[0],)))

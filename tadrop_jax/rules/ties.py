@@ -9,7 +9,7 @@ from tadrop_jax.parameters import choice, flag, number, single
 from tadrop_jax.rules.task_arithmetic import task_arithmetic
 from tadrop_jax.sparsifiers.magnitude import KEEP, magnitude
 from tadrop_jax.stages import Guess, Sums
-from tadrop_jax.steps import AnyStep, Chain, Step, chain, over_tasks, safe_ratio, spec
+from tadrop_jax.steps import AnyStep, Chain, Step, chain, over_tasks, product, safe_ratio, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {
@@ -148,9 +148,7 @@ def linear_or_elected(method: str, elect: bool, normalize: bool, coefficient, we
 
 def _elect_and_merge(coefficient, weights, combine, elect, zero_sign, divisor) -> Step:
     def weighted(x):
-        # The select keeps XLA from fusing this product into the sum, whose rounding would then leave a sign where
-        # +a and -a cancel.
-        return jnp.where(x.stack == 0, 0, x.stack * x.per_task(x.numbers["weights"]))
+        return product(x.stack, x.per_task(x.numbers["weights"]))  # rounded, so that no sign is left where they cancel
 
     def elected(x):
         votes = {

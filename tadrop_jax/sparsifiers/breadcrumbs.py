@@ -8,7 +8,7 @@ from tadrop_jax import wide
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.selection import magnitude
 from tadrop_jax.sparsifiers.ranking import between_ranks, check_positions, tie_order
-from tadrop_jax.stages import Ranks
+from tadrop_jax.stages import Ranks, magnitudes
 from tadrop_jax.steps import Step, floor_times, spec
 
 FLAVOURS: dict[str, dict[str, Any]] = {
@@ -113,11 +113,8 @@ def _of_tensors(limits) -> dict[str, Any]:
         check_positions(n, "breadcrumbs")
         return dict(zip(("low", "high"), limits(n), strict=True))
 
-    def size(x, carry):
-        return magnitude(x.stack)
-
     def order(name):
-        return lambda x, carry: tie_order(x, size(x, carry), x.column(carry[name]))
+        return lambda x, carry: tie_order(x, magnitudes(x, carry), x.column(carry[name]))
 
     def apply(x, carry):
         low, high = order("low")(x, carry), order("high")(x, carry)
@@ -128,7 +125,7 @@ def _of_tensors(limits) -> dict[str, Any]:
     return {
         "apply": apply,
         "stages": (
-            Ranks(size, at=cuts),
+            Ranks(magnitudes, at=cuts),
             Ranks(order("low"), at=lambda n, carry: {"start": limits(n)[0]}),
             Ranks(order("high"), at=lambda n, carry: {"stop": limits(n)[1]}),
         ),

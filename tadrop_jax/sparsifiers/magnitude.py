@@ -6,7 +6,7 @@ from tadrop_jax import selection, wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import choice, lengths, number
 from tadrop_jax.sparsifiers.ranking import each, exact_largest, from_top, is_kept
-from tadrop_jax.stages import Ranks, Scope
+from tadrop_jax.stages import Ranks, Scope, magnitudes
 from tadrop_jax.steps import Step, floor_times, spec
 
 KEEP = ("at_least_one", "floor", "floor_plus_one", "exact", "exact_at_least_one")
@@ -53,17 +53,14 @@ def magnitude(density, granularity: Scope = "tensor", *, keep: str = "at_least_o
     def cut_rank(n, carry):
         return {"cut": each(lambda k: from_top(n, k), kept(n, carry))}
 
-    def size(x, carry):
-        return selection.magnitude(x.stack)
-
-    stages = [Ranks(size, at=cut_rank, scope=granularity)]
+    stages = [Ranks(magnitudes, at=cut_rank, scope=granularity)]
     if exact:
-        stages.append(exact_largest(size, kept, "magnitude"))
+        stages.append(exact_largest(magnitudes, kept, "magnitude"))
 
     def apply(x, carry):
         if exact:
-            return jnp.where(is_kept(x, size(x, carry), carry), x.stack, 0)
-        return jnp.where(selection.at_least(size(x, carry), x.column(carry["cut"])), x.stack, 0)
+            return jnp.where(is_kept(x, magnitudes(x, carry), carry), x.stack, 0)
+        return jnp.where(selection.at_least(magnitudes(x, carry), x.column(carry["cut"])), x.stack, 0)
 
     return Step(
         stages=tuple(stages),

@@ -9,8 +9,8 @@ from tadrop_jax import wide
 from tadrop_jax.errors import ParameterError
 from tadrop_jax.parameters import known, number, ordered
 from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
-from tadrop_jax.stages import Ranks
-from tadrop_jax.steps import Step, floor_times, magnitude, safe_ratio, spec
+from tadrop_jax.stages import Ranks, magnitudes
+from tadrop_jax.steps import Step, floor_times, product, safe_ratio, spec
 
 
 def tadrop(
@@ -79,18 +79,14 @@ def tadrop(
 
     return Step(
         stages=(
-            Ranks(_magnitudes, at=quantile_ranks),
-            Ranks(_magnitudes, at=cut_rank, again=True),
+            Ranks(magnitudes, at=quantile_ranks),
+            Ranks(magnitudes, at=cut_rank, again=True),
             *norm_stages(norm),
         ),
         apply=functools.partial(prune, norm=norm),
         report=lambda c: {"quantile_ratio": safe_ratio(c["low"], c["high"])} | describe(c, norm),
         spec=spec("tadrop", q_low=q_low, q_high=q_high, norm=norm, mapping=mapping, s_min=s_min, s_max=s_max),
     )
-
-
-def _magnitudes(x, carry):
-    return magnitude(x.stack)
 
 
 def _unknown(number: float, ratio):
@@ -112,8 +108,7 @@ def _mapping(mapping) -> Callable:
         return lambda ratio: ratio
     if kind == "affine" and len(values) == 2:
         slope, offset = values
-        # The select keeps the product from being fused into the sum, unless that is of a constant.
-        return lambda ratio: jnp.where(ratio == 0, 0, ratio * jnp.float32(slope)) + _unknown(offset, ratio)
+        return lambda ratio: product(ratio, jnp.float32(slope)) + _unknown(offset, ratio)
     if kind == "power" and len(values) == 1:
         return lambda ratio: ratio ** _unknown(values[0], ratio)
     raise ParameterError(

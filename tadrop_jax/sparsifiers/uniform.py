@@ -5,8 +5,8 @@ import functools
 from tadrop_jax.parameters import lengths, number
 from tadrop_jax.sparsifiers.norms import check_norm, describe, norm_stages, prune
 from tadrop_jax.sparsifiers.ranking import each
-from tadrop_jax.stages import Ranks
-from tadrop_jax.steps import Step, floor_times, magnitude, spec
+from tadrop_jax.stages import Ranks, magnitudes
+from tadrop_jax.steps import Step, floor_times, spec
 
 
 def uniform(sparsity, norm: int | None = 2) -> Step:
@@ -40,7 +40,7 @@ def uniform(sparsity, norm: int | None = 2) -> Step:
         return {"cut": each(lambda share: floor_times(share, n), sparsity)}
 
     return Step(
-        stages=(Ranks(lambda x, carry: magnitude(x.stack), at=cut_rank), *norm_stages(norm)),
+        stages=(Ranks(magnitudes, at=cut_rank), *norm_stages(norm)),
         apply=functools.partial(prune, norm=norm),
         report=functools.partial(describe, norm=norm),
         lengths=lengths(sparsity=sparsity),

@@ -67,7 +67,7 @@ def test_a_table_turned_has_a_row_for_each_rule(results):
 def test_growth_on_the_first_tasks_alone(results):
     found = tables.growth("x-growth.csv", "EMR", "2", "TADrop 0.75/0.95", "none").splitlines()
     assert found[2].endswith("| 65.0 | 65.0 |")
-    assert found[3].endswith("| **+30.00 ± 0.00** |")
+    assert found[3].endswith("| +30.00 ± 0.00 |")  # not bold: one seed
 
 
 def test_growth_on_the_tasks_that_were_learned(results):
@@ -89,15 +89,29 @@ def test_differences_from_the_probes_of_a_file_of_models(results):
     (results / "models.csv").write_text("\n".join(["seed,task,probe,tuned", *models]) + "\n")
     found = tables.differences("x-growth.csv", "2", "TADrop 0.75/0.95", "none", "models.csv").splitlines()
     assert found[0] == "| TADrop 0.75/0.95 minus | EMR |"
-    assert found[3].startswith("| the probe | **+12.50 ± ")  # of .2, .1, .1, .1
+    assert found[3].startswith("| the probe | +12.50 ± ")  # of .2, .1, .1, .1
     assert found[-1] == "*2 tasks, 2 seeds of fine-tuning.*"
 
 
-def test_intervals_over_tasks_take_the_seeds_mean_first(results):
+def half_width(gains):
+    low, high = scipy.stats.t.interval(0.95, len(gains) - 1, np.mean(gains), scipy.stats.sem(gains))
+    return (high - low) / 2
+
+
+def test_intervals_over_tasks_take_the_seeds_mean_first_and_those_over_seeds_the_tasks(results):
     found = tables.over_tasks("x-growth.csv", "2", "EMR", "TADrop 0.75/0.95", "none").splitlines()
-    gains = 100 * np.array([(0.2 + 0.3) / 2, (0.1 - 0.1) / 2])
-    low, high = scipy.stats.t.interval(0.95, 1, gains.mean(), scipy.stats.sem(gains))
-    assert found[2] == f"| none | {gains.mean():+.2f} ± {(high - low) / 2:.2f} | 1 | 0 |"
+    tasks, seeds = half_width([25, 0]), half_width([15, 10])
+    assert found[2] == f"| none | +12.50 ± {tasks:.2f}; ± {seeds:.2f} | 1 | 0 |"
+
+
+def test_bold_is_what_leaves_out_zero_both_over_tasks_and_over_seeds():
+    pair = np.array([[0.10, 0.11], [0.12, 0.11], [0.11, 0.10]])
+    few_tasks = np.array([[0.0, 0.3], [0.0, 0.31], [0.0, 0.3]])
+    assert [tables.established(values) for values in (pair, pair[:1], few_tasks, few_tasks.T)] == [True, *[False] * 3]
+    assert half_width(few_tasks.mean(1)) < few_tasks.mean() < half_width(few_tasks.mean(0))
+    assert tables.two_ways(pair).startswith("**+10.83 ± ")
+    assert tables.two_ways(pair[:1]) == f"+10.50 ± {100 * half_width(pair[0]):.2f}"
+    assert tables.two_ways(np.zeros((0, 2))) == ""
 
 
 def test_lines_are_means_over_tasks_and_seeds(results):
@@ -113,18 +127,78 @@ def test_the_picture_of_growth_is_drawn(results):
 
 def test_suites_have_both_intervals_and_say_where_seeds_are_fewer(results):
     (results / "y.csv").write_text((results / "x-growth.csv").read_text().replace("2,1,EMR,none", "2,1,EMR,other"))
-    found = tables.suites("EMR", "x-growth.csv 2", "y.csv 2", "TADrop 0.75/0.95 minus none").splitlines()
-    pairs, tasks = np.array([20.0, 10, 30, -10]), np.array([25.0, 0])
-    half = [scipy.stats.t.ppf(0.975, len(v) - 1) * scipy.stats.sem(v) for v in (tasks, pairs)]
-    assert found[0] == "| before EMR | x-growth | y |"
-    said = f"+12.50 ± {half[0]:.2f}; ± {half[1]:.2f}"
-    assert found[2] == f"| TADrop 0.75/0.95 minus none | {said} | +15.00 ± 63.53; ± 63.53 (1) |"
+    (results / "models.csv").write_text("seed,task,probe,tuned\n0,a,0.5,0.9\n0,b,0.5,0.5\n1,a,0.5,0.9\n1,b,0.5,0.9\n")
+    suites = "x-growth.csv 2 as all of it", "y.csv 2", "x-growth.csv 2 without b of models.csv", "x-growth.csv 3"
+    found = tables.suites("EMR", *suites, "TADrop 0.75/0.95 minus none").splitlines()
+    assert found[0] == "| EMR: TADrop 0.75/0.95 minus | seeds | none |"
+    assert found[2] == f"| all of it | 2 | +12.50 ± {half_width([25, 0]):.2f}; ± {half_width([15, 10]):.2f} |"
+    assert found[3] == "| y | 1 | +15.00 ± 63.53 |"
+    assert found[4] == f"| x-growth | 2 | +25.00 ± {half_width([20, 30]):.2f} |"  # one task: over seeds alone
+    some = tables.suites("EMR", "y.csv 2", "TADrop 0.75/0.95 minus none", "other minus other").splitlines()
+    assert some[0] == "| EMR | seeds | TADrop 0.75/0.95 minus none | other minus other |"
+    assert some[2] == "| y | 1 | +15.00 ± 63.53 | +0.00 ± 0.00 |"
+    nothing = tables.suites("EMR", "x-growth.csv 2", "other minus none", "more minus none").splitlines()
+    assert nothing[0] == "| EMR: minus none | seeds | other | more |"
+    assert not nothing[2:]
+
+
+def test_rules_have_a_row_each(results):
+    (results / "z.csv").write_text((results / "x-growth.csv").read_text().replace("EMR", "TIES"))
+    suites = "x-growth.csv 2 as one", "z.csv 2 as two", "z.csv 3 as three"
+    found = tables.rules(*suites, "TADrop 0.75/0.95 minus none", "other minus none").splitlines()
+    heads = (f"{name}: TADrop 0.75/0.95 minus none" for name in ("one", "two", "three"))
+    assert found[0] == f"|  | {' | '.join(heads)} |"
+    said = f"+12.50 ± {half_width([25, 0]):.2f}; ± {half_width([15, 10]):.2f}"
+    alone = f"+20.00 ± {half_width([30, 30, 0]):.2f}"
+    assert found[2:] == [f"| EMR | {said} |  |  |", f"| TIES |  | {said} | {alone} |"]
+
+
+def test_what_stands_is_what_is_established_out_of_all_with_two_seeds(results):
+    arms = (("none", ".1 .1", ".1 .2"), ("more", ".3 .3", ".3 .4"), ("less", ".3 .1", ".1 .2"))
+    lines = [f"2,{i},TIES,{name},0,,0,0,{of[i]}" for name, *of in arms for i in range(2)]
+    (results / "z.csv").write_text("\n".join([",".join(FIELDS), *lines]) + "\n")
+    (results / "z-models.csv").write_text("seed,task,probe,tuned\n0,a,0.5,0.9\n")
+    found = tables.standing("more minus none", "less minus none").splitlines()
+    assert found[2:-2] == ["| z | 2 | 2 | TIES | more minus none | **+20.00 ± 0.00; ± 0.00** |"]
+    assert found[-1].endswith("more minus none: 1, less minus none: 1.*")
+
+
+def test_lengths_that_were_chosen(results):
+    lines = (
+        "2,0,TIES,none,0,0.1,0,0,0",
+        "2,0,TIES,uniform,0,0.1,0,0,0",
+        "2,0,TIES,DARE,0,2.5,0,0,0",
+        "2,0,EMR,none,0,,0,0,0",
+    )
+    (results / "z.csv").write_text("\n".join([",".join(FIELDS), *lines]) + "\n")
+    assert tables.lengths("z.csv 2").splitlines()[2:] == ["| z | 2 | 3 | 0.1, 2 | 2.5, 1 |"]
+
+
+def test_accuracies_of_each_task_beside_probes_and_fine_tunes(results):
+    models = ("0,a,0.50,0.9", "0,b,0.60,0.9", "1,a,0.60,0.8", "1,b,0.40,0.9", "0,c,0.1,0.1")
+    (results / "models.csv").write_text("\n".join(["seed,task,probe,tuned", *models]) + "\n")
+    found = tables.each_task("models.csv", "x-growth.csv", "2", "EMR", "none").splitlines()
+    assert found[0] == "|  | a | b | mean |"
+    assert found[2:] == [
+        "| probe | 55.0 | 50.0 | 52.5 |",
+        "| fine-tuned | 85.0 | 90.0 | 87.5 |",
+        "| EMR, none | 45.0 | 60.0 | 52.5 |",
+    ]
+
+
+def test_ratios_of_kinds_side_by_side(results):
+    head = "tensor,entries,ratio,sd_over_tasks,sparsity,conflict"
+    (results / "x-ratios.csv").write_text(f"{head}\nh/0/bias,4,0.2,0,0,0\nh/1/bias,4,0.4,0,0,0\n")
+    (results / "y-ratios.csv").write_text(f"{head}\nh/0/bias,4,0.5,0,0,0\nhead,4,0.6,0,0,0\n")
+    found = tables.kinds("x-ratios.csv", "y-ratios.csv").splitlines()
+    assert found[0] == "| tensors | x | y |"
+    assert found[2:] == ["| `h/*/bias` | 0.30 | 0.50 |", "| `head` |  | 0.60 |"]
 
 
 def test_differences_and_accuracies_say_where_seeds_are_fewer(results):
     lines = (results / "x-growth.csv").read_text() + "2,0,EMR,other,0.5,,0,0.99,0.9 0.9\n"
     (results / "z.csv").write_text(lines)
-    assert "| other | **-20.00 ± 0.00** (1) |" in tables.differences("z.csv", "2", "TADrop 0.75/0.95", "other")
+    assert "| other | -20.00 ± 0.00 (1) |" in tables.differences("z.csv", "2", "TADrop 0.75/0.95", "other")
     assert "(1)" not in tables.differences("z.csv", "2", "TADrop 0.75/0.95", "none")
     rows = tables.accuracies("z.csv", "2").splitlines()
     assert [row for row in rows if row.startswith("| other")] == [
