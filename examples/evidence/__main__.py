@@ -2,7 +2,7 @@
 
     python -m examples.evidence vision --data DIR --out DIR                # 8 tasks, 3 seeds
     python -m examples.evidence vision --data DIR --out DIR --count 30 --seeds 0
-    python -m examples.evidence vision --fast --out DIR                    # a minute, no data needed
+    python -m examples.evidence vision --fast --out DIR                    # two minutes of one core, no data needed
 
 Each step is skipped when its result is there: take a directory away, or a line of the table, and it is made anew.
 TABLE.md says what came out; what each step took is added to hours.csv.
