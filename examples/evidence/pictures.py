@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from examples.evidence.tables import DOCS, by_count, described, half_width, paired, read
+from examples.evidence.intervals import half_width, paired
+from examples.evidence.tables import DOCS, by_count, described, read
 
 STYLES = {"uniform": "o-", "TADrop": "s--", "dominance": "d-", "magnitude": "^:", "DARE": "v:"}
 GROWING = {"uniform": "o-", "TADrop 0.75/0.95": "s--", "reversed": "v:", "dominance 0.5": "d-"}

@@ -13,11 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.evidence.intervals import (
+    Lines,
+    by_seed,
+    by_task,
+    emphasised,
+    established,
+    interval,
+    numbers,
+    paired,
+    two_ways,
+)
+
 DOCS = Path(__file__).parents[2] / "docs"
 WAYS = ("alone", "together")
 _PLACE = re.compile(r"(<!-- (\w+) ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SUITE = re.compile(r"(\S+)\s+(\d+)(?:\s+without\s+(\S+)\s+of\s+(\S+))?(?:\s+as\s+(.+))?", re.DOTALL)
-Lines = list[dict[str, str]]
 
 
 def read(name: str) -> Lines:
@@ -224,7 +235,7 @@ def growth(file: str, rule: str, which: str, arm: str, *others: str) -> str:
 
     def mean(lines: Lines, judged: list[int]) -> str:
         of = [line for line in lines if (line["rule"], line["sparsifier"]) == (rule, arm)]
-        return f"{100 * np.mean([_by_task(line)[judged] for line in of]):.1f}" if of and judged else ""
+        return f"{100 * np.mean([by_task(line)[judged] for line in of]):.1f}" if of and judged else ""
 
     rows = [[f"{arm}, accuracy", *(mean(*merge) for merge in merges.values())]]
     for other in others:
@@ -249,7 +260,7 @@ def lines(file: str, *_: str) -> str:
     """Accuracies between the base and its fine-tunes: the mean over tasks, each alone and all at once, by the share."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in read(file):
-        found[line["share"]][line["way"]].append(100 * float(np.mean(_by_task(line))))
+        found[line["share"]][line["way"]].append(100 * float(np.mean(by_task(line))))
     rows = [[f"{float(share):g}", *(f"{np.mean(found[share][way]):.1f}" for way in WAYS)] for share in found]
     return markdown(["share of the task vectors", *WAYS], rows)
 
@@ -265,47 +276,6 @@ def _judged(which: str, count: str) -> list[int]:
         gains = [round(float(line["tuned"]) - float(line["probe"]), 4) for line in read(which)[: int(count)]]
         return [i for i, gain in enumerate(gains) if gain >= 0.02]
     return list(range(int(count) if which == "all" else int(which)))
-
-
-def paired(lines: Lines, rule: str, arm: str, other: str, judged: Sequence[int] | None = None) -> np.ndarray:
-    """One arm minus another, for each pair of seed and task that both have, `(N,)`; on some tasks, or on all."""
-    part = slice(None) if judged is None else judged
-    of = [line for line in lines if line["rule"] == rule]
-    found = {(line["sparsifier"], line["seed"]): _by_task(line)[part] for line in of}
-    seeds = [seed for name, seed in found if name == arm and (other, seed) in found]
-    return np.concatenate([np.zeros(0), *(found[arm, seed] - found[other, seed] for seed in seeds)])
-
-
-def by_seed(values: np.ndarray, tasks: int) -> np.ndarray:
-    """Differences `(N,)` with a row for each seed, `(seeds, tasks)`."""
-    return values.reshape(len(values) // max(tasks, 1), tasks)
-
-
-def established(values: np.ndarray) -> bool:
-    """Whether the mean of `(seeds, tasks)` differs from zero as if tasks were drawn anew, if seeds were, and by pairs.
-
-    Tasks of one seed share a merge, so that pairs of the two are not independent. One seed establishes nothing.
-    """
-    halves = (*_halves(values), 100 * half_width(values.ravel())) if min(values.shape) > 1 else ()
-    return bool(halves) and all(100 * abs(values.mean()) > half for half in halves)
-
-
-def emphasised(text: str, values: np.ndarray) -> str:
-    """In bold, if what it says is `established`."""
-    return f"**{text}**" if established(values) else text
-
-
-def two_ways(values: np.ndarray) -> str:
-    """The mean of `(seeds, tasks)`, and half its interval over tasks (seeds averaged) and, after it, over seeds."""
-    if not values.size:
-        return ""
-    halves = "; ".join(f"± {half:.2f}" for half in _halves(values))
-    return emphasised(f"{100 * values.mean():+.2f} {halves}".strip(), values)
-
-
-def _halves(values: np.ndarray) -> list[float]:
-    """Half the widths, in points, over tasks and over seeds, where there are two or more."""
-    return [100 * half_width(means) for means in (values.mean(0), values.mean(1)) if len(means) > 1]
 
 
 def models(file: str, *_: str) -> str:
@@ -372,7 +342,7 @@ def each_task(models: str, file: str, tasks: str, rule: str, *names: str) -> str
         rows.append(row(head, [float(np.mean(values)) for values in measured]))
     for name in names:
         found = [
-            _by_task(line)
+            by_task(line)
             for line in read(file)
             if (line["tasks"], line["rule"], line["sparsifier"]) == (tasks, rule, name)
         ]
@@ -387,7 +357,7 @@ def restored(file: str, tasks: str, merges: str) -> str:
     rows = []
     for name in _ordered(line["sparsifier"] for line in lines):
         here = [line for line in lines if line["sparsifier"] == name]
-        error, cosine = (np.mean([_numbers(line[key]) for line in here]) for key in ("error", "cosine"))
+        error, cosine = (np.mean([numbers(line[key]) for line in here]) for key in ("error", "cosine"))
         tests = [100 * float(line["test"]) for line in judged if line["sparsifier"] == name]
         rows.append([name, f"{cosine:.2f}", f"{error:.2f}", f"{np.mean(tests):.1f}" if tests else ""])
     return markdown(["before EMR", "cosine", "error", "accuracy"], rows) + "\n\n" + _seeds(lines)
@@ -426,21 +396,6 @@ TABLES: dict[str, Callable[..., str]] = {
 }
 
 
-def interval(values: np.ndarray) -> str:
-    """The mean of differences of any shape, in points, and half its 95 % interval over all of them; "" of none."""
-    values = 100 * values.ravel()
-    if not len(values):
-        return ""
-    return f"{values.mean():+.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
-
-
-def half_width(values: np.ndarray) -> float:
-    """Half the width of the 95 % confidence interval of the mean of `(N,)` values, N at least 2: Student's."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-
-
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A table."""
     lines = [columns, ["---"] * len(columns), *rows]
@@ -455,14 +410,6 @@ def filled(text: str) -> str:
         return f"{found[1]}\n{TABLES[found[2]](*arguments)}\n\n{found[4]}"
 
     return _PLACE.sub(table, text)
-
-
-def _by_task(line: dict[str, str]) -> np.ndarray:
-    return _numbers(line["by_task"])
-
-
-def _numbers(joined: str) -> np.ndarray:
-    return np.array([float(value) for value in joined.split()])
 
 
 def _ordered(values: Iterable[str]) -> list[str]:
