@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             methods = (
                 "ties" if options.quick else "task_arithmetic,ties,ties@mergekit,task_arithmetic+tadrop,emr+tadrop"
             )
-            command += ["--methods", methods, *["--peer"] * merges.peer_program().exists()]
+            command += ["--methods", methods]
+        if name in ("merge_gpt2", "scaling", "larger_than_memory") and merges.peer_program().exists():
+            command += ["--peer"]
         print(f"\n$ {' '.join(['python', *command[1:]])}", flush=True)
         subprocess.run(command, check=True)
 

@@ -32,7 +32,8 @@ class Passes(NamedTuple):
         made_ranks: those whose keys are made anew in each: magnitudes of task vectors as they came.
         sums: stages that add up.
         whole: whether a step wants whole tensors; then its arithmetic is not counted here, nor is a sort of rows.
-        bundle: bytes an entry of what a rule with one model a task leaves; 0 for rules that leave one model.
+        bundle: bytes an entry of what a rule with one model a task leaves beside the base; 0 for rules that leave one
+            model. The base goes into the bundle, for which it is read once more.
     """
 
     files: int
@@ -46,7 +47,7 @@ class Passes(NamedTuple):
 
     def output_bytes(self, itemsize: int) -> float:
         """Bytes an entry that are written."""
-        return self.bundle or itemsize
+        return self.bundle + itemsize
 
     def device_bytes(self, tasks: int, itemsize: int) -> float:
         """Bytes an entry that move between a device's memory and its cores, merged in memory.
@@ -91,7 +92,7 @@ class Machine(NamedTuple):
 
 MACHINES = (
     # PCIe 4 SSD, sustained; eight cores at what two of an AMD EPYC were measured at, each.
-    Machine("laptop", 5e9, 2e9, 80e9, 8 * 0.67e9, 0),
+    Machine("laptop", 5e9, 2e9, 80e9, 8 * 0.51e9, 0),
     # Tensors go over PCIe 5 x16 to the device one after another, the files in host memory or on disks as fast as that.
     Machine("H200", 50e9, 50e9, 4.8e12, None, 0),
     # 64 hosts of 4 chips, each reading its shards at 1.5 GB/s from object storage; 819 GB/s a chip.
@@ -162,7 +163,7 @@ def seconds(found: Passes, at: Machine, parameters: float, tensors: int, tasks: 
     """Wall seconds of a merge whose reading, arithmetic and writing overlap, and what bounds it."""
     inputs = parameters * (tasks + 1) * itemsize
     # Files are read again for every stage only where they are streamed; what lies in device memory is read there.
-    reads = found.files if at.reduction_s == 0 else 1
+    reads = found.files + (1 / (tasks + 1) if found.bundle else 0) if at.reduction_s == 0 else 1
     parts = {
         "reading": reads * inputs / at.read,
         "memory": parameters * found.device_bytes(tasks, itemsize) / at.memory,

@@ -128,7 +128,8 @@ def _finish(tensors, sites, raw, own, carries, spare) -> list[tuple]:
     for batch in together.values():
         site = sites[batch[0]]
         bytes_each = 4 * (site.tasks + 1) * max(math.prod(site.shape), 1)
-        size = max(_BATCH_BYTES // bytes_each, 1)
+        gathered = tensors[batch[0]].lies is not None  # one at a time, on every device
+        size = 1 if gathered else max(_BATCH_BYTES // bytes_each, 1)
         for start in range(0, len(batch), size):
             at = batch[start : start + size]
             if len(at) == 1:

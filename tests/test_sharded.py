@@ -353,7 +353,6 @@ def test_one_tensor_at_a_time_is_gathered(monkeypatch):
         return found
 
     monkeypatch.setattr(memory, "place", watched)
-    monkeypatch.setattr(memory, "_BATCH_BYTES", 1)
     whole = tj.Step(apply=lambda x, carry: x.stack[0], piece="tensor", output="vector")
     tj.merge(jax.device_put(base, put), [jax.device_put(m, put) for m in models], whole)
     assert len(held) == 3 * 3
