@@ -11,6 +11,7 @@ from tadrop_jax.sparsifiers.ranking import between_ranks, check_positions, tie_o
 from tadrop_jax.stages import Ranks, magnitudes
 from tadrop_jax.steps import Step, floor_times, spec
 
+_LONG = 1 << 17
 FLAVOURS: dict[str, dict[str, Any]] = {
     "authors": {"granularity": "row", "first": "gamma"},
     "mergekit": {"granularity": "tensor", "first": "density"},
@@ -68,11 +69,19 @@ def breadcrumbs(
         found = [_limits(d, g, n, before) for d, g in pairs]
         return [tuple(ranks) if many > 1 else ranks[0] for ranks in zip(*found, strict=True)]
 
-    return Step(
-        **(_of_rows(limits, density) if rows else _of_tensors(limits)),
-        lengths=lengths(density=density, gamma=gamma),
-        spec=spec("breadcrumbs", density=density, gamma=gamma, rows=rows, first=before),
-    )
+    def step(rows: bool) -> Step:
+        return Step(
+            **(_of_rows(limits, density) if rows else _of_tensors(limits)),
+            lengths=lengths(density=density, gamma=gamma),
+            spec=spec("breadcrumbs", density=density, gamma=gamma, rows=rows, first=before),
+            instead=long_row if rows else None,
+        )
+
+    def long_row(path, shape, tasks):
+        """A long vector is one row, which need not be held whole."""
+        return step(rows=False) if len(shape) == 1 and shape[0] > _LONG else None
+
+    return step(rows)
 
 
 def _limits(density, gamma, n, first: str):

@@ -122,3 +122,16 @@ def test_one_density_per_task_of_rows_that_are_free():
     stack = {"w": jnp.array([[[5.0, 4.0, 0.0, 0.0]], [[9.0, 3.0, 2.0, 1.0]]])}
     found = tj.sparsify(stack, tj.conflict_aware(tj.breadcrumbs([0.5, 0.25], 0.0)))["w"]
     assert found.tolist() == [[[5.0, 4.0, 0.0, 0.0]], [[0.0, 0.0, 2.0, 0.0]]]
+
+
+def test_a_long_vector_goes_by_blocks_as_the_one_row_that_it_is(small_blocks, monkeypatch):
+    rng = np.random.default_rng(6)
+    models = [{"w": rng.integers(-9, 9, 5000).astype(np.float32)} for _ in range(2)]
+    base, rule = {"w": np.zeros(5000, np.float32)}, tj.chain(tj.breadcrumbs(0.3, 0.1), tj.average())
+    wanted = sum(row(m["w"], 0.3, 0.1, "gamma") for m in models) / 2
+    np.testing.assert_array_equal(tj.merge(base, models, rule)["w"], wanted)
+    monkeypatch.setattr("tadrop_jax.sparsifiers.breadcrumbs._LONG", 1000)
+    np.testing.assert_array_equal(tj.merge(base, models, rule)["w"], wanted)
+    np.testing.assert_array_equal(run_streamed(base, models, rule)[0]["w"], wanted)
+    (step,) = tj.steps.expand(tj.breadcrumbs(0.3, 0.1), 2)
+    assert step.for_tensor("w", (5000,), 2).piece == "any" != step.piece
