@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from tadrop_jax.errors import MergeError, ParameterError
 from tadrop_jax.parameters import whole
 from tadrop_jax.stages import Ranks, Sums
-from tadrop_jax.steps import AnyStep, PerTasks, Step, expand, output_of
+from tadrop_jax.steps import AnyStep, PerTasks, Step, expand, output_of, over_tasks
 
 
 def conflict_aware(sparsifier: AnyStep, order=None) -> PerTasks:
@@ -90,8 +90,10 @@ def _restricted(step: Step, task: int, earlier: tuple[int, ...]) -> Step:
 
     def view(x):
         own = x.stack[task]
-        for other in earlier:
-            own = jnp.where(x.stack[other] != 0, 0, own)
+        if earlier:
+            taken = over_tasks(jnp.logical_or, [x.stack[t] for t in earlier], of=lambda row: row != 0)
+            # Once, or what the earlier steps compute is in each of the later ones' functions, again and again.
+            own = jnp.where(x.once(taken), 0, own)
         return x._replace(stack=own[None], tasks=(task,))
 
     def restrict(stage):
