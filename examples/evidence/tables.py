@@ -302,8 +302,7 @@ def ratios(file: str, quantiles: str = "0.75/0.95") -> str:
     """Quantile ratios by kind of tensor: mean over layers and tasks, spread over tensors and over tasks."""
     kinds: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for line in described(file, quantiles):
-        kind = re.sub(r"(^|/)\d+/", r"\1*/", line["tensor"])
-        kinds[kind].append((int(line["entries"]), float(line["ratio"]), float(line["sd_over_tasks"])))
+        kinds[_kind(line)].append((int(line["entries"]), float(line["ratio"]), float(line["sd_over_tasks"])))
     rows = []
     for kind, found in kinds.items():
         entries, means, spread = np.array(found).T
@@ -312,12 +311,17 @@ def ratios(file: str, quantiles: str = "0.75/0.95") -> str:
     return markdown(["tensors", "entries", "ratio", "s.d. over layers", "s.d. over tasks"], rows)
 
 
+def _kind(line: dict[str, str]) -> str:
+    """A tensor's name without the number of its layer."""
+    return re.sub(r"(^|/)\d+/", r"\1*/", line["tensor"])
+
+
 def kinds(*files: str) -> str:
     """Quantile ratios by kind of tensor, the mean over layers and tasks: a column for each file."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
         for line in read(file):
-            found[re.sub(r"(^|/)\d+/", r"\1*/", line["tensor"])][file].append(float(line["ratio"]))
+            found[_kind(line)][file].append(float(line["ratio"]))
     rows = [
         [f"`{kind}`", *(f"{np.mean(ratios[file]):.2f}" if file in ratios else "" for file in files)]
         for kind, ratios in found.items()
